@@ -1,0 +1,1 @@
+"""Audits run once, outside the loop, and return a `Report`."""

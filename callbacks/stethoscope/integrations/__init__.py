@@ -1,0 +1,1 @@
+"""Integrations translate a framework's hooks into calls of `Monitor`; they decide nothing."""

@@ -1,0 +1,1 @@
+"""Probes read tensors, on the device, without waiting for it."""

@@ -1,0 +1,1 @@
+"""Sinks write records and findings somewhere."""

@@ -1,0 +1,1 @@
+"""Watches decide: pure folds over records that return findings. No torch in here."""
