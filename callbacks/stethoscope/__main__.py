@@ -1,0 +1,5 @@
+"""`python -m stethoscope`."""
+
+from stethoscope.cli import main
+
+main()

@@ -1,0 +1,26 @@
+"""The command line: one file per command, gathered here."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    name="stethoscope",
+    help="Sees inside a PyTorch model while it trains.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+audit = typer.Typer(
+    help="Checks that run once, before or beside a training. Exit code 0: fine, 1: findings.", no_args_is_help=True
+)
+app.add_typer(audit, name="audit")
+
+
+@app.callback()
+def _root() -> None:
+    """Keep subcommands even where there is just one."""
+
+
+def main() -> None:
+    """Entry point of `stethoscope` and `python -m stethoscope`."""
+    app()
