@@ -1,5 +1,9 @@
 """Sinks write records and findings somewhere."""
 
+from stethoscope.sinks._jsonl import Jsonl as Jsonl
+from stethoscope.sinks._lines import Delivery as Delivery
 from stethoscope.sinks._memory import Memory as Memory
+from stethoscope.sinks._read import read as read
+from stethoscope.sinks._read import read_run as read_run
 from stethoscope.sinks._wrappers import Every as Every
 from stethoscope.sinks._wrappers import OnRank as OnRank
