@@ -70,7 +70,7 @@ def test_each_phase_is_an_emission_of_its_own():
 
 def test_layers_with_findings_are_added_from_then_on_but_not_without_end():
     budget = Budget("Test", limit=10)
-    records = layers("activation/rms", 100) + [Record("parameter/norm", 1.0, 0, module="enc.7.weight")]
+    records = [*layers("activation/rms", 100), Record("parameter/norm", 1.0, 0, module="enc.7.weight")]
     assert not any(record.module.startswith("enc.7") for record in budget.admit(records) if record.module != "enc.70")
     finding = Finding("nonfinite-activation", "error", "", "", module="enc.7")
     assert {"enc.7", "enc.7.weight"} <= {record.module for record in budget.admit(records, [finding])}

@@ -5,5 +5,6 @@ from stethoscope.sinks._lines import Delivery as Delivery
 from stethoscope.sinks._memory import Memory as Memory
 from stethoscope.sinks._read import read as read
 from stethoscope.sinks._read import read_run as read_run
+from stethoscope.sinks._tensorboard import TensorBoard as TensorBoard
 from stethoscope.sinks._wrappers import Every as Every
 from stethoscope.sinks._wrappers import OnRank as OnRank
