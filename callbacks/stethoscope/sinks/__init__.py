@@ -1,5 +1,6 @@
 """Sinks write records and findings somewhere."""
 
+from stethoscope.sinks._console import Console as Console
 from stethoscope.sinks._jsonl import Jsonl as Jsonl
 from stethoscope.sinks._lines import Delivery as Delivery
 from stethoscope.sinks._memory import Memory as Memory

@@ -171,8 +171,8 @@ class TensorBoard:
 
 def is_summary_writer(obj: object) -> bool:
     """Whether it is torch's SummaryWriter; tensorboardX has the same methods and other messages inside."""
-    names = ("add_histogram_raw", "add_custom_scalars", "file_writer")
-    return all(hasattr(obj, name) for name in names) and not type(obj).__module__.startswith("tensorboardX")
+    names = ("add_histogram_raw", "add_custom_scalars", "add_image", "add_text")
+    return all(hasattr(type(obj), name) for name in names) and not type(obj).__module__.startswith("tensorboardX")
 
 
 def _histogram(bins: Bins) -> Any:
