@@ -3,6 +3,7 @@
 from stethoscope.sinks._console import Console as Console
 from stethoscope.sinks._jsonl import Jsonl as Jsonl
 from stethoscope.sinks._lines import Delivery as Delivery
+from stethoscope.sinks._logger import Logger as Logger
 from stethoscope.sinks._memory import Memory as Memory
 from stethoscope.sinks._read import read as read
 from stethoscope.sinks._read import read_run as read_run
