@@ -8,5 +8,6 @@ from stethoscope.sinks._memory import Memory as Memory
 from stethoscope.sinks._read import read as read
 from stethoscope.sinks._read import read_run as read_run
 from stethoscope.sinks._tensorboard import TensorBoard as TensorBoard
+from stethoscope.sinks._wandb import WandB as WandB
 from stethoscope.sinks._wrappers import Every as Every
 from stethoscope.sinks._wrappers import OnRank as OnRank
