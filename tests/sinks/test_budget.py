@@ -2,6 +2,8 @@ import logging
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stethoscope import Finding, Record
 from stethoscope._record import Histogram
@@ -90,6 +92,39 @@ def test_what_is_left_out_is_stated_once(caplog):
     assert record.name == "stethoscope"
     assert "10 of 100" in record.message
     assert "activation/rms of 90 layers" in record.message
+
+
+def test_a_later_layer_of_a_statistic_that_was_left_out_stays_out():
+    budget = Budget("Test", limit=60)
+    budget.admit(layers("activation/rms", 50) + layers("activation/max", 50))
+    late = [Record(name, 1.0, 1, module="late") for name in ("activation/rms", "activation/max")]
+    assert names(budget.admit(late)) == {"activation/rms"}
+
+
+series = st.tuples(
+    st.sampled_from(["activation/rms", "activation/max", "gradient/norm", "loss"]),
+    st.sampled_from(["", "a", "b", "c", "d"]),
+    st.sampled_from(["train", "val"]),
+    st.sampled_from(["probe", "log"]),
+)
+
+
+@given(st.lists(st.tuples(st.lists(series, unique=True), st.sampled_from(["", "a", "c"]))), st.integers(1, 6))
+def test_in_any_run_a_series_once_shown_is_always_shown_and_the_limit_holds(run, limit):
+    budget, ever, suspects = Budget("Test", limit=limit), set(), set()
+    for given_series, suspect in run:
+        records = [
+            Record(name, 1.0, 0, module=module, phase=phase, source=source)
+            for name, module, phase, source in given_series
+        ]
+        suspects |= {suspect} - {""}
+        shown = budget.admit(records, [Finding("a", "info", "", "", module=suspect)])
+        assert ever & set(records) <= set(shown)
+        ever |= set(shown)
+        assert [record for record in records if record in shown] == list(shown)
+        for emission in {(record.phase, record.source) for record in ever}:
+            chosen = [r for r in ever if (r.phase, r.source) == emission and r.module not in suspects]
+            assert len(chosen) <= limit
 
 
 def test_no_limit_lets_everything_through():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -132,10 +133,15 @@ def test_names_from_anywhere_survive(tmp_path):
 
 
 def test_evidence_that_is_not_json_does_not_cost_the_finding(tmp_path):
-    finding = Finding("a", "info", "m", "", evidence={"x": {1, 2}, "y": (1.0, math.inf)})
+    finding = Finding("a", "info", "m", "", evidence={"x": {1, 2}, "y": (1.0, math.inf), "z": np.float32(0.5)})
     write(tmp_path, [(0, [], [finding])])
     (delivery,) = read(tmp_path)
-    assert delivery.findings[0].evidence == {"x": "{1, 2}", "y": [1.0, math.inf]}
+    assert delivery.findings[0].evidence == {"x": "{1, 2}", "y": [1.0, math.inf], "z": 0.5}
+
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    write(tmp_path, [(0, series([0, 0], loss=[np.float32(0.5), np.int64(3)]), [])])
+    assert losses(tmp_path) == [(0, 0.5), (0, 3.0)]
 
 
 def test_a_folder_a_file_and_another_rank_have_their_names(tmp_path):

@@ -104,7 +104,13 @@ class Budget:
             layered = [key for key in keys if key.module]
             histograms = [key for key in layered if isinstance(fresh[key].value, Histogram)]
             scalars = set(layered) - set(histograms)
-            statistics = _in_turn(key for key in layered if key in scalars)
+            # A later layer of a statistic that was left out stays out with it.
+            out = {
+                key.name
+                for key, shown in self._shown.items()
+                if not shown and key not in fresh and key.phase == emission.phase
+            }
+            statistics = _in_turn(key for key in layered if key in scalars and key.name not in out)
             first_time = not any(
                 key.module and shown for key, shown in self._shown.items() if key.phase == emission.phase
             )

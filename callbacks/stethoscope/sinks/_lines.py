@@ -15,7 +15,8 @@ from stethoscope._record import Finding, Histogram, Record
 FORMAT = 1
 """Raised when an old reader could no longer understand a new file."""
 
-_ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=float).encode
+"""`default`: NumPy numbers count as numbers."""
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LOOKS_NON_FINITE = re.compile(r"\\*(NaN|-?Infinity)\Z")
 _GROUP_DEFAULTS = {"phase": "train", "source": "probe", "kind": "float", "rank": 0}
@@ -162,7 +163,7 @@ def _evidence_to_json(value: Any) -> Any:
         return {str(key): _evidence_to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_evidence_to_json(item) for item in value]
-    return str(value)
+    return _number(float(value)) if hasattr(value, "__float__") else str(value)
 
 
 def _evidence_from_json(value: Any) -> Any:

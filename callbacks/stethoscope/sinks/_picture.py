@@ -68,8 +68,7 @@ class Picture:
     def paint(self) -> NDArray[np.uint8]:
         """Return RGB pixels, shape `(height, width, 3)`.
 
-        The colour is the logarithm between the smallest and the largest value: dark is small, yellow is large. Zero is
-        black, a value that was not measured is grey, NaN and Inf are magenta.
+        The colour is the logarithm between the 1st and the 99th percentile: dark is small, yellow is large. Zero is black, a value that was not measured is grey, NaN and Inf are magenta.
         """
         cells = self._used()
         low, high = self._range()
@@ -93,7 +92,7 @@ class Picture:
         )
         text = (
             f"Columns: steps {self._steps[0]} to {self._steps[1]}, {columns}. "
-            f"Colour: logarithm, dark {low:.3g} to yellow {high:.3g}; black 0, grey not measured, magenta NaN or Inf."
+            f"Colour: logarithm, dark up to {low:.3g}, yellow from {high:.3g}; black 0, grey not measured, magenta NaN or Inf."
         )
         return text, list(self._rows)
 
@@ -103,4 +102,8 @@ class Picture:
     def _range(self) -> tuple[float, float]:
         cells = self._used()
         positive = cells[np.isfinite(cells) & (cells > 0)]
-        return (float(positive.min()), float(positive.max())) if positive.size else (1.0, 1.0)
+        if not positive.size:
+            return 1.0, 1.0
+        # One exploding layer must not make all the others look the same.
+        low, high = np.percentile(positive, [1, 99])
+        return float(low), float(high)

@@ -44,7 +44,7 @@ class TensorBoard:
     In a SummaryWriter that belongs to the user (TensorBoard makes one section of all tags that share the first segment)
     every group gets the prefix `stethoscope_`, the layout of the custom scalars is left alone, and `close` only flushes.
     In a folder, ranks other than 0 write a run of their own, `rank<N>`. A resumed run hides what was written after the
-    step it goes on from.
+    step it goes on from, except for text.
 
     **Cost:** one event per write for all series, about 2 ms of the caller's time per 1000 scalars; up to 10 s of events are lost
     when the process is killed, findings are not.
