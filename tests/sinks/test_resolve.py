@@ -1,9 +1,13 @@
+import subprocess
+import sys
+import textwrap
 import warnings
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from stethoscope._protocols import Run
 from stethoscope.sinks import Jsonl, Logger, Memory, TensorBoard, WandB, resolve
 
 
@@ -82,3 +86,21 @@ def test_anything_else_is_refused_with_what_is_legal(thing):
 def test_a_class_is_refused_with_a_hint():
     with pytest.raises(TypeError, match=r"the class Memory \(call it first\)"):
         resolve(Memory)
+
+
+def test_optional_packages_are_loaded_by_the_sink_that_needs_them_only():
+    script = """
+        import sys
+        from stethoscope.sinks import Console, Jsonl, Logger, Memory, TensorBoard, WandB, resolve
+        Console(), TensorBoard("a"), WandB(), resolve("a")
+        print([name for name in ("lightning", "rich", "tensorboard", "wandb") if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("sink", "package"), [(WandB(), "wandb"), (TensorBoard("a"), "torch.utils.tensorboard")])
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(sink, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match="pip install"):
+        sink.open(Run("a", ""))
