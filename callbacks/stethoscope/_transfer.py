@@ -114,16 +114,18 @@ def _columns(readings: Mapping[Key, Tensor]) -> Sequence[Columns]:
 def _unpack(packet: _Packet) -> list[Record]:
     records = list(packet.ready)
     arrays = {place: buffer.cpu().numpy() for place, buffer in packet.buffers.items()}
-    for (keys, tensor, rows), stamp, dtype, offset in packet.columns:
+    for (keys, tensor, rows, sparse), stamp, dtype, offset in packet.columns:
         width = tensor[0].numel() if tensor.dim() > 1 else 1
         values = arrays[tensor.device, dtype][offset : offset + tensor.numel()].reshape(-1, width)
+        if sparse and not values.any():
+            continue
         _, _, step, _, phase, _, rank, source, kind = stamp
         if width == 1:
             numbers = values[:, 0].tolist()
             records += [
                 Record(name, float(numbers[row]), step, module, phase, call, rank, source, kind)
-                for (name, module, call, _, sparse), row in zip(keys, rows, strict=True)
-                if not sparse or numbers[row]
+                for (name, module, call, _), row in zip(keys, rows, strict=True)
+                if numbers[row] or not sparse
             ]
         else:
             for key, row in zip(keys, rows, strict=True):

@@ -71,14 +71,13 @@ class NonFinite:
         if not records:
             return state, ()
         step, phase, rank = records[0].step, records[0].phase, records[0].rank
-        flagged = {name: _first(records, name) for name in ("nonfinite", "nan")}
+        origin, first_nan = _first(records, 1.0), _first(records, 2.0)
         weights = [r.module for r in records if r.name == "parameter/nonfinite" and r.value]
         losses = [r.value for r in records if r.name == self.loss and r.source == "step" and isinstance(r.value, float)]
         severity = _severity(records, losses)
         known: list[str] = state["weights"]
         findings: list[Finding] = []
         place = {"step": step, "phase": phase, "rank": rank}
-        origin, first_nan = flagged["nonfinite"], flagged["nan"]
         if severity and phase not in state["bad"]:
             evidence = {
                 "first_nonfinite": origin.module if origin else None,
@@ -103,17 +102,12 @@ def _reached(weights: Sequence[str], origin: _Origin | None) -> str:
     return next(iter(own or [name for name in weights if name.startswith(inside)]), "")
 
 
-def _first(records: Sequence[Record], flag: str) -> _Origin | None:
-    """The first flagged output in call order, and whether the flagged module's inputs were finite."""
-    dirty = {
-        (record.module, record.call)
-        for record in records
-        if record.value and record.name.startswith(f"activation/input_{flag}")
-    }
-    for record in records:
-        name = record.name
-        if record.value and (name == f"activation/{flag}" or name.startswith(f"activation/{flag}.")):
-            return _Origin(record.module, (record.module, record.call) not in dirty)
+def _first(records: Sequence[Record], level: float) -> _Origin | None:
+    """The first output in call order that is that bad, and whether the inputs of its module were finite."""
+    dirty = {(r.module, r.call) for r in records if r.value and r.name.startswith("activation/input_nonfinite")}
+    for r in records:
+        if r.name.startswith("activation/nonfinite") and isinstance(r.value, float) and r.value >= level:
+            return _Origin(r.module, (r.module, r.call) not in dirty)
     return None
 
 
@@ -121,10 +115,8 @@ def _severity(records: Sequence[Record], losses: Sequence[float]) -> Severity | 
     """Whether the step is bad: the loss decides, or else what the model returned."""
     if losses:
         return None if all(map(isfinite, losses)) else "error"
-    returned = {r.name.split(".")[0] for r in records if r.value and r.name.startswith("activation/outermost_n")}
-    if "activation/outermost_nan" in returned:
-        return "error"
-    return "warning" if "activation/outermost_nonfinite" in returned else None
+    returned = max((r.value for r in records if r.name.startswith("activation/outermost_")), default=0.0)
+    return "error" if returned == 2.0 else "warning" if returned else None
 
 
 def _explain(
