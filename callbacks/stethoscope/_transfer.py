@@ -19,6 +19,9 @@ from stethoscope._record import Histogram, Record
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+_new = tuple.__new__
+"""Makes a record of a tuple in half the time of `Record(...)`; there are thousands in a step of a deep model."""
+
 MAX_PENDING = 64
 """Deliveries under way; with more, the oldest is waited for, so that memory stays bounded."""
 
@@ -123,13 +126,14 @@ def _unpack(packet: _Packet) -> list[Record]:
         if width == 1:
             numbers = values[:, 0].tolist()
             records += [
-                Record(name, float(numbers[row]), step, module, phase, call, rank, source, kind)
+                _new(Record, (name, float(numbers[row]), step, module, phase, call, rank, source, kind))
                 for (name, module, call, _), row in zip(keys, rows, strict=True)
                 if numbers[row] or not sparse
             ]
         else:
+            counts = list(map(tuple, values.tolist()))
             for key, row in zip(keys, rows, strict=True):
                 assert key.edges is not None, key
-                value = Histogram(key.edges, tuple(values[row].tolist()))
+                value = Histogram(key.edges, counts[row])
                 records.append(Record(key.name, value, step, key.module, phase, key.call, rank, source, "histogram"))
     return records

@@ -67,14 +67,14 @@ class NonFinite:
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
-        records = [record for record in records if record.source != "log"]
-        if not records:
+        if not records or records[0].source == "log":
             return state, ()
         step, phase, rank = records[0].step, records[0].phase, records[0].rank
-        origin, first_nan = _first(records, 1.0), _first(records, 2.0)
-        weights = [r.module for r in records if r.name == "parameter/nonfinite" and r.value]
-        losses = [r.value for r in records if r.name == self.loss and r.source == "step" and isinstance(r.value, float)]
-        severity = _severity(records, losses)
+        losses = [r.value for r in records if r.source == "step" and r.name == self.loss and isinstance(r.value, float)]
+        flags = [r for r in records if "/" in r.name and "nonfinite" in r.name and r.value]
+        origin, first_nan = _first(flags, 1.0), _first(flags, 2.0)
+        weights = [r.module for r in flags if r.name == "parameter/nonfinite"]
+        severity = _severity(flags, losses)
         known: list[str] = state["weights"]
         findings: list[Finding] = []
         place = {"step": step, "phase": phase, "rank": rank}
@@ -83,7 +83,7 @@ class NonFinite:
                 "first_nonfinite": origin.module if origin else None,
                 "first_nan": first_nan.module if first_nan else None,
                 "loss": str(losses[0]) if losses else None,
-                "modules": len({r.module for r in records if r.name == "activation/nonfinite" and r.value}),
+                "modules": len({r.module for r in flags if r.name == "activation/nonfinite"}),
             }
             culprit = _reached(weights, origin)
             findings.append(_explain(origin, first_nan, culprit, losses, severity, place, evidence))
@@ -102,21 +102,21 @@ def _reached(weights: Sequence[str], origin: _Origin | None) -> str:
     return next(iter(own or [name for name in weights if name.startswith(inside)]), "")
 
 
-def _first(records: Sequence[Record], level: float) -> _Origin | None:
+def _first(flags: Sequence[Record], level: float) -> _Origin | None:
     """The first output in call order that is that bad, and whether the inputs of its module were finite."""
-    dirty = {(r.module, r.call) for r in records if r.value and r.name.startswith("activation/input_nonfinite")}
-    for r in records:
-        if r.name.startswith("activation/nonfinite") and isinstance(r.value, float) and r.value >= level:
-            return _Origin(r.module, (r.module, r.call) not in dirty)
+    dirty = {(flag.module, flag.call) for flag in flags if flag.name.startswith("activation/input_nonfinite")}
+    for flag in flags:
+        if flag.name.startswith("activation/nonfinite") and isinstance(flag.value, float) and flag.value >= level:
+            return _Origin(flag.module, (flag.module, flag.call) not in dirty)
     return None
 
 
-def _severity(records: Sequence[Record], losses: Sequence[float]) -> Severity | None:
+def _severity(flags: Sequence[Record], losses: Sequence[float]) -> Severity | None:
     """Whether the step is bad: the loss decides, or else what the model returned."""
     if losses:
         return None if all(map(isfinite, losses)) else "error"
-    returned = max((r.value for r in records if r.name.startswith("activation/outermost_")), default=0.0)
-    return "error" if returned == 2.0 else "warning" if returned else None
+    returned = {flag.value for flag in flags if flag.name.startswith("activation/outermost_")}
+    return "error" if 2.0 in returned else "warning" if 1.0 in returned else None
 
 
 def _explain(
