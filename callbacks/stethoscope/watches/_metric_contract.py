@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import repeat
+from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope.watches import _metric_names as names
 
@@ -12,6 +13,52 @@ if TYPE_CHECKING:
     from stethoscope.watches._metric_field import Field
 
 ANY = "*"
+PLANS = 256
+"""Most sets of names whose plan is kept; beyond it they are worked out anew."""
+
+
+class Slot(NamedTuple):
+    """What the name of one entry says.
+
+    Args:
+        place: position in the dictionary.
+        raw: the name as given.
+        bare: the name without affixes, see `_metric_names.split`.
+        name: the declared metric that it is, None if it is none.
+        field: its declaration.
+        rate: whether an everlasting 0.0 is suspicious.
+    """
+
+    place: int
+    raw: str
+    bare: str
+    name: str | None
+    field: Field | None
+    rate: bool
+
+
+class Plan(NamedTuple):
+    """What the names of one dictionary say, worked out once per set of names.
+
+    Args:
+        phase: its usual spelling.
+        said: whether the phase comes from the names and not from the call.
+        slots: what is to be judged: neither bookkeeping that is not declared, nor means over an epoch.
+        given: all names.
+        bares: bare name to name as given, of the slots.
+        held: the declared metrics that are there.
+        shape: all names in one text.
+        empty: whether there is bookkeeping only.
+    """
+
+    phase: str
+    said: bool
+    slots: tuple[Slot, ...]
+    given: tuple[str, ...]
+    bares: Mapping[str, str]
+    held: frozenset[str]
+    shape: str
+    empty: bool
 
 
 class Contract:
@@ -30,7 +77,7 @@ class Contract:
         self.fields = dict(fields)
         self._table: dict[tuple[str, str], str] = {}
         self._same = _groups(aliases)
-        self._found: dict[tuple[str, str], str | None] = {}
+        self._plans: dict[tuple[str, tuple[str, ...]], tuple[Plan, ...]] = {}
         for name, field in self.fields.items():
             said = names.split(name).phase
             if said and field.phases and field.phases != (said,):
@@ -70,16 +117,56 @@ class Contract:
 
     def find(self, given: str, phase: str) -> str | None:
         """Return the declared name that an entry `given`, in the usual spelling of its phase, falls under."""
-        try:
-            return self._found[given, phase]
-        except KeyError:
-            pass
         bare = names.split(given).bare
         found = self._table.get((bare, phase)) or self._table.get((bare, ANY))
         if given in self.fields and (self.fields[given].mean_of or self.fields[given].covers(phase)):
-            found = given
-        self._found[given, phase] = found
+            return given
         return found
+
+    def plans(self, phase: str, given: tuple[str, ...]) -> tuple[Plan, ...]:
+        """Return what a dictionary logged under `phase` holds: one plan per phase that its names say.
+
+        A name that is repeated begins another dictionary.
+        """
+        plans = self._plans.get((phase, given))
+        if plans is None:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            plans = self._plans[phase, given] = tuple(self._planned(phase, given))
+        return plans
+
+    def _planned(self, phase: str, given: tuple[str, ...]) -> Iterator[Plan]:
+        parts: dict[str, dict[str, int]] = {}
+        for index, raw in enumerate(given):
+            part = parts.setdefault(names.split(raw).phase or names.phase(phase), {})
+            if raw in part:
+                yield from map(self._plan, parts, parts.values(), repeat(phase))
+                parts = {}
+                part = parts.setdefault(names.split(raw).phase or names.phase(phase), {})
+            part[raw] = index
+        yield from map(self._plan, parts, parts.values(), repeat(phase))
+
+    def _plan(self, phase: str, part: Mapping[str, int], called: str) -> Plan:
+        slots, held = [], set()
+        for raw, index in part.items():
+            name, bare = self.find(raw, phase), names.split(raw).bare
+            field = self.fields[name] if name is not None else None
+            if name is not None:
+                held.add(name)
+            if (field is None and names.bookkeeping(bare)) or (field is not None and field.mean_of):
+                continue
+            rate = names.rate(bare) or (field is not None and field.better == "higher")
+            slots.append(Slot(index, raw, bare, name, field, rate))
+        return Plan(
+            phase,
+            names.phase(called) != phase,
+            tuple(slots),
+            tuple(part),
+            {slot.bare: slot.raw for slot in slots},
+            frozenset(held),
+            "\n".join(part),
+            all(names.bookkeeping(slot.bare) for slot in slots),
+        )
 
     def elsewhere(self, given: str) -> tuple[str, ...]:
         """Return the phases for which an entry's bare name is declared."""

@@ -19,6 +19,16 @@ ZEROS = 3
 """Exact zeros that validation must report for an accuracy that training does not know, before it counts as made up."""
 
 
+def seen(entry: Mapping[str, Any], phase: Mapping[str, Any]) -> int:
+    """Return how many dictionaries of a phase held a key."""
+    return int(phase["n"] - entry["since"] - entry["missed"])
+
+
+def numbers(entry: Mapping[str, Any] | None, phase: Mapping[str, Any]) -> int:
+    """Return how many of its values were not None."""
+    return max(0, seen(entry, phase) - entry["blank"]) if entry else 0
+
+
 def compare(
     contract: Contract, phases: Mapping[str, Any], phase: str, present: Collection[str]
 ) -> Iterator[tuple[str, Callable[[At], Finding]]]:
@@ -38,8 +48,8 @@ def compare(
     expected = _together(train["shapes"], present, contract) if phase == "val" else train["keys"].keys()
     parts = tuple({names.split(raw).bare for shape in val["shapes"] for raw in shape.split("\n")})
     for bare in expected:
-        entry = train["keys"].get(bare)
-        if not entry or not entry["numbers"] or not _judged(contract, entry, "train"):
+        entry = train["keys"].get(bare, {})
+        if not numbers(entry, train) or not _judged(contract, entry, "train"):
             continue
         # A numerator and a denominator, wer_num and wer_denom, are the metric too: it is their quotient.
         if not _in(contract, bare, val["keys"]) and not any(part.startswith(f"{bare}_") for part in parts):
@@ -47,11 +57,12 @@ def compare(
             make = partial(_only_in_train, name=entry["raw"], given=given)
             yield f"metric-phase-mismatch|train|{bare}", make
     for bare, entry in val["keys"].items():
-        if not entry["numbers"] or not _judged(contract, entry, "val") or names.split(entry["raw"]).phase:
+        count = numbers(entry, val)
+        if not count or not _judged(contract, entry, "val") or names.split(entry["raw"]).phase:
             continue  # a name that says val is meant for val
         there = _in(contract, bare, train["keys"])
-        computed = there is not None and train["keys"][there]["numbers"] > 0
-        if not computed and names.rate(bare) and entry["zeros"] == entry["numbers"]:
+        computed = there is not None and numbers(train["keys"][there], train) > 0
+        if not computed and names.rate(bare) and entry["zeros"] == count:
             if there is not None:
                 yield (
                     f"metric-phase-mismatch|zero|{bare}",
