@@ -122,7 +122,7 @@ class Field:
 
     @cached_property
     def _validate(self) -> Any:
-        return self._adapter.validate_python
+        return self._adapter.validator.validate_python
 
     def check(self, value: float) -> Fault | None:
         """Return what is wrong with a number, None if nothing is."""
