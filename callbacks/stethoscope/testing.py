@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from stethoscope._protocols import Watch
+    from stethoscope.watches import MetricSchema
 
 
 def series(steps: Iterable[int] | None = None, **values_by_name: Sequence[float | None]) -> list[Record]:
@@ -58,3 +59,24 @@ def replay(watch: Watch, records: Iterable[Record]) -> list[Finding]:
         state, findings = watch.update(state, tuple(together))
         found += findings
     return found
+
+
+def assert_metrics(step: Callable[[Any], object], batch: Any, schema: MetricSchema, phase: str = "train") -> None:
+    """Fail unless the metrics of one batch fit their declaration.
+
+    Args:
+        step: called with `batch`; returns a metric dictionary as `Monitor.log` takes it.
+        batch: one batch.
+        schema: what is declared.
+        phase: the phase that the step stands for.
+
+    Raises:
+        AssertionError: it does not fit; the message lists every finding of severity warning and error.
+
+    Example:
+        >>> from stethoscope.watches import MetricSchema
+        >>> assert_metrics(lambda batch: {"loss": sum(batch)}, [1.0, 2.0], MetricSchema({"loss": float}))
+    """
+    report = schema.judge(step(batch), phase)
+    if not report.ok:
+        raise AssertionError(str(report))

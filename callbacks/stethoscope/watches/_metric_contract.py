@@ -75,6 +75,7 @@ class Contract:
 
     def __init__(self, fields: Mapping[str, Field], aliases: Mapping[str, str | Sequence[str]]) -> None:
         self.fields = dict(fields)
+        self.means = tuple(name for name, field in self.fields.items() if field.mean_of)
         self._table: dict[tuple[str, str], str] = {}
         self._same = _groups(aliases)
         self._plans: dict[tuple[str, tuple[str, ...]], tuple[Plan, ...]] = {}

@@ -269,7 +269,7 @@ class _Dictionary:
                 and (tag.startswith(_STICKY) or tag.rpartition("|")[2] not in {*self.plan.bares, *self.plan.held})
             ]
             self.after["active"] = keep + list(self.problems)
-        return {"phases": phases, "last": phase, "said": [*said, *compared] if compared else said}, found
+        return {**self.state, "phases": phases, "last": phase, "said": [*said, *compared] if compared else said}, found
 
 
 def _missing(at: At, name: str, given: Sequence[str], others: Sequence[str]) -> Finding:

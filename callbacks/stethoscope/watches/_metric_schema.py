@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence  # noqa: TC003 - LightningCLI reads the annotations at run time
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ from stethoscope._record import Finding, Record, Report
 from stethoscope.watches import _metric_findings as findings
 from stethoscope.watches import _metric_fold as fold
 from stethoscope.watches import _metric_lock as locks
+from stethoscope.watches import _metric_means as means
 from stethoscope.watches import _metric_names as names
 from stethoscope.watches._metric_contract import Contract
 from stethoscope.watches._metric_field import Field, read
@@ -80,6 +81,9 @@ class MetricSchema:
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the records of one log call; those of other sources are passed over."""
         new, found = fold.update(self._contract, state, records)
+        if self._contract.means:
+            new, more = means.update(self._contract, new, records)
+            found += more
         if not state["phases"] and new["phases"] and (difference := self.difference()):
             first = records[0]
             at = findings.At(first.step, first.phase, first.rank)
@@ -100,33 +104,36 @@ class MetricSchema:
             TypeError: not a dictionary, or keys that are not strings.
             FindingsError: with `on_mismatch="raise"`, a warning or an error was found.
         """
-        values: dict[str, float | None] = dict.fromkeys(self._contract.fields)
-        records = []
-        for name, value, kind in normalise(metrics):
-            number = None if value is None else float(value)
-            records.append(Record(name, number, 0, phase=phase, source="log", kind=kind))
-            values[self._contract.find(name, names.split(name).phase or names.phase(phase)) or name] = number
+        records = _read(metrics, phase)
         report = Report(title=f"{phase} metrics", findings=tuple(self._findings(records, phase)))
         if not report.ok and self.on_mismatch == "raise":
             report.raise_for_findings()
         if not report.ok and self.on_mismatch == "warn":
             warnings.warn(str(report), stacklevel=2)
+        values: dict[str, float | None] = dict.fromkeys(self._contract.fields)
+        for record in records:
+            usual = names.split(record.name).phase or names.phase(phase)
+            values[self._contract.find(record.name, usual) or record.name] = record.value  # type: ignore[assignment]  # no histogram is logged
         return values
+
+    def judge(self, metrics: object, phase: str = "train") -> Report:
+        """Return what is wrong with one dictionary by itself, whatever `on_mismatch` says. Waits for the device."""
+        return Report(title=f"{phase} metrics", findings=tuple(self._findings(_read(metrics, phase), phase)))
 
     def _findings(self, records: list[Record], phase: str) -> list[Finding]:
         """Judge one dictionary by itself; unlike in the loop, an empty one is a fault."""
         _, found = fold.update(self._contract, fold.init(), records)
         usual = names.phase(phase)
         held = {self._contract.find(record.name, names.split(record.name).phase or usual) for record in records}
-        if not any(finding.code == "metric-missing" for finding in found):
-            at = findings.At(None, phase)
-            given = [record.name for record in records]
-            found += [
-                findings.missing(at, name, given, names.nearest(name, given), declared=True)
-                for name in self._contract.expected(usual)
-                if name not in held
-            ]
-        return [finding for finding in found if finding.code != "metric-grad"]
+        said = {finding.evidence.get("metric") for finding in found if finding.code == "metric-missing"}
+        given = [record.name for record in records]
+        found += [
+            findings.missing(findings.At(0, phase), name, given, names.nearest(name, given), declared=True)
+            for name in self._contract.expected(usual)
+            if name not in held | said
+        ]
+        # There is no step here, and whoever validates a loss may call backward on it next.
+        return [replace(finding, step=None) for finding in found if finding.code != "metric-grad"]
 
     @classmethod
     def learn(cls, train: Iterable[object], val: Iterable[object] = (), **options: Any) -> MetricSchema:
@@ -202,3 +209,10 @@ class MetricSchema:
         if self.fields is not None:
             self._locked  # noqa: B018 - a corrupt lock file is said at set-up
         return Contract(declared, self.aliases)
+
+
+def _read(metrics: object, phase: str) -> list[Record]:
+    return [
+        Record(name, None if value is None else float(value), 0, phase=phase, source="log", kind=kind)
+        for name, value, kind in normalise(metrics)
+    ]
