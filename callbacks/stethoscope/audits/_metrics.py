@@ -14,7 +14,7 @@ from stethoscope._metrics import normalise
 from stethoscope._record import Finding, Record, Report
 from stethoscope.audits._untouched import untouched
 from stethoscope.watches import MetricSchema
-from stethoscope.watches._metric_names import nearest
+from stethoscope.watches._metric_names import loss, nearest, rate
 from stethoscope.watches._metric_ranks import rank_differences
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _run(
         try:
             flat = normalise(step(batch))
         except Exception as error:  # noqa: BLE001 - whatever the user's step raises is what this audit reports
-            return [], _failed(phase, error, [*asked.given, *known])
+            return [], _failed(phase, error, asked, known)
     return [
         Record(name, None if value is None else float(value), 0, phase=phase, source="log", kind=kind)
         for name, value, kind in flat
@@ -126,35 +126,42 @@ class _Asked:
     def __init__(self) -> None:
         self.given: list[str] = []
         self.defaulted: list[str] = []
+        self.missed: list[str] = []
 
     def hook(self, _module: nn.Module, _args: object, output: object) -> object:
         if type(output) is not dict:
             return None
         self.given += [key for key in output if isinstance(key, str) and key not in self.given]
-        return _Heard(output, self.defaulted)
+        return _Heard(output, self)
 
 
 class _Heard(dict[Any, Any]):
-    def __init__(self, held: dict[Any, Any], defaulted: list[str]) -> None:
+    def __init__(self, held: dict[Any, Any], asked: _Asked) -> None:
         super().__init__(held)
-        self._defaulted = defaulted
+        self._asked = asked
+
+    def __missing__(self, key: Any) -> Any:
+        self._asked.missed.append(key)
+        raise KeyError(key)
 
     def get(self, key: Any, default: Any = None, /) -> Any:
-        if key not in self and default is not None and isinstance(key, str) and key not in self._defaulted:
-            self._defaulted.append(key)
+        if key not in self and default is not None and isinstance(key, str) and key not in self._asked.defaulted:
+            self._asked.defaulted.append(key)
         return super().get(key, default)
 
 
-def _failed(phase: str, error: Exception, given: list[str]) -> Finding:
+def _failed(phase: str, error: Exception, asked: _Asked, known: list[str]) -> Finding:
     """Say what an exception of a step means for its metrics."""
+    given = asked.given or known
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if CODE not in Path(frame.filename).parents]
     frames = [frame for frame in frames if frame.filename != __file__]
     where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     line = frames[-1].line or "" if frames else ""
     evidence = {"exception": f"{type(error).__name__}: {error}", "where": where, "line": line, "given": given}
     at = f" ({where}: {line})" if where else ""
-    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
-        key = error.args[0]
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    # Any dictionary can lack a key; a batch that does is not what is looked for.
+    if isinstance(key, str) and (key in asked.missed or key in known or not asked.given or rate(key) or loss(key)):
         meant = nearest(key, given)
         return Finding(
             "metric-missing",
@@ -167,7 +174,7 @@ def _failed(phase: str, error: Exception, given: list[str]) -> Finding:
         )
     text = str(error)
     mixed_up = isinstance(error, AttributeError) and isinstance(error.obj, tuple | list | float | int | dict | None)
-    if mixed_up or (isinstance(error, TypeError) and ("must be Tensor, not" in text or "must be a dictionary" in text)):
+    if mixed_up or (isinstance(error, TypeError) and ("must be Tensor, not" in text or "etrics must be" in text)):
         return Finding(
             "metric-type",
             "error",
