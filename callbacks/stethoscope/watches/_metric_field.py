@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import warnings
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -116,7 +117,9 @@ class Field:
         from pydantic.errors import PydanticInvalidForJsonSchema
 
         try:
-            return dict(self._adapter.json_schema())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what JSON cannot hold is refused by the caller
+                return dict(self._adapter.json_schema())
         except (PydanticUserError, PydanticInvalidForJsonSchema, TypeError):
             return {}
 

@@ -6,6 +6,7 @@ entry per bare name, see `_fresh`. An entry that fares as usual is not touched, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.watches import _metric_findings as findings
@@ -237,6 +238,8 @@ class _Dictionary:
             count = seen(entry, self.after)
             if count < LEARN or self.contract.find(entry["raw"], self.plan.phase) is not None:
                 continue
+            if f"metric-missing|{bare}" in self.old["active"]:
+                continue  # renamed, and said so
             # Right away where nothing but this changed; else the gap must be longer than any that was healthy so far.
             steady = not entry["longest"]
             if (subset and steady and count == self.old["n"]) or entry["absent"] > 2 * entry["longest"] + 1:
@@ -244,9 +247,8 @@ class _Dictionary:
             elif steady and novel and (renamed := names.nearest(entry["raw"], novel)):
                 given = self.plan.given
                 self._say("metric-missing", bare, findings.missing, entry["raw"], given, renamed, declared=False)
-                self._say(
-                    "metric-unexpected", renamed, findings.unexpected, renamed, entry["raw"], (), "metric-missing"
-                )
+                again = partial(findings.unexpected, cause="metric-missing")
+                self._say("metric-unexpected", renamed, again, renamed, entry["raw"], ())
         if gaps != self.old.get("gaps", False):
             self.after["gaps"] = gaps
 

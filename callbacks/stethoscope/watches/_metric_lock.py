@@ -119,11 +119,9 @@ def _field(entry: Mapping[str, Any]) -> Field:
 
 def _shown(entry: Mapping[str, Any], key: str) -> str:
     value = entry.get(key, getattr(_DEFAULT, key, None))
-    return (
-        {True: "yes", False: "no", None: "none"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+    if isinstance(value, list | tuple):
+        return ", ".join(value) or "none"
+    return {"True": "yes", "False": "no", "None": "none"}.get(str(value), str(value))
 
 
 def _words(field: Field) -> str:
