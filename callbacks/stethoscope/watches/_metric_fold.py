@@ -236,8 +236,8 @@ class _Dictionary:
             gaps = True
             entry = self._change(bare, absent=entry["absent"] + 1, missed=entry["missed"] + 1)
             count = seen(entry, self.after)
-            if count < LEARN or self.contract.find(entry["raw"], self.plan.phase) is not None:
-                continue
+            if count < LEARN or self.contract.fields:
+                continue  # where something is declared, that is the rule
             if f"metric-missing|{bare}" in self.old["active"]:
                 continue  # renamed, and said so
             # Right away where nothing but this changed; else the gap must be longer than any that was healthy so far.
