@@ -51,9 +51,9 @@ def lightning_known(trainer: Any) -> dict[str, set[str]]:
     for phase, results in (("train", getattr(loop, "_results", None)), ("val", getattr(val_loop, "_results", None))):
         for result in (results or {}).values():
             meta = result.meta
-            known[phase] |= {meta.name} | (
-                {f"{meta.name}_step", f"{meta.name}_epoch"} if meta.on_step and meta.on_epoch else set()
-            )
+            loader = "" if meta.dataloader_idx is None else f"/dataloader_idx_{meta.dataloader_idx}"
+            forked = ("", "_step", "_epoch") if meta.on_step and meta.on_epoch else ("",)
+            known[phase] |= {f"{meta.name}{fork}{loader}" for fork in forked}
     ran_val = bool(getattr(trainer, "num_sanity_val_steps", 0)) and bool(held or known["val"])
     asked = {key for _, key in lightning(trainer)}
     known["train"] |= held | _quoted(
