@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding
@@ -9,7 +10,7 @@ from stethoscope._record import Finding
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from stethoscope._record import JSON, Severity
+    from stethoscope._record import JSON
 
 KINDS = {
     "pair": "a (value, weight) pair",
@@ -61,7 +62,7 @@ def unexpected(at: At, name: str, nearest: str | None, phases: Iterable[str], *,
         rule = f"is declared for {' and '.join(elsewhere)} only"
     else:
         rule = f"is not among the known metrics; the nearest is {nearest!r}" if nearest else "is not declared"
-    found = Finding(
+    return Finding(
         "metric-unexpected",
         "warning" if nearest or elsewhere else "info",
         f"{name!r} in the {at.phase} metrics {rule}.",
@@ -74,8 +75,8 @@ def unexpected(at: At, name: str, nearest: str | None, phases: Iterable[str], *,
             metric=name,
             nearest=nearest,
         ),
+        cause=cause,
     )
-    return Finding(**{**vars(found), "cause": cause}) if cause else found
 
 
 def wrong_kind(
@@ -303,7 +304,12 @@ def lock_differs(at: At, path: str, difference: str) -> Finding:
 
 
 def _evidence(**evidence: JSON) -> dict[str, JSON]:
-    return {name: value for name, value in evidence.items() if value not in (None, "", [])}
+    """Return strict JSON without what is empty."""
+    kept = {name: value for name, value in evidence.items() if value not in (None, "", [])}
+    return {
+        name: _number(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in kept.items()
+    }
 
 
 def _listed(given: Iterable[str]) -> str:
@@ -316,6 +322,4 @@ def _listed(given: Iterable[str]) -> str:
 
 
 def _number(value: float) -> str:
-    if value != value:  # noqa: PLR0124 - NaN is the value that differs from itself
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
