@@ -5,3 +5,4 @@ from stethoscope.watches._metric_monitors import unknown_monitors as unknown_mon
 from stethoscope.watches._metric_ranks import names_by_rank as names_by_rank
 from stethoscope.watches._metric_ranks import rank_differences as rank_differences
 from stethoscope.watches._metric_schema import MetricSchema as MetricSchema
+from stethoscope.watches._nonfinite import NonFinite as NonFinite
