@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stethoscope import Record
+from stethoscope import Monitor, Record
 from stethoscope._metrics import normalise
 from stethoscope.watches import Field, MetricSchema
 
@@ -227,3 +227,25 @@ def test_none_missing_and_zero_are_three_things():
     zero = follow([*train, ("val", {"loss": 1.0, "acc": 0.0})])
     assert (codes(with_none), codes(missing)) == ([], [])
     assert codes(zero) == [("metric-phase-mismatch", "acc")]
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS, ids=lambda toolkit: toolkit.__name__)
+def test_the_monitor_finds_what_the_records_say(toolkit):
+    """Tensors come late and in an order of their own; the verdict is the same."""
+    stream = list(toolkit(random.Random(0)))
+    broken = [*stream, ("train", {"loss": float("nan")}), ("val", {"surprise": torch.tensor(float("inf"))})]
+    with Monitor(torch.nn.Linear(1, 1), watches=[MetricSchema()], strict=True) as monitor:
+        for phase, metrics in broken:
+            monitor.log(metrics, phase)
+    assert sorted(codes(monitor.findings)) == sorted(codes(follow(broken)))
+    assert "metric-nonfinite" in {finding.code for finding in monitor.findings}
+
+
+def test_history_2_through_the_monitor():
+    with Monitor(torch.nn.Linear(1, 1), watches=[MetricSchema()], strict=True) as monitor:
+        for _ in range(5):
+            monitor.step(loss=torch.tensor(1.0))
+            monitor.log({"loss": torch.tensor(1.0), "th_accuracy": torch.tensor(0.5)}, phase="train")
+        monitor.log({"loss": torch.tensor(1.0)}, phase="cv")
+    (found,) = monitor.findings
+    assert (found.code, found.step, found.phase) == ("metric-phase-mismatch", 4, "cv")

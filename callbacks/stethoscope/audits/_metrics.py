@@ -112,7 +112,7 @@ def _run(
             stack.callback(model.register_forward_hook(asked.hook).remove)
         try:
             flat = normalise(step(batch))
-        except Exception as error:  # noqa: BLE001 - whatever the user's step raises is what this audit reports
+        except Exception as error:  # whatever a step raises is what this audit reports
             return [], _failed(phase, error, asked, known)
     return [
         Record(name, None if value is None else float(value), 0, phase=phase, source="log", kind=kind)

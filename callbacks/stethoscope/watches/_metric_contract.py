@@ -47,7 +47,7 @@ class Plan(NamedTuple):
         given: all names.
         bares: bare name to name as given, of the slots.
         held: the declared metrics that are there.
-        shape: all names in one text.
+        shape: all names in one text, whatever their order.
         empty: whether there is bookkeeping only.
     """
 
@@ -165,7 +165,7 @@ class Contract:
             tuple(part),
             {slot.bare: slot.raw for slot in slots},
             frozenset(held),
-            "\n".join(part),
+            "\n".join(sorted(part)),
             all(names.bookkeeping(slot.bare) for slot in slots),
         )
 

@@ -85,12 +85,12 @@ def markdown(fields: Mapping[str, Field]) -> str:
                 "tensor" if field.tensor else str(field.schema["type"]),
                 field.unit,
                 _range(field),
-                "yes" if field.required else "no",
+                "yes" if field.required and not field.mean_of else "no",
                 "yes" if field.nullable else "no",
                 ", ".join(field.phases) or "all",
                 field.better,
                 ", ".join(field.aliases),
-                field.description,
+                field.description or (f"mean of {field.mean_of} over an epoch" if field.mean_of else ""),
             )
         )
     return "\n".join("| " + " | ".join(map(_escaped, row)) + " |" for row in rows) + "\n"
