@@ -139,6 +139,26 @@ def test_a_renamed_key_is_missing_with_its_new_name():
     assert found[0].evidence["nearest"] == "top1_accuracy"
 
 
+def test_a_key_that_is_new_in_the_third_round_is_an_info():
+    rounds = [
+        records
+        for start in (0, 10, 20)
+        for records in log(start=start, loss=[1.0] * 5) + log("val", start=start + 5, loss=[1.0])
+    ]
+    (found,) = replay(MetricSchema(), rounds + log(start=30, loss=[1.0] * 3, extra=[1.0] * 3))[:1]
+    assert (found.code, found.severity, found.evidence["metric"]) == ("metric-unexpected", "info", "extra")
+
+
+def test_names_without_end_do_not_fill_the_memory():
+    schema = MetricSchema()
+    state = schema.init()
+    for step in range(1500):
+        state, _ = schema.update(
+            state, [Record(f"loss_of_{step}", 1.0, step, source="log"), Record("loss", 1.0, step, source="log")]
+        )
+    assert len(json.dumps(state)) < 400_000
+
+
 @pytest.mark.parametrize("every", [2, 10, 50])
 def test_a_key_that_comes_now_and_then_has_not_vanished(every):
     rare = [0.5 if step % every == 0 else ... for step in range(300)]

@@ -158,7 +158,7 @@ def _failed(phase: str, error: Exception, asked: _Asked, known: list[str]) -> Fi
     where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     line = frames[-1].line or "" if frames else ""
     evidence = {"exception": f"{type(error).__name__}: {error}", "where": where, "line": line, "given": given}
-    at = f" ({where}: {line})" if where else ""
+    at = f" ({': '.join(part for part in (where, line) if part)})" if where else ""
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     # Any dictionary can lack a key; a batch that does is not what is looked for.
     if isinstance(key, str) and (key in asked.missed or key in known or not asked.given or rate(key) or loss(key)):

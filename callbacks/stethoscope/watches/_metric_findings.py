@@ -61,7 +61,7 @@ def unexpected(at: At, name: str, nearest: str | None, phases: Iterable[str], *,
     if elsewhere:
         rule = f"is declared for {' and '.join(elsewhere)} only"
     else:
-        rule = f"is not among the known metrics; the nearest is {nearest!r}" if nearest else "is not declared"
+        rule = f"is not among the known metrics; the nearest is {nearest!r}" if nearest else "is new"
     return Finding(
         "metric-unexpected",
         "warning" if nearest or elsewhere else "info",

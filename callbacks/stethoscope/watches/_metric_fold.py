@@ -27,6 +27,11 @@ LEARN = 2
 STREAK = 100
 """Values in a row that must be None, or exactly 0.0 for an accuracy. A batch of 8 items of 1000 classes has none
 right 99 % of the time by chance, but hardly a hundred in a row once anything is learned."""
+LOCKED = 2
+"""Times that a phase must have been come back to before a new key in it is worth an info: by then what
+is logged once per epoch has been seen, also in Lightning, which validates before its training epoch ends."""
+KEYS = 1000
+"""Most keys kept per phase; names that hold a step or a file name would fill the memory."""
 SHAPES = 32
 """Most shapes kept per phase; a stream with more is not judged by shape any further."""
 
@@ -108,6 +113,10 @@ class _Dictionary:
             value, kind = record.value, record.kind
             entry = self.keys.get(slot.bare)
             if entry is None:
+                if len(self.keys) >= KEYS:
+                    continue
+                if not self.contract.fields and self.old.get("returns", 0) >= LOCKED:
+                    self._say("metric-unexpected", slot.raw, findings.unexpected, slot.raw, None, ())
                 self.fresh = True
                 entry = self.keys[slot.bare] = _fresh(slot.raw, self.old["n"])
             if entry["raw"] != slot.raw:
@@ -236,10 +245,13 @@ class _Dictionary:
             gaps = True
             entry = self._change(bare, absent=entry["absent"] + 1, missed=entry["missed"] + 1)
             count = seen(entry, self.after)
-            if count < LEARN or self.contract.fields:
-                continue  # where something is declared, that is the rule
-            if f"metric-missing|{bare}" in self.old["active"]:
-                continue  # renamed, and said so
+            if count < LEARN or self.contract.find(entry["raw"], self.plan.phase) is not None:
+                continue
+            if (
+                f"metric-missing|{bare}" in self.old["active"]
+                or f"metric-unexpected|{entry['raw']}" in self.old["active"]
+            ):
+                continue  # renamed or not declared, and said so
             # Right away where nothing but this changed; else the gap must be longer than any that was healthy so far.
             steady = not entry["longest"]
             if (subset and steady and count == self.old["n"]) or entry["absent"] > 2 * entry["longest"] + 1:
@@ -255,6 +267,8 @@ class _Dictionary:
     def _close(self) -> tuple[State, list[Finding]]:
         phase, active, said = self.plan.phase, self.old["active"], self.state["said"]
         phases = {**self.state["phases"], phase: self.after}
+        if self.state["last"] not in {"", phase} and self.old["n"]:
+            self.after["returns"] = self.old.get("returns", 0) + 1
         compared: dict[str, Callable[[At], Finding]] = {}
         if self.fresh or self.state["last"] != phase:
             compared = {
