@@ -1,5 +1,6 @@
 """`audits.metrics` on code of the shape of wenet-e2e/wenet: a model whose forward returns a dictionary, an executor that reads it."""
 
+import functools
 import random
 
 import numpy as np
@@ -145,6 +146,58 @@ def test_nothing_is_left_behind():
     assert model.training
     assert not frozen.training
     assert not model._forward_hooks
+
+
+GLOBAL = nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3))
+DATA = list(range(20_000))
+
+
+def by_global(batch):
+    DATA[0] += 0
+    return {"loss": GLOBAL(batch).mean()}
+
+
+class Nested:
+    def __init__(self, model):
+        self.data, self.parts = DATA, {"models": [model]}
+
+    def step(self, batch):
+        return {"loss": self.parts["models"][0](batch).mean()}
+
+
+@pytest.mark.parametrize("how", ["global", "closure", "partial", "default", "bound", "module"])
+def test_a_model_is_reached_and_put_back(how):
+    model = GLOBAL if how == "global" else nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3))
+
+    def closure(batch):
+        return {"loss": model(batch).mean()}
+
+    def default(batch, model=model):
+        return {"loss": model(batch).mean()}
+
+    def with_model(model, batch):
+        return {"loss": model(batch).mean()}
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, batch):
+            return {"loss": self.inner(batch).mean()}
+
+    step = {
+        "global": by_global,
+        "closure": closure,
+        "partial": functools.partial(with_model, model),
+        "default": default,
+        "bound": Nested(model).step,
+        "module": Both(),
+    }[how]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert audits.metrics(step, step, torch.randn(4, 8), torch.randn(4, 8)).ok
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
 
 
 def test_random_state_and_gradients_are_put_back_after_an_exception():

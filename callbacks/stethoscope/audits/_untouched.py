@@ -7,6 +7,7 @@ import functools
 import inspect
 import random
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 DEPTH = 3
 """Attributes of attributes that are followed: a bound method's object, its trainer, the trainer's model."""
+WIDTH = 100
+"""Entries of a collection that are followed: beyond that it is data."""
 MOST = 10_000
 """Objects looked at before the search ends."""
 
@@ -87,7 +90,7 @@ def _reached(functions: tuple[Callable[..., Any], ...]) -> Iterator[Any]:
         if isinstance(thing, nn.Module):
             yield thing
             continue
-        if hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
+        if all(callable(getattr(type(thing), name, None)) for name in ("state_dict", "load_state_dict")):
             yield thing
         queue += [(other, depth + 1) for other in _held(thing)] if depth <= DEPTH else []
 
@@ -102,8 +105,8 @@ def _held(thing: Any) -> Iterator[Any]:
         held = inspect.getclosurevars(thing)
         yield from (*held.nonlocals.values(), *held.globals.values(), *(thing.__defaults__ or ()))
     elif isinstance(thing, dict):
-        yield from thing.values()
+        yield from islice(thing.values(), WIDTH)
     elif isinstance(thing, list | tuple | set):
-        yield from thing
+        yield from islice(thing, WIDTH)
     elif not isinstance(thing, torch.Tensor):
         yield from getattr(thing, "__dict__", {}).values()
