@@ -161,6 +161,25 @@ def test_a_healthy_stream_fits_what_was_learned_from_its_first_third(toolkit):
     assert not [finding for finding in follow(stream, learned) if finding.severity == "error"]
 
 
+def cadences(rng):
+    """Each metric comes at steps of its own, in one dictionary or in several; validation is logged whole or in pieces."""
+    names = rng.sample(["loss", "loss_ctc", "loss_att", "acc", "wer", "si_sdr_db", "kl"], rng.randint(2, 5))
+    every = {name: rng.choice([1, 1, 1, 2, 5, 10, 50]) for name in names}
+    offset = {name: rng.choice([0, every[name] - 1]) for name in names}
+    prefix, pieces = rng.choice(["", "val_", "valid/"]), rng.random() < 0.3
+    for epoch in range(rng.choice([1, 3, 6])):
+        for step in range(epoch * 60, epoch * 60 + 60):
+            held = {name: rng.random() for name in names if step % every[name] == offset[name]}
+            yield from [("train", {name: held[name]}) for name in held] if pieces else [("train", held)]
+        held = {prefix + name: rng.random() for name in names}
+        yield from [("val", {name: held[name]}) for name in held] if pieces else [("val", held)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_metrics_at_any_cadence_give_no_warning(seed):
+    assert [finding for finding in follow(cadences(random.Random(seed))) if finding.severity != "info"] == []
+
+
 def rnnt(rng, *, accuracy, steps=20):
     """Training of a pure RNN-T: what its forward returns for `th_accuracy` is the history."""
     for step in range(steps):

@@ -27,6 +27,9 @@ LEARN = 2
 STREAK = 100
 """Values in a row that must be None, or exactly 0.0 for an accuracy. A batch of 8 items of 1000 classes has none
 right 99 % of the time by chance, but hardly a hundred in a row once anything is learned."""
+STRANGE = 10
+"""Dictionaries in a row that a key may be absent from, beyond twice its longest gap, while no key is in all of them:
+then metrics are logged piece by piece, and nothing tells which piece is late."""
 LOCKED = 2
 """Times that a phase must have been come back to before a new key in it is worth an info: by then what
 is logged once per epoch has been seen, also in Lightning, which validates before its training epoch ends."""
@@ -236,6 +239,11 @@ class _Dictionary:
 
     def _absences(self, novel: list[str], *, subset: bool) -> None:
         gaps = False
+        companion = any(
+            not self.keys[bare]["missed"] and not self.keys[bare]["since"]
+            for bare in self.plan.bares
+            if bare in self.keys
+        )
         for bare in self.keys:
             entry = self.keys[bare]
             if bare in self.plan.bares:
@@ -252,9 +260,12 @@ class _Dictionary:
                 or f"metric-unexpected|{entry['raw']}" in self.old["active"]
             ):
                 continue  # renamed or not declared, and said so
-            # Right away where nothing but this changed; else the gap must be longer than any that was healthy so far.
+            # A companion that has always been there tells that this dictionary is one of the usual kind. With it, a key
+            # that was always there too is missed at once if nothing else changed; else the gap must be longer than any
+            # that was healthy so far.
             steady = not entry["longest"]
-            if (subset and steady and count == self.old["n"]) or entry["absent"] > 2 * entry["longest"] + 1:
+            patience = 2 * entry["longest"] + (1 if companion else STRANGE)
+            if (subset and companion and steady and count == self.old["n"]) or entry["absent"] > patience:
                 self._say("metric-vanished", bare, findings.vanished, entry["raw"], count, entry["absent"])
             elif steady and novel and (renamed := names.nearest(entry["raw"], novel)):
                 given = self.plan.given
