@@ -130,8 +130,7 @@ def nonfinite_level(low: Tensor, high: Tensor) -> Tensor:
         low: smallest values, any shape; NaN where any value is NaN, as `aminmax` has it.
         high: largest values, same shape.
     """
-    bound = high - low
-    return (~bound.isfinite()).float() + (low.isnan() | high.isnan())
+    return (~(low.isfinite() & high.isfinite())).float() + (low.isnan() | high.isnan())
 
 
 def nonfinite_count(x: Tensor) -> Tensor:
