@@ -121,7 +121,7 @@ def test_nothing_is_left_behind():
 
     def train(batch):  # a step that does more than it should
         random.random()
-        np.random.rand()  # noqa: NPY002 - the global generator is the point
+        np.random.rand()
         metrics = executor.train(batch)
         executor.optimizer.step()
         return metrics
@@ -131,12 +131,12 @@ def test_nothing_is_left_behind():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = [(weight.grad, weight.grad.clone()) for weight in model.parameters()]
     steps = [state["step"].clone() for state in executor.optimizer.state.values()]
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002 - as above
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     report = audits.metrics(train, executor.cv, torch.randn(4, 8), torch.randn(4, 8))
     assert report.ok
     torch.set_rng_state(states[2])
     assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002 - as above
+    assert np.random.get_state()[1].tolist() == states[1]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     for weight, (gradient, value) in zip(model.parameters(), gradients, strict=True):
