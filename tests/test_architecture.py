@@ -24,7 +24,7 @@ LAYERS = {
     "_metrics.py": set(),
     "_transfer.py": {"_protocols", "_record"},
     "probes": {"", "_protocols", "_record", "_tree", "stats", "separation_stats"},
-    "watches": {"", "_metrics", "_protocols", "_record", "probes"},
+    "watches": {"", "_metrics", "_protocols", "_record", "probes"},  # _metrics names tensors in annotations only
     "sinks": {"", "_protocols", "_record"},
     "_diagnosis.py": {"_protocols", "_record"},
 }

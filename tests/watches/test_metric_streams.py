@@ -220,6 +220,16 @@ def test_history_3_none_in_training_becomes_zero_in_validation():
     assert (found.evidence["train"], found.evidence["val"]) == ("none", 0.0)
 
 
+def test_history_3_also_where_none_is_declared_or_the_name_says_its_phase():
+    declared = MetricSchema({"loss": float, "loss_rnnt": float, "th_accuracy": float | None})
+    stream = [*rnnt(random.Random(0), accuracy={"th_accuracy": None})]
+    cv = {"loss": 2.0, "loss_rnnt": 2.0}
+    for name, schema in (("acc", declared), ("val_acc", declared), ("valid/accuracy", MetricSchema())):
+        (found,) = follow([*stream, ("cv", cv | {name: 0.0})], schema)
+        assert (found.code, found.severity, found.evidence["train"]) == ("metric-phase-mismatch", "warning", "none")
+        assert follow([*stream, ("cv", cv | {name: 0.5})], schema) == []
+
+
 def test_history_4_missing_in_training_becomes_zero_in_validation():
     stream = [*rnnt(random.Random(0), accuracy={})]
     stream += [("cv", {"loss": 2.0, "loss_rnnt": 2.0, "acc": 0.0})] * 3

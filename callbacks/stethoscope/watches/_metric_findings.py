@@ -266,15 +266,14 @@ def made_up(at: At, name: str, train: str, zeros: int) -> Finding:
     )
 
 
-def graph(at: At, name: str, *, loss: bool) -> Finding:
+def graph(at: At, name: str, *, usual: bool) -> Finding:
     """Say that a logged tensor still has its graph."""
-    usual = loss and at.phase == "train"
     return Finding(
         "metric-grad",
         "info" if usual else "warning",
         f"{name!r} in the {at.phase} metrics still has its graph (requires_grad). Only a detached copy was taken here.",
         "Keep name.detach() in lists and running sums: each entry that has its graph keeps a whole step's activations in memory."
-        + ("" if usual or at.phase == "train" else " Run validation under torch.no_grad()."),
+        + ("" if at.phase == "train" else " Run validation under torch.no_grad()."),
         at.step,
         "",
         at.phase,

@@ -134,7 +134,8 @@ class _Dictionary:
             if kind in _TENSORS:
                 stayed = True
                 if kind == "tensor-grad":
-                    self._say("metric-grad", slot.bare, findings.graph, slot.raw, loss=names.loss(slot.bare))
+                    usual = names.loss(slot.bare) and self.plan.phase == "train"
+                    self._say("metric-grad", "" if usual else slot.bare, findings.graph, slot.raw, usual=usual)
             if of == "number" and entry["tensor"] is not (kind in _TENSORS):
                 if entry["tensor"] and not entry["mixed"] and numbers(entry, self.after) > LEARN:
                     flipped.append(slot)

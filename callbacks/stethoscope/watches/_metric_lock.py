@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.watches._metric_field import Field
@@ -16,12 +16,7 @@ VERSION = 1
 _TYPES = {"number": float, "integer": int, "boolean": bool}
 _LIMITS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}
 _PLAIN = ("required", "nullable", "finite", "unit", "phases", "aliases", "better", "mean_of", "weight", "tensor")
-
-
-@cache
-def _default() -> Field:
-    # not at import: the first Field brings pydantic along
-    return Field()
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(Field)}
 
 
 def dumps(fields: Mapping[str, Field]) -> str:
@@ -107,7 +102,7 @@ def _entry(field: Field) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": schema["type"], **{limit: schema[limit] for limit in _LIMITS if limit in schema}}
     for name in _PLAIN:
         value = getattr(field, name)
-        if name == "required" or value != getattr(_default(), name):
+        if name == "required" or value != _DEFAULTS[name]:
             entry[name] = list(value) if isinstance(value, tuple) else value
     return entry
 
@@ -124,7 +119,7 @@ def _field(entry: Mapping[str, Any]) -> Field:
 
 
 def _shown(entry: Mapping[str, Any], key: str) -> str:
-    value = entry.get(key, getattr(_default(), key, None))
+    value = entry.get(key, _DEFAULTS.get(key))
     if isinstance(value, list | tuple):
         return ", ".join(value) or "none"
     return {"True": "yes", "False": "no", "None": "none"}.get(str(value), str(value))

@@ -9,7 +9,7 @@ from stethoscope.watches import _metric_findings as findings
 from stethoscope.watches import _metric_names as names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from stethoscope._record import Finding
     from stethoscope.watches._metric_contract import Contract
@@ -46,48 +46,46 @@ def compare(
     # A toolkit may log in pieces. While validation is under way, only what training logs together with what is here is
     # expected here; once training goes on, validation has said all it has to say.
     expected = _together(train["shapes"], present, contract) if phase == "val" else train["keys"].keys()
-    parts = tuple({names.split(raw).bare for shape in val["shapes"] for raw in shape.split("\n")})
+    yield from _only_in_train(contract, train, val, expected)
+    yield from _only_in_val(contract, train, val)
+
+
+def _only_in_train(
+    contract: Contract, train: Mapping[str, Any], val: Mapping[str, Any], expected: Iterable[str]
+) -> Iterator[tuple[str, Callable[[At], Finding]]]:
+    given = [other["raw"] for other in val["keys"].values()]
+    parts = {names.split(raw).bare for shape in val["shapes"] for raw in shape.split("\n")}
     for bare in expected:
-        entry = train["keys"].get(bare, {})
-        if not numbers(entry, train) or not _judged(contract, entry, "train"):
+        entry = train["keys"].get(bare)
+        if not numbers(entry, train) or names.bookkeeping(bare) or contract.find(entry["raw"], "train") is not None:
             continue
         # A numerator and a denominator, wer_num and wer_denom, are the metric too: it is their quotient.
-        if not _in(contract, bare, val["keys"]) and not any(part.startswith(f"{bare}_") for part in parts):
-            given = [other["raw"] for other in val["keys"].values()]
-            make = partial(_only_in_train, name=entry["raw"], given=given)
-            yield f"metric-phase-mismatch|train|{bare}", make
-    for bare, entry in val["keys"].items():
-        count = numbers(entry, val)
-        if not count or not _judged(contract, entry, "val") or names.split(entry["raw"]).phase:
-            continue  # a name that says val is meant for val
-        there = _in(contract, bare, train["keys"])
-        computed = there is not None and numbers(train["keys"][there], train) > 0
-        if not computed and names.rate(bare) and entry["zeros"] == count:
-            if there is not None:
-                yield (
-                    f"metric-phase-mismatch|zero|{bare}",
-                    partial(_made_up, name=entry["raw"], zeros=entry["zeros"], train="none"),
-                )
-            elif entry["zeros"] >= ZEROS:
-                yield (
-                    f"metric-phase-mismatch|zero|{bare}",
-                    partial(_made_up, name=entry["raw"], zeros=entry["zeros"], train="missing"),
-                )
-        if there is None:
-            yield f"metric-phase-mismatch|val|{bare}", partial(findings.only_in_val, name=entry["raw"])
+        if _in(contract, bare, val["keys"]) is None and not any(part.startswith(f"{bare}_") for part in parts):
+            yield f"metric-phase-mismatch|train|{bare}", partial(_named, name=entry["raw"], given=given)
 
 
-def _only_in_train(at: At, *, name: str, given: list[str]) -> Finding:
+def _named(at: At, *, name: str, given: list[str]) -> Finding:
     return findings.only_in_train(at, name, given, names.nearest(name, given))
 
 
-def _made_up(at: At, *, name: str, train: str, zeros: int) -> Finding:
-    return findings.made_up(at, name, train, zeros)
-
-
-def _judged(contract: Contract, entry: Mapping[str, Any], phase: str) -> bool:
-    raw = entry["raw"]
-    return not names.bookkeeping(names.split(raw).bare) and contract.find(raw, phase) is None
+def _only_in_val(
+    contract: Contract, train: Mapping[str, Any], val: Mapping[str, Any]
+) -> Iterator[tuple[str, Callable[[At], Finding]]]:
+    for bare, entry in val["keys"].items():
+        raw, count = entry["raw"], numbers(entry, val)
+        if not count or names.bookkeeping(bare):
+            continue
+        there = _in(contract, bare, train["keys"])
+        zero = names.rate(bare) and entry["zeros"] == count
+        if there is not None:
+            if zero and not numbers(train["keys"][there], train):
+                make = partial(findings.made_up, name=raw, train="none", zeros=count)
+                yield f"metric-phase-mismatch|zero|{bare}", make
+        elif not names.split(raw).phase and contract.find(raw, "val") is None:  # val_wer is meant for val
+            if zero and count >= ZEROS:
+                make = partial(findings.made_up, name=raw, train="missing", zeros=count)
+                yield f"metric-phase-mismatch|zero|{bare}", make
+            yield f"metric-phase-mismatch|val|{bare}", partial(findings.only_in_val, name=raw)
 
 
 def _in(contract: Contract, bare: str, keys: Mapping[str, Any]) -> str | None:
