@@ -1,0 +1,208 @@
+"""Calls a model again and again as if each call were the first, and leaves it as it was found."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
+_WIDE |= {torch.complex32: torch.complex128, torch.complex64: torch.complex128}
+
+
+class Subject(NamedTuple):
+    """What is audited: `call(*arguments)`, and the module behind it, where there is one."""
+
+    call: Callable[..., Any]
+    module: nn.Module | None
+
+
+def resolve(model: Any, forward: Any, arguments: int) -> Subject:
+    """Find out what to call and which module it runs.
+
+    Args:
+        model: module, bound method or function; a function's modules are found in what it refers to.
+        forward: None, the name of a method, or a callable taking `(*inputs)` or `(model, *inputs)`.
+        arguments: how many inputs there are.
+    """
+    if not callable(model) and forward is None:
+        raise TypeError(
+            f"`model` must be callable, got {type(model).__name__}. Name the method to call: forward='...'."
+        )
+    if isinstance(model, nn.Module):
+        model = _unwrapped(model)
+    module = _module_of(model)
+    if forward is None:
+        return Subject(model, module)
+    if isinstance(forward, str):
+        if not callable(getattr(model, forward, None)):
+            raise ValueError(  # noqa: TRY004  # the name is wrong, not its type
+                f"{type(model).__name__} has no method {forward!r}. Give the name of one, or a callable."
+            )
+        return Subject(getattr(model, forward), module)
+    if not callable(forward):
+        raise TypeError(f"`forward` must be a method's name or a callable, got {type(forward).__name__}.")
+    try:
+        inspect.signature(forward).bind(*range(arguments))
+    except (TypeError, ValueError):
+        return Subject(lambda *inputs: forward(model, *inputs), module)
+    return Subject(forward, module)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module without compile, DDP and DataParallel: hooks do not fire inside compiled code."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]  # set by torch.compile # noqa: SLF001
+        else:
+            return module
+
+
+def _module_of(model: Any) -> nn.Module | None:
+    if isinstance(model, nn.Module):
+        return model
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return owner
+    if not inspect.isfunction(model):
+        return None
+    seen = inspect.getclosurevars(model)
+    found = {name: value for name, value in {**seen.globals, **seen.nonlocals}.items() if isinstance(value, nn.Module)}
+    if len(found) <= 1:
+        return next(iter(found.values()), None)
+    return nn.ModuleDict(found)
+
+
+class BudgetError(RuntimeError):
+    """No forward pass is left."""
+
+
+class Runs:
+    """Counts and repeats calls: before each one the RNG and the buffers are what they were at the start.
+
+    Args:
+        subject: what to call.
+        limit: largest number of forward passes, None for no limit.
+    """
+
+    def __init__(self, subject: Subject, limit: int | None) -> None:
+        self.subject = subject
+        self.limit = limit
+        self.passes = 0
+        modules = list(subject.module.modules()) if subject.module is not None else []
+        self._modules = modules
+        self._flags = [module.training for module in modules]
+        self._buffers = [(module, dict(module._buffers)) for module in modules]  # noqa: SLF001
+        self._values = [
+            (buffer, buffer.detach().clone())
+            for _, kept in self._buffers
+            for buffer in kept.values()
+            if buffer is not None
+        ]
+        self._random = random.getstate()
+        self._numpy = np.random.get_state()  # noqa: NPY002  # the legacy generator is the one that models draw from
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    @property
+    def left(self) -> float:
+        """Forward passes that may still be made."""
+        return float("inf") if self.limit is None else self.limit - self.passes
+
+    def __call__(self, arguments: tuple[Any, ...], *, fresh: bool = True, grad: bool = False) -> Any:
+        """Call once. `fresh=False` lets the RNG go on from where it is."""
+        if self.left < 1:
+            raise BudgetError(f"The budget of {self.limit} forward passes is spent.")
+        self.passes += 1
+        self._restore_buffers()
+        if fresh:
+            self._restore_random()
+        with torch.set_grad_enabled(grad):
+            return self.subject.call(*arguments)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Leave flags, buffers and RNG as they were, whatever happens."""
+        try:
+            yield
+        finally:
+            for module, flag in zip(self._modules, self._flags, strict=True):
+                module.training = flag
+            self._restore_buffers()
+            self._restore_random()
+
+    @contextmanager
+    def mode(self, name: str) -> Iterator[None]:
+        """Put the whole model into `"eval"` or `"train"` mode."""
+        if self.subject.module is not None:
+            self.subject.module.train(name == "train")
+        yield
+
+    @contextmanager
+    def wide(self) -> Iterator[None]:
+        """Compute in float64: parameters, buffers and tensor attributes are swapped, not written, and swapped back."""
+        kept: list[tuple[Any, dict[str, Tensor]]] = []
+        flat: list[tuple[nn.RNNBase, list[Any]]] = []
+        values, buffers = self._values, self._buffers
+        try:
+            for module in self._modules:
+                stores: tuple[Any, ...] = (module._parameters, module._buffers, module.__dict__)  # noqa: SLF001
+                for members in stores:
+                    narrow = {k: v for k, v in members.items() if isinstance(v, Tensor) and v.dtype in _WIDE}
+                    kept.append((members, narrow))
+                    members.update({k: v.detach().to(_WIDE[v.dtype]) for k, v in narrow.items()})
+                if isinstance(module, nn.RNNBase):
+                    names = module._flat_weights_names  # noqa: SLF001
+                    flat.append((module, module._flat_weights))  # noqa: SLF001
+                    module._flat_weights = [module._parameters[name] for name in names]  # noqa: SLF001
+            self._buffers = [(module, dict(module._buffers)) for module in self._modules]  # noqa: SLF001
+            self._values = [(b, b.clone()) for _, own in self._buffers for b in own.values() if b is not None]
+            yield
+        finally:
+            for members, narrow in kept:
+                members.update(narrow)
+            for module, weights in flat:
+                module._flat_weights = weights  # noqa: SLF001
+            self._values, self._buffers = values, buffers
+
+    def _restore_buffers(self) -> None:
+        with torch.no_grad():
+            for module, kept in self._buffers:
+                module._buffers.clear()  # noqa: SLF001
+                module._buffers.update(kept)  # noqa: SLF001
+            for buffer, value in self._values:
+                buffer.copy_(value)
+
+    def _restore_random(self) -> None:
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+class Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Notes whether any operation turned 64-bit numbers into shorter ones: then a float64 run is none."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and compare the types of what went in and what came out."""
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        if any(isinstance(tensor, Tensor) and tensor.dtype in _WIDE for tensor in made):
+            self.seen |= any(isinstance(arg, Tensor) and arg.dtype in _WIDE.values() for arg in args)
+        return out
