@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from stethoscope.audits._inputs import Inputs
+    from stethoscope.audits._causality._inputs import Inputs
 
 # Highly composite, so that lengths which differ by one of them differ by a whole number of most hops in use.
 _DIFFERENCES = (61440, 30720, 15360, 7680, 3840, 1920, 960, 480, 240, 120, 60, 48, 24, 16, 12, 8, 6, 4, 3, 2, 1)

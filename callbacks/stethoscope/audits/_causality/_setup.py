@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.audits._axes import Track, growing, hop, second_length, shapes, tensors
-from stethoscope.audits._culprit import Signer, trace
-from stethoscope.audits._repeat import BudgetError
+from stethoscope.audits._causality._axes import Track, growing, hop, second_length, shapes, tensors
+from stethoscope.audits._causality._culprit import Signer, trace
+from stethoscope.audits._causality._repeat import BudgetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stethoscope.audits._inputs import Inputs
-    from stethoscope.audits._repeat import Runs
+    from stethoscope.audits._causality._inputs import Inputs
+    from stethoscope.audits._causality._repeat import Runs
 
 
 @dataclass(frozen=True)

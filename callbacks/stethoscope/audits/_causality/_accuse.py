@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stethoscope.audits._culprit import (
+from stethoscope.audits._causality._culprit import (
     Place,
     Signer,
     Slot,
@@ -18,19 +18,21 @@ from stethoscope.audits._culprit import (
     batch_places,
     find,
     moved_steps,
-    patched,
     places,
     shapes_of,
     steps_ahead,
     trace,
 )
-from stethoscope.audits._operations import Line, Operations
-from stethoscope.audits._perturb import Moved, Scan, changes
-from stethoscope.audits._why import reason
+from stethoscope.audits._causality._operations import Line, Operations
+from stethoscope.audits._causality._patch import patched
+from stethoscope.audits._causality._perturb import Moved, Scan, changes
+from stethoscope.audits._causality._why import reason
 
 if TYPE_CHECKING:
-    from stethoscope.audits._inputs import Inputs
-    from stethoscope.audits._repeat import Runs
+    from collections.abc import Callable
+
+    from stethoscope.audits._causality._inputs import Inputs
+    from stethoscope.audits._causality._repeat import Runs
 
 _SUSPECTS = 6
 
@@ -121,7 +123,7 @@ class _Search:
             else self.inputs.perturbed(leak.start, leak.kind)
         )
         eps = {torch.float64: 2.3e-16, torch.complex128: 2.3e-16}.get(self.inputs.first.dtype, 1.2e-7)
-        self.moved = lambda a, b: moved_steps(a, b, scan.tolerance, eps)
+        self.moved: Callable[[Tensor, Tensor], Tensor] = lambda a, b: moved_steps(a, b, scan.tolerance, eps)
         self.ahead = self._items_ahead if batch else steps_ahead(leak.start)
 
     def run(self) -> Culprit | None:

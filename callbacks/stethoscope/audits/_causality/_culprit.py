@@ -2,8 +2,6 @@
 
 Every module is watched in two runs, unperturbed and perturbed. Of each tensor only one number per time step is kept, a
 projection on fixed random weights: memory stays small, and two different steps have the same number with probability 0.
-A suspect is confirmed by putting only its early changes into the unperturbed run: a look-ahead that a later delay takes
-back harms nobody.
 """
 
 from __future__ import annotations
@@ -18,15 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stethoscope.audits._axes import growing, hop, tensors
+from stethoscope.audits._causality._axes import growing, hop, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from stethoscope.audits._inputs import Inputs
-    from stethoscope.audits._repeat import Runs
-
-_SUSPECTS = 6
+    from stethoscope.audits._causality._inputs import Inputs
+    from stethoscope.audits._causality._repeat import Runs
 
 
 class Slot(NamedTuple):
@@ -237,75 +233,6 @@ def find(
         if whole is not None and reach["in"] < whole / 2 and reach["out"] >= whole:
             far.append(suspect)
     return far + [suspect for suspect in some if suspect not in far]
-
-
-def patched(
-    module: nn.Module,
-    suspect: Suspect,
-    where: dict[Slot, Place],
-    run: Callable[[], Any],
-    run_perturbed: Callable[[], Any],
-    early: Callable[[Place, int], Tensor],
-) -> Any:
-    """Run unperturbed, with the suspect's early steps as they are in the perturbed run.
-
-    Args:
-        module: the whole model.
-        suspect: the call to change.
-        where: time in each tensor.
-        run: runs unperturbed, returns the output.
-        run_perturbed: runs perturbed.
-        early: mask over the steps of a tensor that must not have moved, given its place and length.
-    """
-    kept: dict[str, Tensor] = {}
-    calls = Counter[int]()
-
-    def keep(_: Any, __: Any, output: Any) -> None:
-        if calls[0] == suspect.call:
-            kept.update({path: tensor.detach().clone() for path, tensor in tensors(output)})
-        calls[0] += 1
-
-    def put(_: Any, __: Any, output: Any) -> Any:
-        calls[1] += 1
-        return _replaced(output, "", swap) if calls[1] - 1 == suspect.call else None
-
-    def swap(path: str, tensor: Tensor) -> Tensor:
-        place = where.get(Slot(suspect.module, suspect.call, "out", path))
-        if place is None or place.axis is None or path not in kept or kept[path].shape != tensor.shape:
-            return tensor
-        mask = early(place, tensor.size(place.axis)).to(tensor.device)
-        shape = [-1 if axis == place.axis else 1 for axis in range(tensor.dim())]
-        return torch.where(mask.reshape(shape), kept[path], tensor)
-
-    target = module.get_submodule(suspect.module)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for hook, call in ((keep, run_perturbed), (put, run)):
-            handle = target.register_forward_hook(hook)
-            try:
-                output = call()
-            finally:
-                handle.remove()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return output
-
-
-def _replaced(value: Any, path: str, swap: Callable[[str, Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return swap(path, value)
-    if isinstance(value, dict):
-        return (
-            type(value)(**{k: _replaced(v, f"{path}[{k!r}]", swap) for k, v in value.items()})
-            if all(isinstance(k, str) for k in value)
-            else value
-        )
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replaced(v, f"{path}.{k}", swap) for k, v in zip(value._fields, value, strict=True)))
-    if type(value) in (tuple, list):
-        return type(value)(_replaced(v, f"{path}[{i}]", swap) for i, v in enumerate(value))
-    return value
 
 
 def steps_ahead(start: int) -> Callable[[Tensor, Place], float]:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stethoscope.audits._axes import tensors
+from stethoscope.audits._causality._axes import tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from stethoscope.audits._axes import Track
-    from stethoscope.audits._inputs import Inputs
-    from stethoscope.audits._repeat import Runs
+    from stethoscope.audits._causality._axes import Track
+    from stethoscope.audits._causality._inputs import Inputs
+    from stethoscope.audits._causality._repeat import Runs
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 0.25}
 """Largest change of an earlier output that counts as rounding, relative to the largest change anywhere.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from stethoscope.audits._axes import tensors
-from stethoscope.audits._culprit import Slot
+from stethoscope.audits._causality._axes import tensors
+from stethoscope.audits._causality._culprit import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
