@@ -3,3 +3,5 @@
 from stethoscope.audits._causality import CausalityReport as CausalityReport
 from stethoscope.audits._causality import ModeVerdict as ModeVerdict
 from stethoscope.audits._causality import causality as causality
+from stethoscope.audits._streaming import StreamingReport as StreamingReport
+from stethoscope.audits._streaming import streaming as streaming
