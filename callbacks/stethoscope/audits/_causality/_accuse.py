@@ -90,7 +90,7 @@ class Culprit:
 
 def accuse(
     runs: Runs, scan: Scan, other: int | None, leak: Moved, allowed: int, *, whole: bool, batch: bool = False
-) -> Culprit | None:
+) -> Culprit:
     """Find who leaks.
 
     Args:
@@ -126,16 +126,14 @@ class _Search:
         self.moved: Callable[[Tensor, Tensor], Tensor] = lambda a, b: moved_steps(a, b, scan.tolerance, eps)
         self.ahead = self._items_ahead if batch else steps_ahead(leak.start)
 
-    def run(self) -> Culprit | None:
+    def run(self) -> Culprit:
         module = self.runs.subject.module
-        if self.other is None and not self.batch:
-            return None
         if module is None:
             return self._named(Suspect("", 0, None, unknown=False), None)
         where = (
             batch_places(lambda i: shapes_of(self.runs, i), self.inputs)
             if self.batch
-            else places(lambda i: shapes_of(self.runs, i), self.inputs, self.other or 0)
+            else places(lambda i: shapes_of(self.runs, i), self.inputs, self.other)
         )
         signer = Signer(where)
         with trace(module, signer) as base:
@@ -217,7 +215,7 @@ class _Search:
     def _line(self, module: nn.Module | None, suspect: Suspect) -> tuple[Line | None, Line | None]:
         """The first operation in the culprit's own forward whose output leaks, and the statistic behind it, if any."""
         inside_torch = module is not None and type(module).__module__.startswith("torch.nn.modules")
-        if self.runs.left < 5 or inside_torch or (self.other is None and not self.batch):
+        if self.runs.left < 5 or inside_torch:
             return None, None
         try:
             return self._first_operation(module, suspect)
@@ -240,7 +238,7 @@ class _Search:
         def sizes(inputs: Inputs) -> dict[Slot, tuple[int, ...]]:
             return {slot: shape for _, looked in watch(inputs, look_at_shape).seen for slot, shape in looked.items()}
 
-        where = batch_places(sizes, self.inputs) if self.batch else places(sizes, self.inputs, self.other or 0)
+        where = batch_places(sizes, self.inputs) if self.batch else places(sizes, self.inputs, self.other)
         signer = Signer(where)
         base, other = watch(self.inputs, signer), watch(self.perturbed, signer)
         statistic = None

@@ -42,7 +42,7 @@ def causality(
     step and moves all the same is a leak. Output step `n` stands for input step `n * hop`; the hop is measured by
     running two lengths, so that an encoder with a window of 16 has a look-ahead of 15. See `docs/causality.md`.
 
-    **Cost:** forward passes only, some 40 per mode (fewer where a leak reaches everything), and one backward pass.
+    **Cost:** forward passes only, some 30 to 60 for the first mode (fewer where a leak reaches everything), and one backward pass.
     The model is left as it was: buffers, RNG, training flags, gradients, hooks.
 
     Args:
@@ -57,7 +57,8 @@ def causality(
         output: which part of the output to judge: a key, an index, a tuple of those, or a callable. None: all of it.
         lengths: `(batch,)` valid steps per item, passed as the last argument; then padding is examined too.
         sample_rate: input steps per second, to report milliseconds.
-        budget: largest number of forward passes, at least 24; None for no limit.
+        budget: largest number of forward passes, at least 24 per mode; what is left over buys more positions to look at.
+            None: 16 positions.
 
     Returns:
         A report; `.ok` is whether the look-ahead is at most `allowed` and nothing leaks across the batch.

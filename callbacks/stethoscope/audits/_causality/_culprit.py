@@ -108,17 +108,26 @@ def trace(module: nn.Module, look: Callable[[Slot, Tensor], Any]) -> Iterator[li
             handle.remove()
 
 
-def places(run: Callable[[Inputs], dict[Slot, tuple[int, ...]]], inputs: Inputs, other: int) -> dict[Slot, Place]:
-    """Find time in every tensor by running two lengths and, where there is a batch axis, two batch sizes."""
-    full, short = run(inputs), run(inputs.resized(other))
+def places(
+    run: Callable[[Inputs], dict[Slot, tuple[int, ...]]], inputs: Inputs, other: int | None
+) -> dict[Slot, Place]:
+    """Find time in every tensor by running two lengths and, where there is a batch axis, two batch sizes.
+
+    Where the model takes one length only (`other` None), an axis as long as time is taken for it.
+    """
+    full = run(inputs)
+    short = run(inputs.resized(other)) if other is not None else {}
     wide = run(inputs.one_more(inputs.batch_axis)) if inputs.batch_axis is not None else None
     found: dict[Slot, Place] = {}
     for slot, shape in full.items():
-        axes = growing(shape, short.get(slot), wide.get(slot) if wide is not None else None)
+        changed = short.get(slot) if other is not None else tuple(-(size == inputs.steps) or size for size in shape)
+        axes = growing(shape, changed, wide.get(slot) if wide is not None else None)
         if axes is None or len(axes) > 1:
             found[slot] = Place(None, Fraction(1), folded=True)
         elif not axes:
             found[slot] = Place(None, Fraction(1), folded=False)
+        elif other is None:
+            found[slot] = Place(axes[0], Fraction(1), folded=False)
         else:
             rate = hop(inputs.steps, other, shape[axes[0]], short[slot][axes[0]])
             found[slot] = Place(axes[0], rate, folded=False)

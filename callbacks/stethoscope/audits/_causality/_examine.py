@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _POSITIONS = 16
 _FEWER = 3
+_OVERHEAD = 40
 
 
 class Examiner:
@@ -41,7 +42,8 @@ class Examiner:
         )
         reach = max((moved.ahead for moved in scan.seen), default=-inf)
         exact = max((moved.exact for moved in scan.seen), default=-inf)
-        if exact <= max(reach, self.allowed) or dtype in (torch.float64, torch.complex128):
+        short = dtype in (torch.float16, torch.bfloat16)
+        if (exact <= max(reach, self.allowed) and not short) or dtype in (torch.float64, torch.complex128):
             return self._verdict(scan, ())
         with self.runs.wide():
             wide = self.setup.wide()
@@ -56,7 +58,7 @@ class Examiner:
                 and all(t.dtype in (torch.float64, torch.complex128) for t in base64.values())
             ):
                 scan64 = self._scanned(wide, base64, TOLERANCES[torch.float64])
-                return self._verdict(scan64, ("Changes near rounding were seen, so it was decided in float64.",))
+                return self._verdict(scan64, ("Decided in float64: changes near rounding were seen.",))
         if max((moved.strong for moved in scan.seen), default=-inf) <= self.allowed:
             # Perturbations that change the level let norms blow up rounding: only noise of the input's own level is left.
             level = replace(self.setup, inputs=replace(self.setup.inputs, kinds=("unit",)))
@@ -66,8 +68,12 @@ class Examiner:
 
     def _scanned(self, setup: Plan, base: dict[str, Tensor], tolerance: float) -> Scan:
         scan = Scan(self.runs, setup.inputs, setup.tracks, base, tolerance, setup.pick)
-        positions = scan.positions(_FEWER if self.briefly else _POSITIONS)
-        scan.scan([*dict.fromkeys((*self.known, *positions))], 1 if self.briefly else 3, self.reserve + 12)
+        count = _FEWER if self.briefly else _POSITIONS
+        if self.runs.limit is not None and not self.briefly:
+            # Whoever grants more passes gets more positions.
+            count = max(count, int(self.runs.left) - self.reserve - _OVERHEAD)
+        positions = scan.positions(count)
+        scan.scan([*dict.fromkeys((*self.known, *positions))], 1 if self.briefly else 2, self.reserve + 12)
         scan.climb(self.reserve + 10)
         return scan
 
@@ -79,7 +85,7 @@ class Examiner:
                 "Give an input that the output depends on."
             )
         lookahead = max(0, int(best.ahead))
-        whole = lookahead > 0 and best.first == 0 and best.start >= 0.5 * scan.inputs.steps
+        whole = lookahead >= 0.9 * best.start and best.start >= 0.5 * scan.inputs.steps
         batch = self._batch_leak(scan)
         leaks = lookahead > self.allowed
         blame = batch_blame = None
@@ -163,7 +169,7 @@ class Examiner:
         """Change single steps, to show what each of them moves."""
         rows = []
         steps = scan.inputs.steps
-        for start in sorted({steps * k // 8 for k in (1, 3, 5, 7)}):
+        for start in sorted({steps * k // 8 for k in (1, 4, 7)}):
             if self.runs.left <= self.reserve:
                 break
             moved = scan.look(start, 0, stop=start + 1)
@@ -187,7 +193,7 @@ def _where(scan: Scan, allowed: int) -> str:
     if max(bad) < min(good) and max(bad) < scan.inputs.steps / 2:
         return "at the start"
     # Steps too near to the start to look ahead by more than allowed say nothing.
-    return "everywhere" if all(start <= allowed for start in good) else "at some steps"
+    return "everywhere" if all(start <= allowed for start in good) else "at block edges"
 
 
 def _size(tensor: Tensor) -> float:

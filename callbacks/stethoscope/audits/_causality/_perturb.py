@@ -135,8 +135,8 @@ class Scan:
         """
         steps = self.inputs.steps
         if steps - 1 <= count:
-            return sorted(range(1, steps), key=lambda m: (m not in (steps - 1, steps // 2, 1), m))
-        wanted = [steps - 1, steps // 2, 1, 2, steps // 2 + 1, 3, steps - 2]
+            return sorted(range(1, steps), key=lambda m: (m not in (1, steps - 1), m))
+        wanted = [steps - 1, 1, steps // 2, 2, steps // 2 + 1, 3, steps - 2]
         powers = [2**k for k in range(2, steps.bit_length())][::-1]
         round_ones = [10 * 2**k for k in range(steps.bit_length())]
         even = [round(steps * (k + 0.5) / count) for k in range(count)]

@@ -23,7 +23,7 @@ class ModeVerdict:
         culprit: module that breaks causality, `""` for the root's own forward; None where none does or is known.
         batch_leak: whether an item of the batch changes the outputs of another.
         padding_leak: whether steps beyond `lengths` change outputs before; None where it was not examined.
-        where: `"nowhere"`, `"everywhere"`, `"at the start"` or `"at some steps"`.
+        where: `"nowhere"`, `"everywhere"`, `"at the start"` or `"at block edges"` (at some steps only).
         position: input step whose change moves the output furthest ahead of it.
         moved_from: input step of that output.
         size: largest change of an earlier output, relative to the largest change that the perturbation causes.
