@@ -31,6 +31,9 @@ def tensors(value: Any, slot: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if not value.is_nested and value.layout.__str__() == "torch.strided":
             yield slot, value
+    elif isinstance(getattr(value, "real", None), Tensor) and isinstance(getattr(value, "imag", None), Tensor):
+        # Complex numbers made of two real tensors, as torch_complex has them.
+        yield from tensors((value.real, value.imag), slot)
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield from tensors(inner, f"{slot}[{key!r}]")
@@ -43,6 +46,12 @@ def tensors(value: Any, slot: str = "") -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(value) and not isinstance(value, type):
         for member in fields(value):
             yield from tensors(getattr(value, member.name), f"{slot}.{member.name}")
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The tensor, without a gradient, as numbers that can be subtracted: masks and indices count as float64."""
+    tensor = tensor.detach()
+    return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.double()
 
 
 Shapes = dict[Any, tuple[int, ...]]

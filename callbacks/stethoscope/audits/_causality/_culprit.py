@@ -210,9 +210,11 @@ def find(
     far: list[Suspect] = []
     unknown: list[tuple[int, int]] = []
     leaked_at = inf
-    for a, b in zip(base, other, strict=False):
-        if (a.module, a.index) != (b.module, b.index) or a.inputs.keys() != b.inputs.keys():
-            break
+    by_call = {(call.module, call.index): call for call in other}
+    for a in base:
+        b = by_call.get((a.module, a.index))
+        if b is None or a.inputs.keys() != b.inputs.keys():
+            continue
         reach = {"in": -inf, "out": -inf}
         tainted = False
         axis = None
@@ -233,7 +235,8 @@ def find(
             axis = place.axis if slot.side == "out" else axis
         if reach["in"] > limit:
             leaked_at = min(leaked_at, a.begin)
-        if tainted:
+        if tainted or reach["in"] == -inf:
+            # What moved its output came in unseen.
             continue
         inside = any(a.begin < begin and end < a.end and begin < leaked_at for begin, end in unknown)
         suspect = Suspect(a.module, a.index, axis, inside)

@@ -185,15 +185,15 @@ def _where(scan: Scan, allowed: int) -> str:
         if moved.ahead > allowed:
             leaks[moved.start] = True
     bad = [start for start, leak in leaks.items() if leak]
-    good = [start for start, leak in leaks.items() if not leak]
+    # Steps too near to the start to look ahead by more than allowed say nothing.
+    good = [start for start, leak in leaks.items() if not leak and start > allowed]
     if not bad:
         return "nowhere"
     if not good:
         return "everywhere"
     if max(bad) < min(good) and max(bad) < scan.inputs.steps / 2:
         return "at the start"
-    # Steps too near to the start to look ahead by more than allowed say nothing.
-    return "everywhere" if all(start <= allowed for start in good) else "at block edges"
+    return "at block edges"
 
 
 def _size(tensor: Tensor) -> float:

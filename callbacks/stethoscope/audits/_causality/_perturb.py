@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stethoscope.audits._causality._axes import tensors
+from stethoscope.audits._causality._axes import numbers, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -88,7 +88,7 @@ class Scan:
         """Outputs along time, by slot."""
         wanted = {track.slot for track in self.tracks}
         found = {slot: tensor for slot, tensor in tensors(self.pick(output)) if slot in wanted}
-        return {slot: tensor.detach() for slot, tensor in found.items()} if detach else found
+        return {slot: numbers(tensor) for slot, tensor in found.items()} if detach else found
 
     def look(self, start: int, kind: int, *, stop: int | None = None) -> Moved:
         """Perturb from `start` on and see which outputs move."""
@@ -106,7 +106,7 @@ class Scan:
             base = self.base[track.slot]
             change = changes(base, other[track.slot], track)
             largest = change.amax(dim=1, keepdim=True)
-            rounding = 16 * torch.finfo(base.dtype).eps * _absmax(base) if base.dtype.is_floating_point else 0.0
+            rounding = 16 * torch.finfo(base.dtype).eps * _absmax(base)
             above = (change > (self.tolerance * largest).clamp(min=rounding)) & (largest > 0)
             exact = max(exact, start - _first(change > 0, track))
             if not bool(above.any()):

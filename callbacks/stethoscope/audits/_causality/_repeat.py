@@ -89,7 +89,7 @@ class BudgetError(RuntimeError):
 
 
 class Runs:
-    """Counts and repeats calls: before each one the RNG and the buffers are what they were at the start.
+    """Counts and repeats calls: before each one the RNG, buffers and parameters are what they were at the start.
 
     Args:
         subject: what to call.
@@ -100,20 +100,17 @@ class Runs:
         self.subject = subject
         self.limit = limit
         self.passes = 0
-        modules = list(subject.module.modules()) if subject.module is not None else []
-        self._modules = modules
-        self._flags = [module.training for module in modules]
-        self._buffers = [(module, dict(module._buffers)) for module in modules]  # noqa: SLF001
-        self._values = [
-            (buffer, buffer.detach().clone())
-            for _, kept in self._buffers
-            for buffer in kept.values()
-            if buffer is not None
-        ]
+        self._modules = list(subject.module.modules()) if subject.module is not None else []
+        # Flags, and what modules keep between calls: caches, hidden states, counters.
+        self._attributes = [dict(module.__dict__) for module in self._modules]
+        self._buffers = [(module, dict(module._buffers)) for module in self._modules]  # noqa: SLF001
+        if any(nn.parameter.is_lazy(tensor) for tensor in self._tensors()):
+            raise ValueError("The model has lazy parameters without a shape yet. Call it once on x before the audit.")
+        self._values = [_Value(tensor) for tensor in self._tensors()]
         self._random = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002  # the legacy generator is the one that models draw from
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     @property
     def left(self) -> float:
@@ -125,7 +122,7 @@ class Runs:
         if self.left < 1:
             raise BudgetError(f"The budget of {self.limit} forward passes is spent.")
         self.passes += 1
-        self._restore_buffers()
+        self._restore_tensors(thorough=False)
         if fresh:
             self._restore_random()
         with torch.set_grad_enabled(grad):
@@ -133,13 +130,14 @@ class Runs:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Leave flags, buffers and RNG as they were, whatever happens."""
+        """Leave attributes, buffers, parameters and RNG as they were, whatever happens."""
         try:
             yield
         finally:
-            for module, flag in zip(self._modules, self._flags, strict=True):
-                module.training = flag
-            self._restore_buffers()
+            for module, attributes in zip(self._modules, self._attributes, strict=True):
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+            self._restore_tensors(thorough=True)
             self._restore_random()
 
     @contextmanager
@@ -167,7 +165,7 @@ class Runs:
                     flat.append((module, module._flat_weights))  # noqa: SLF001
                     module._flat_weights = [module._parameters[name] for name in names]  # noqa: SLF001
             self._buffers = [(module, dict(module._buffers)) for module in self._modules]  # noqa: SLF001
-            self._values = [(b, b.clone()) for _, own in self._buffers for b in own.values() if b is not None]
+            self._values = [_Value(tensor) for tensor in self._tensors()]
             yield
         finally:
             for members, narrow in kept:
@@ -176,13 +174,18 @@ class Runs:
                 module._flat_weights = weights  # noqa: SLF001
             self._values, self._buffers = values, buffers
 
-    def _restore_buffers(self) -> None:
-        with torch.no_grad():
-            for module, kept in self._buffers:
-                module._buffers.clear()  # noqa: SLF001
-                module._buffers.update(kept)  # noqa: SLF001
-            for buffer, value in self._values:
-                buffer.copy_(value)
+    def _tensors(self) -> list[Tensor]:
+        found: list[Tensor | None] = []
+        found += [tensor for module in self._modules for tensor in module._parameters.values()]  # noqa: SLF001
+        found += [tensor for _, buffers in self._buffers for tensor in buffers.values()]
+        return list({id(tensor): tensor for tensor in found if tensor is not None}.values())
+
+    def _restore_tensors(self, *, thorough: bool) -> None:
+        for module, kept in self._buffers:
+            module._buffers.clear()  # noqa: SLF001
+            module._buffers.update(kept)  # noqa: SLF001
+        for value in self._values:
+            value.restore(thorough=thorough)
 
     def _restore_random(self) -> None:
         random.setstate(self._random)
@@ -190,6 +193,23 @@ class Runs:
         torch.set_rng_state(self._torch)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
+
+
+class _Value:
+    """What one parameter or buffer held."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._kept = tensor.detach().clone()
+        self._version = tensor._version  # noqa: SLF001  # torch's own count of writes
+
+    def restore(self, *, thorough: bool) -> None:
+        """Write it back if it was written; `thorough` also sees what was written behind autograd's back (`.data`)."""
+        written = self._tensor._version != self._version  # noqa: SLF001
+        if written or (thorough and not torch.equal(self._tensor, self._kept)):
+            with torch.no_grad():
+                self._tensor.copy_(self._kept)
+            self._version = self._tensor._version  # noqa: SLF001
 
 
 class Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

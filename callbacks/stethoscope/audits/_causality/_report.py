@@ -173,10 +173,11 @@ def report(
     return replace(made, summary="\n".join(lines))
 
 
-def _amount(steps_ahead: int, steps: int, sample_rate: float | None) -> str:
-    milliseconds = f" ({1000 * steps_ahead / sample_rate:g} ms)" if sample_rate is not None else ""
-    whole = ", all of x: the true one may be longer" if steps_ahead > 0 and steps_ahead >= 0.95 * (steps - 1) else ""
-    return f"{steps_ahead} input steps{milliseconds}{whole}"
+def _amount(ahead: int, steps: int, sample_rate: float | None) -> str:
+    more = [f"{1000 * ahead / sample_rate:g} ms"] if sample_rate is not None else []
+    if ahead > 0 and ahead >= 0.95 * (steps - 1):
+        more.append("all of x, the true one may be longer")
+    return f"{ahead} input steps" + (f" ({'; '.join(more)})" if more else "")
 
 
 def _sentence(verdict: ModeVerdict, steps: int, sample_rate: float | None) -> str:
@@ -196,7 +197,7 @@ def _findings(mode: str, verdict: ModeVerdict, steps: int, sample_rate: float | 
                 code="causality-leak",
                 severity="error",
                 message=(
-                    f"In {mode} mode the output looks ahead by {_amount(verdict.lookahead, steps, sample_rate)}, {verdict.where}; allowed are {verdict.allowed}. "
+                    f"In {mode} mode the output looks ahead by {_amount(verdict.lookahead, steps, sample_rate)}, {verdict.where}; {verdict.allowed} allowed. "
                     f"Changing the input from step {verdict.position} on moves the output at step {verdict.moved_from}, by {verdict.output_size:.1e} of the "
                     f"output's rms ({verdict.size:.1e} of the largest change).{who}"
                 ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.audits._causality._axes import Track, growing, hop, second_length, shapes, tensors
+from stethoscope.audits._causality._axes import Track, growing, hop, numbers, second_length, shapes, tensors
 from stethoscope.audits._causality._culprit import Signer, trace
 from stethoscope.audits._causality._repeat import BudgetError
 
@@ -42,7 +42,7 @@ class Plan:
         """Call unperturbed and keep the outputs along time, by slot."""
         wanted = {track.slot for track in self.tracks}
         found = tensors(self.pick(runs(self.inputs.call())))
-        return {slot: tensor.detach().clone() for slot, tensor in found if slot in wanted}
+        return {slot: numbers(tensor).clone() for slot, tensor in found if slot in wanted}
 
     def wide(self) -> Plan:
         """The same in float64."""
@@ -179,7 +179,7 @@ def repeats(runs: Runs, setup: Plan, mode: str) -> dict[str, Tensor]:
 
     def ask(*, fresh: bool) -> dict[str, Tensor]:
         found = tensors(setup.pick(runs(setup.inputs.call(), fresh=fresh)))
-        return {slot: tensor.detach().clone() for slot, tensor in found}
+        return {slot: numbers(tensor).clone() for slot, tensor in found}
 
     first, second = ask(fresh=True), ask(fresh=mode == "train")
     worst = 0.0
