@@ -1,3 +1,4 @@
+import functools
 import random
 
 import numpy as np
@@ -498,3 +499,92 @@ def test_a_model_that_is_not_deterministic_is_refused_with_the_module_to_switch_
 def test_bad_input_is_refused_with_what_is_wrong(model, x, options, match):
     with pytest.raises(ValueError, match=match):
         causality(model, x, **options)
+
+
+def test_modules_behind_other_callables_are_found_and_left_as_they_were():
+    class Pipeline:
+        def __init__(self, net):
+            self.net = net
+
+        def __call__(self, x):
+            return self.net(x)
+
+    net = nn.Sequential(CausalConv(), nn.BatchNorm1d(4), nn.GroupNorm(1, 4))
+    before, x = state(net), noise(2, 4, 60)
+    for model in (
+        Pipeline(net),
+        Pipeline(net).__call__,
+        functools.partial(lambda n, x: n(x), net),
+        lambda x: net(x) * 1,
+    ):
+        report = causality(model, x, modes=("eval",))
+        assert report.culprit == "2"
+        assert not report.batch_leak
+    assert_same(before, state(net))
+
+
+def test_attributes_that_a_model_keeps_between_calls_are_set_back():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = None
+
+        def forward(self, x):
+            self.hidden = x[..., -1]
+            return x.cumsum(-1)
+
+    model = Keeps()
+    causality(model, noise(2, 4, 60))
+    assert model.hidden is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_scripted_model_is_judged():
+    model = torch.jit.script(nn.Sequential(nn.Conv1d(4, 4, 1), nn.GroupNorm(1, 4)))
+    assert causality(model, noise(2, 4, 60)).lookahead == 59
+
+
+def test_a_model_that_takes_certain_lengths_only_is_judged():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 4, 100, 100)
+
+        def forward(self, x):
+            assert x.size(-1) % 100 == 0
+            return self.conv(x)
+
+    assert causality(Blocks(), noise(2, 1, 2000), allowed=99).lookahead == 99
+
+
+def test_autocast_hides_neither_leak_nor_causality():
+    symmetric, plain = nn.Conv1d(4, 4, 3, padding=1), nn.Conv1d(4, 4, 3)
+
+    def cast(forward):
+        def call(x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return forward(x)
+
+        return call
+
+    assert causality(cast(symmetric), noise(2, 4, 60)).lookahead == 1
+    assert causality(cast(lambda x: plain(F.pad(x, (2, 0)))), noise(2, 4, 60)).causal
+
+
+def test_kernel_masks_make_a_convolution_causal():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(noise(4, 4, 7))
+            self.register_buffer("mask", (torch.arange(7) <= 3).float())
+
+        def forward(self, x):
+            return F.conv1d(x, self.weight * self.mask, padding=3)
+
+    assert causality(Masked(), noise(2, 4, 90)).causal
+    assert causality(nn.MaxPool1d(3, 1, 1), noise(2, 4, 90)).lookahead == 1
+
+
+def test_time_folded_with_the_batch_in_the_output_is_refused():
+    with pytest.raises(ValueError, match="No output follows time"):
+        causality(lambda x: x.reshape(-1, 4), noise(2, 60, 4), time_axis=1)

@@ -187,12 +187,13 @@ class _Search:
         return bool(change.max() > 0)
 
     def _named(self, suspect: Suspect, root: nn.Module | None) -> Culprit:
-        module = root.get_submodule(suspect.module) if root is not None else None
+        module = dict(root.named_modules())[suspect.module] if root is not None else None
         line, statistic = self._line(module, suspect)
         ahead = 0 if self.batch else int(self.leak.ahead)
         explained = reason(
             module,
-            whole=self.whole is not None or self.batch,
+            whole=self.whole is not None,
+            batch=self.batch,
             ahead=ahead,
             statistic=str(statistic) if statistic else "",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +10,14 @@ from torch import Tensor
 
 from stethoscope.audits._causality._examine import Examiner
 from stethoscope.audits._causality._inputs import Inputs
-from stethoscope.audits._causality._repeat import Runs, resolve
+from stethoscope.audits._causality._repeat import BudgetError, Runs, resolve
 from stethoscope.audits._causality._report import CausalityReport, ModeVerdict, report
 from stethoscope.audits._causality._setup import plan, repeats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from stethoscope.audits._causality._setup import Plan
 
 _LEAST = 24
 _MODES = ("eval", "train")
@@ -80,27 +81,36 @@ def causality(
     subject = resolve(model, forward, len(inputs.args) + (lengths is not None))
     runs = Runs(subject, budget)
     distinct = modes if subject.module is not None else modes[:1]
-    per_mode: dict[str, ModeVerdict] = {}
-    with runs.guard():
-        with runs.mode(distinct[0]):
-            setup = plan(runs, inputs, out_time_axis, output)
-        first: dict[str, Tensor] | None = None
-        for turn, mode in enumerate(distinct):
-            left = runs.left
-            share = 0 if left == inf else int(left * (len(distinct) - turn - 1) / (len(distinct) - turn))
-            before = runs.passes
-            with runs.mode(mode):
-                base = repeats(runs, setup, mode)
-                # Equal outputs in two modes: most likely the same function, looked at again where it matters most.
-                same = first is not None and all(torch.equal(base[slot], first[slot]) for slot in base)
-                known = [v.position for v in per_mode.values() if v.position is not None] if same else []
-                first = base
-                verdict = Examiner(runs, setup, allowed, share, known, briefly=same).examine(base)
-            per_mode[mode] = replace(verdict, passes=runs.passes - before)
-    for mode in modes[len(distinct) :]:
-        per_mode[mode] = per_mode[distinct[0]]
+    try:
+        with runs.guard():
+            with runs.mode(distinct[0]):
+                setup = plan(runs, inputs, out_time_axis, output)
+            per_mode = _examined(runs, setup, distinct, allowed)
+    except BudgetError as error:
+        raise ValueError(
+            f"{error} Finding out how the output follows the input took most of it: give a larger budget."
+        ) from error
+    per_mode.update(dict.fromkeys(modes[len(distinct) :], per_mode[distinct[0]]))
     name = type(subject.module).__name__ if subject.module is not None else "function"
     return report(name, per_mode, distinct, setup.notes, setup.inputs.steps, sample_rate, runs.passes)
+
+
+def _examined(runs: Runs, setup: Plan, modes: Sequence[str], allowed: int) -> dict[str, ModeVerdict]:
+    per_mode: dict[str, ModeVerdict] = {}
+    first: dict[str, Tensor] | None = None
+    for turn, mode in enumerate(modes):
+        later = len(modes) - turn - 1
+        share = 0 if runs.limit is None else int(runs.left * later / (later + 1))
+        before = runs.passes
+        with runs.mode(mode):
+            base = repeats(runs, setup, mode)
+            # Equal outputs in two modes: most likely the same function, looked at again where it matters most.
+            same = first is not None and all(torch.equal(base[slot], first[slot]) for slot in base)
+            known = [v.position for v in per_mode.values() if v.position is not None] if same else []
+            first = base
+            verdict = Examiner(runs, setup, allowed, share, known, briefly=same).examine(base)
+        per_mode[mode] = replace(verdict, passes=runs.passes - before)
+    return per_mode
 
 
 def _checked(modes: Sequence[str], allowed: int, budget: int | None, sample_rate: float | None) -> tuple[str, ...]:

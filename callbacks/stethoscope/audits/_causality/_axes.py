@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _DIFFERENCES = (61440, 30720, 15360, 7680, 3840, 1920, 960, 480, 240, 120, 60, 48, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 
 
+REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError, TypeError, KeyError)
+"""What models raise when they do not take an input's size."""
+
+
 class Track(NamedTuple):
     """One tensor along time: step `n` of `axis` stands for input step `n * hop`."""
 
@@ -93,9 +97,7 @@ def second_length(inputs: Inputs, run: Callable[[Inputs], Any], full: Shapes, *,
     for other in [*shorter[:3], *shorter[-2:-1], 2 * steps]:
         try:
             found = shapes(run(inputs.resized(other)))
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-            if type(error).__name__ == "BudgetError":
-                raise
+        except REFUSALS as error:
             refused.append(f"{other} steps: {type(error).__name__}: {error}")
             continue
         if any(growing(shape, found.get(slot), None) for slot, shape in full.items()):
@@ -123,8 +125,12 @@ def hop(steps: int, other: int, size: int, other_size: int, size_at: Callable[[i
     if len(whole) == 1:
         return Fraction(whole[0])
     # Sizes change at every hop-th length: look for the two lengths at which the size changes last.
-    last, last_size = _first_length_of(size, steps, size_at)
-    before, before_size = _first_length_of(size_at(last - 1), last - 1, size_at) if last > 1 else (0, 0)
+    try:
+        last, last_size = _first_length_of(size, steps, size_at)
+        before, before_size = _first_length_of(size_at(last - 1), last - 1, size_at) if last > 1 else (0, 0)
+    except REFUSALS:
+        # The model takes certain lengths only, so the two that it took lie a whole number of hops apart.
+        return guess
     stair = Fraction(last - before, max(last_size - before_size, 1))
     return stair if abs(change - difference / stair) <= max(last_size - before_size, 1) else guess
 

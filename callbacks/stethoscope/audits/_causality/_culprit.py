@@ -97,6 +97,8 @@ def trace(module: nn.Module, look: Callable[[Slot, Tensor], Any]) -> Iterator[li
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         for name, child in module.named_modules():
+            if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
+                continue
             handles.append(
                 child.register_forward_pre_hook(lambda _, a, k, name=name: before(name, a, k), with_kwargs=True)
             )

@@ -45,26 +45,29 @@ class Examiner:
         short = dtype in (torch.float16, torch.bfloat16)
         if (exact <= max(reach, self.allowed) and not short) or dtype in (torch.float64, torch.complex128):
             return self._verdict(scan, ())
-        with self.runs.wide():
-            wide = self.setup.wide()
-            try:
-                with Narrow() as narrow:
-                    base64 = wide.outputs(self.runs)
-            except (RuntimeError, TypeError, ValueError):
-                base64 = {}
-            if (
-                base64
-                and not narrow.seen
-                and all(t.dtype in (torch.float64, torch.complex128) for t in base64.values())
-            ):
-                scan64 = self._scanned(wide, base64, TOLERANCES[torch.float64])
-                return self._verdict(scan64, ("Decided in float64: changes near rounding were seen.",))
+        verdict = self._verdict_in_float64() if self.runs.widens else None
+        if verdict is not None:
+            return verdict
         if max((moved.strong for moved in scan.seen), default=-inf) <= self.allowed:
             # Perturbations that change the level let norms blow up rounding: only noise of the input's own level is left.
             level = replace(self.setup, inputs=replace(self.setup.inputs, kinds=("unit",)))
             scan = self._scanned(level, base, scan.tolerance)
         note = f"Changes near rounding were seen; the model does not run in float64, so up to {scan.tolerance:.0e} of the largest change counts as rounding."
         return self._verdict(scan, (note,))
+
+    def _verdict_in_float64(self) -> ModeVerdict | None:
+        """The verdict with everything in float64; None where the model insists on less."""
+        with self.runs.wide():
+            wide = self.setup.wide()
+            try:
+                with Narrow() as narrow:
+                    base = wide.outputs(self.runs)
+            except (RuntimeError, TypeError, ValueError):
+                return None
+            if narrow.seen or not all(t.dtype in (torch.float64, torch.complex128) for t in base.values()):
+                return None
+            scan = self._scanned(wide, base, TOLERANCES[torch.float64])
+            return self._verdict(scan, ("Decided in float64: changes near rounding were seen.",))
 
     def _scanned(self, setup: Plan, base: dict[str, Tensor], tolerance: float) -> Scan:
         scan = Scan(self.runs, setup.inputs, setup.tracks, base, tolerance, setup.pick)

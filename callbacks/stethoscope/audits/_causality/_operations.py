@@ -56,12 +56,12 @@ class Operations(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         """Start looking."""
-        if self._module is not None:
+        if self._module is not None and not isinstance(self._module, torch.jit.ScriptModule):
             self._handles = [
                 self._module.register_forward_pre_hook(self._enter, prepend=False),
                 self._module.register_forward_hook(self._leave, always_call=True),
             ]
-            for child in list(self._module.modules())[1:]:
+            for child in [m for m in list(self._module.modules())[1:] if not isinstance(m, torch.jit.ScriptModule)]:
                 self._handles.append(child.register_forward_pre_hook(self._down))
                 self._handles.append(child.register_forward_hook(self._up, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 from contextlib import contextmanager
@@ -70,21 +71,24 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _module_of(model: Any) -> nn.Module | None:
+    """The module behind a callable: itself, its owner, what its closure, its arguments or its attributes hold."""
     if isinstance(model, nn.Module):
         return model
-    owner = getattr(model, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return owner
-    if not inspect.isfunction(model):
-        return None
-    seen = inspect.getclosurevars(model)
-    found = {name: value for name, value in {**seen.globals, **seen.nonlocals}.items() if isinstance(value, nn.Module)}
-    if len(found) <= 1:
-        return next(iter(found.values()), None)
-    return nn.ModuleDict(found)
+    if isinstance(model, functools.partial):
+        seen = {"function": model.func, **{f"argument{i}": arg for i, arg in enumerate(model.args)}, **model.keywords}
+        seen["function"] = _module_of(model.func)
+    elif inspect.isfunction(model):
+        variables = inspect.getclosurevars(model)
+        seen = {**variables.globals, **variables.nonlocals}
+    elif inspect.ismethod(model):
+        return _module_of(model.__self__)
+    else:
+        seen = getattr(model, "__dict__", {})
+    found = {name: value for name, value in seen.items() if isinstance(value, nn.Module)}
+    return nn.ModuleDict(found) if len(found) > 1 else next(iter(found.values()), None)
 
 
-class BudgetError(RuntimeError):
+class BudgetError(Exception):
     """No forward pass is left."""
 
 
@@ -127,6 +131,11 @@ class Runs:
             self._restore_random()
         with torch.set_grad_enabled(grad):
             return self.subject.call(*arguments)
+
+    @property
+    def widens(self) -> bool:
+        """Whether the modules let their tensors be swapped: scripted ones do not."""
+        return all(isinstance(module._buffers, dict) for module in self._modules)  # noqa: SLF001
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -182,8 +191,10 @@ class Runs:
 
     def _restore_tensors(self, *, thorough: bool) -> None:
         for module, kept in self._buffers:
-            module._buffers.clear()  # noqa: SLF001
-            module._buffers.update(kept)  # noqa: SLF001
+            # Scripted modules offer a view only; there, buffers cannot be replaced by assignment either.
+            if isinstance(module._buffers, dict):  # noqa: SLF001
+                module._buffers.clear()  # noqa: SLF001
+                module._buffers.update(kept)  # noqa: SLF001
         for value in self._values:
             value.restore(thorough=thorough)
 

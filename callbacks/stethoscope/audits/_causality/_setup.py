@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stethoscope.audits._causality._axes import Track, growing, hop, numbers, second_length, shapes, tensors
+from stethoscope.audits._causality._axes import REFUSALS, Track, growing, hop, numbers, second_length, shapes, tensors
 from stethoscope.audits._causality._culprit import Signer, trace
 from stethoscope.audits._causality._repeat import BudgetError
 
@@ -84,9 +84,7 @@ def plan(runs: Runs, inputs: Inputs, out_time_axis: int | None, output: Any) -> 
 
     try:
         full = shapes(run(inputs))
-    except BudgetError:
-        raise
-    except (RuntimeError, IndexError, AssertionError, TypeError) as error:
+    except REFUSALS as error:
         raise ValueError(
             f"The model fails on x of shape {shape}: {type(error).__name__}: {error}. Where x is shorter than the receptive field, give a longer one."
         ) from error
@@ -125,7 +123,7 @@ def _with_batch(inputs: Inputs, run: Callable[[Inputs], Any], full: dict[Any, tu
         axes = growing(shape, wider.get(slot), None)
         if axes and any(shape[a] == items and wider[slot][a] == items + 1 for a in axes):
             return replace(inputs, batch_axis=axis), wider
-    return inputs, None
+    return inputs, wider
 
 
 def _tracks(
@@ -160,9 +158,8 @@ def _tracks(
             if other is None
             else hop(inputs.steps, second.steps, shape[axis], other[axis], size_at)
         )
-        batch = next(
-            (a for a, size in enumerate(shape) if wider is not None and slot in wider and wider[slot][a] != size), None
-        )
+        known = inputs.batch_axis is not None and wider is not None and slot in wider
+        batch = next((a for a, size in enumerate(shape) if known and wider[slot][a] != size), None)
         tracks.append(Track(slot, axis, batch, rate))
     return tracks
 

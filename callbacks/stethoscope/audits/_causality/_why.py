@@ -14,6 +14,10 @@ class Reason(NamedTuple):
     advice: str
 
 
+_MIXES_ITEMS = Reason(
+    "mixes the items of the batch",
+    "Give every mean, maximum and std() its dim=, and look for reshapes that mix the batch with another axis.",
+)
 _BATCH_NORM = Reason(
     "normalises with the statistics of the batch, over all steps and all items",
     "Use a cumulative or per-step norm (LayerNorm or RMSNorm over channels, cLN); or keep BatchNorm in eval mode while training and judge modes=('eval',).",
@@ -45,7 +49,7 @@ _TRANSPOSED = Reason(
 )
 
 
-def reason(module: nn.Module | None, *, whole: bool, ahead: int, statistic: str = "") -> Reason:
+def reason(module: nn.Module | None, *, whole: bool, ahead: int, statistic: str = "", batch: bool = False) -> Reason:
     """Explain one culprit.
 
     Args:
@@ -53,8 +57,11 @@ def reason(module: nn.Module | None, *, whole: bool, ahead: int, statistic: str 
         whole: whether it looks ahead over everything.
         ahead: by how many input steps.
         statistic: the line that computes one number from all of time, where one was seen.
+        batch: explain a leak across the batch instead.
     """
     by_type = _by_type(module) if module is not None else None
+    if batch:
+        return _BATCH_NORM if by_type is _BATCH_NORM else _MIXES_ITEMS
     if by_type is not None:
         return by_type
     name = type(module).__name__.lower() if module is not None else ""
