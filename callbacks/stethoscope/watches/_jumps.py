@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding
@@ -57,6 +57,7 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
     """
 
     name: str = "loss"
+    _: KW_ONLY
     phase: str = "train"
     schedule: tuple[int, ...] = ()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 from stethoscope._record import Finding
@@ -69,6 +69,7 @@ class Plateau:
     """
 
     name: str = "loss"
+    _: KW_ONLY
     phase: str = "train"
     patience: int | str = "10%"
     min_improvement: float | None = None
