@@ -28,7 +28,7 @@ MOST_SOURCES = 6
 """Assignments are counted out, n! of them; beyond this many sources there is no margin and no SI-SDR."""
 
 _EPS = 1e-8
-_DISTANT = 20.0  # dB: outputs of a scale-free loss may lie this far below the mixture without being quiet
+_DISTANT = 60.0  # dB: outputs of a scale-free loss may lie this far below the mixture without being quiet
 
 
 class Assignment(NamedTuple):
@@ -174,7 +174,7 @@ def quiet(outputs_db: Tensor, inputs_db: Tensor | None, references_db: Tensor | 
     """Whether an item has a silent output: 40 dB below the loudest one, and 15 dB more than the references account for.
 
     The scale of outputs under a scale-invariant loss is arbitrary, hence levels are relative: to the loudest output, or
-    to 20 dB below the loudest input where all outputs are quieter than that.
+    to 60 dB below the loudest input where all outputs are quieter than that.
 
     Args:
         outputs_db: (B, S) levels in dB.

@@ -92,7 +92,7 @@ def test_other_number_types_are_read(dtype):
 
 def test_copies_are_seen_scaled_flipped_delayed_and_in_one_pair_of_many():
     voice = some(4, 1, 2000)
-    assert measure({"estimates": torch.cat([voice, -0.01 * voice], 1)})["alike_fraction"] == 1
+    assert measure({"estimates": torch.cat([voice, -0.02 * voice], 1)})["alike_fraction"] == 1
     late = {"estimates": torch.cat([voice, voice.roll(40, -1)], 1)}
     assert measure(late)["alike_fraction"] == 1
     assert measure(late)["out_cos"] < 0.2

@@ -30,7 +30,7 @@ class Separation:
 
     | `separation/...` | meaning, unit |
     |---|---|
-    | `out_cos`, `ref_cos` | largest abs(cos) over pairs of outputs, of references |
+    | `out_cos`, `ref_cos` | largest abs(cos) over pairs of outputs (within 40 dB of the loudest), of references |
     | `out_delay_cos`, `ref_delay_cos` | the same, over delays up to `max_delay` samples |
     | `mix_cos` | smallest abs(cos) of an output with the mixture: near 1 means that all repeat it |
     | `level_db`, `ref_level_db` | level of the quietest output, reference, dB re 1 |
@@ -149,7 +149,7 @@ class _Attached:
             out["ref_level_db"] = stats.mean_over(levels_ref.amin(1), finite)
         silent = stats.quiet(levels[:, :outputs], levels_in, levels_ref)
         out["quiet_fraction"] = stats.mean_over(silent.float(), finite)
-        out |= self._alike(batch, cos, finite)
+        out |= self._alike(batch, cos, levels[:, :outputs], finite)
         scores = None
         if references is not None and max(outputs, references.shape[1]) <= stats.MOST_SOURCES:
             scores, more = self._match(batch, cos, levels_ref, finite)
@@ -166,7 +166,7 @@ class _Attached:
                 out |= self._flips(ids.to(scores.device), found.best, usable)
         return out
 
-    def _alike(self, batch: SignalBatch, cos: Tensor, finite: Tensor) -> dict[str, Tensor]:
+    def _alike(self, batch: SignalBatch, cos: Tensor, levels: Tensor, finite: Tensor) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         outputs, references = batch.outputs, batch.references
         delay = min(self._spec.max_delay, batch.estimates.shape[-1] // 8)
@@ -175,11 +175,13 @@ class _Attached:
             ref_cos = stats.largest_pair(cos[:, batch.reference_rows, batch.reference_rows])
             out["ref_cos"] = stats.mean_over(ref_cos, torch.isfinite(ref_cos))
         if outputs > 1:
-            out_cos = stats.largest_pair(cos[:, :outputs, :outputs])
+            # What leaks into an output that is silent by right looks like a copy; `quiet` judges that one.
+            heard = (levels > levels.amax(1, keepdim=True) + stats.QUIET_DB)[:, :, None]
+            out_cos = stats.largest_pair(cos[:, :outputs, :outputs] * heard * heard.transpose(1, 2))
             out["out_cos"] = stats.mean_over(out_cos, finite)
             flag = stats.alike(out_cos, ref_cos)
             if delay:
-                out_delay = stats.largest_pair_delayed(batch.estimates, delay)
+                out_delay = stats.largest_pair_delayed(batch.estimates * heard, delay)
                 out["out_delay_cos"] = stats.mean_over(out_delay, finite)
                 if references is not None and references.shape[1] > 1:
                     ref_delay = stats.largest_pair_delayed(references, delay)
