@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stethoscope._record import Finding, Record, Severity
@@ -87,7 +89,7 @@ class OutputCollapse:
             "armed": False,
             "states": {},
             "nonfinite": False,
-            "loss": {"first": [0.0, 0], "level": None, "noise": None, "previous": None},
+            "loss": {"first": [], "recent": []},
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -123,20 +125,20 @@ class OutputCollapse:
         state = {**state, "states": {} if apart else state["states"]}
         states, found = {}, []
         for kind, share in shares.items():
-            mean, streak, active = state["states"].get(kind, (share, 0, False))
-            mean = KEEP * mean + (1 - KEEP) * share
-            streak = streak + 1 if mean >= self.fraction else 0
-            if active and mean <= self.fraction / 2:
+            usual, streak, active = state["states"].get(kind, (share, 0, False))
+            usual = KEEP * usual + (1 - KEEP) * share
+            streak = streak + 1 if usual >= self.fraction else 0
+            if active and usual <= self.fraction / 2:
                 active = False
             elif not active and armed and streak >= self.hold and share >= self.fraction:
                 active = True
                 found.append(self._finding(kind, share, now, state["loss"], step))
-            states[kind] = [mean, streak, active]
+            states[kind] = [usual, streak, active]
         return {**state, "armed": armed, "states": {**state["states"], **states}}, found
 
     def _finding(self, kind: str, share: float, now: Numbers, loss: Any, step: int) -> Finding:
         code, severity, message, advice = _TEXTS[kind](share, now)
-        level = loss["level"]
+        level = _level(loss)
         text = message if level is None else f"{message} {self.loss} is {level:.3g}."
         evidence = {**now, "share": share, "loss": level}
         return Finding(code, severity, text, advice, step, phase=self.phase, evidence=evidence)
@@ -194,18 +196,21 @@ def _bound_db(cos: float) -> float:
 
 
 def _follow(loss: Any, value: float) -> Any:
-    total, count = loss["first"]
-    first = [total + value, count + 1] if count < 3 else loss["first"]
-    jump = 0.0 if loss["previous"] is None else 0.886 * abs(value - loss["previous"])
-    noise = jump if count < 2 else loss["noise"] + 0.1 * (jump - loss["noise"])
-    level = value if loss["level"] is None else loss["level"] + 0.1 * (value - loss["level"])
-    level = value if count < 3 else level
-    return {"first": first, "level": level, "noise": noise, "previous": value}
+    first = loss["first"] if len(loss["first"]) == 3 else [*loss["first"], value]
+    return {"first": first, "recent": [*loss["recent"], value][-20:]}
+
+
+def _level(loss: Any) -> float | None:
+    return median(loss["recent"]) if loss["recent"] else None
 
 
 def _fell(loss: Any) -> bool:
-    total, count = loss["first"]
-    return not count or total / count - loss["level"] > FELL * loss["noise"]
+    """Whether the loss is lower than it began, by three standard deviations of one step; yes where no loss is known."""
+    recent = loss["recent"]
+    if len(recent) < 2:
+        return not recent
+    noise = median(abs(b - a) for a, b in pairwise(recent)) / 0.954  # of the difference of two normal values
+    return bool(mean(loss["first"]) - median(recent) > FELL * noise)
 
 
 def _percent(share: float) -> str:
