@@ -59,7 +59,7 @@ def test_three_nonfinite_values_in_a_row_diverge_one_does_not():
     values[150:] = [math.inf] * 50
     (found,) = replay(Jumps(), series(loss=values))
     assert (found.code, found.severity, found.step) == ("loss-diverged", "error", 152)
-    assert found.evidence["nonfinite_since"] == 150
+    assert found.evidence["since"] == 150
 
 
 def test_eighty_decibels_are_named_and_a_loss_passing_eighty_is_not():

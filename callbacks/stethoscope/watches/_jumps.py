@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope._record import Finding
+from stethoscope._record import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,16 @@ PERIOD = 1000
 CEILING = 80.0  # -10 log10(1e-8): what SI-SDR losses return for a ratio of zero
 CEILING_WIDTH = 0.05  # dB
 CEILING_HOLD = 3  # steps in a row
+
+
+class Jump(NamedTuple):
+    """What is to be said about one step."""
+
+    code: str
+    severity: Severity
+    message: str
+    advice: str
+    evidence: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,10 +110,12 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
                     state.update(values=[], first=None, best=None, high_since=None, inside=False)
                 state["last"] = record.step
                 found = self._take(state, record.step, float(record.value))
-                return state, [self._finding(*one, step=record.step) for one in found]
+                return state, [
+                    Finding(*jump[:4], record.step, phase=self.phase, evidence=jump.evidence) for jump in found
+                ]
         return state, ()
 
-    def _take(self, state: dict[str, Any], step: int, value: float) -> list[tuple[str, str, str, dict[str, Any]]]:
+    def _take(self, state: dict[str, Any], step: int, value: float) -> list[Jump]:
         found = [*self._nonfinite(state, step, value), *self._ceiling(state, value)]
         if not math.isfinite(value):
             return found
@@ -119,7 +131,7 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
         state["values"] = [*state["values"], value][-WINDOW:]
         return found
 
-    def _nonfinite(self, state: dict[str, Any], step: int, value: float) -> list[Any]:
+    def _nonfinite(self, state: dict[str, Any], step: int, value: float) -> list[Jump]:
         if math.isfinite(value):
             if state["bad"] >= NONFINITE:
                 state["diverged"] = False
@@ -131,16 +143,12 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
         if state["bad"] != NONFINITE or state["diverged"]:
             return []
         state["diverged"] = True
-        return [
-            (
-                "loss-diverged",
-                "error",
-                f"{self.name} is NaN or Inf for {NONFINITE} steps in a row.",
-                {"nonfinite_since": state["bad_since"]},
-            )
-        ]
+        since = state["bad_since"]
+        message = f"{self.name} is NaN or Inf for {NONFINITE} steps in a row."
+        advice = f"Go back to a checkpoint before step {since}, lower the learning rate, and let audits.nonfinite name the origin."
+        return [Jump(code="loss-diverged", severity="error", message=message, advice=advice, evidence={"since": since})]
 
-    def _ceiling(self, state: dict[str, Any], value: float) -> list[Any]:
+    def _ceiling(self, state: dict[str, Any], value: float) -> list[Jump]:
         state["ceiling"] = state["ceiling"] + 1 if abs(value - CEILING) < CEILING_WIDTH else 0
         if state["ceiling"] != CEILING_HOLD:
             return []
@@ -148,9 +156,14 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             f"{self.name} is {value:.4g} for {CEILING_HOLD} steps in a row: +80 dB is what an SI-SDR loss returns for an "
             "output of zeros or a silent target."
         )
-        return [("loss-at-80-db", "error", message, {"value": value})]
+        advice = (
+            "Look at the output level and at silent sources in the data; a dead output stays dead, so go back to an earlier "
+            "checkpoint and lower the learning rate."
+        )
+        evidence = {"value": value}
+        return [Jump(code="loss-at-80-db", severity="error", message=message, advice=advice, evidence=evidence)]
 
-    def _spike(self, state: dict[str, Any], step: int, value: float, level: float, bar: float) -> list[Any]:
+    def _spike(self, state: dict[str, Any], step: int, value: float, level: float, bar: float) -> list[Jump]:
         spikes = [at for at in state["spikes"] if at > step - PERIOD]
         inside, state["inside"] = state["inside"], value > level + bar and bar > 0
         if not state["inside"] or inside or state["diverged"] or state["high_since"] is not None:
@@ -161,15 +174,16 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
         state["spikes"] = spikes = [*spikes, step][-RATE - 1 :]
         numbers = {"value": value, "level": level, "bar": level + bar, "spikes": len(spikes)}
         text = f"{self.name} leaps to {value:.4g}, from a level of {level:.4g} (bar {level + bar:.4g})"
-        if len(spikes) > RATE and not state["often"]:
-            state.update(often=True, told=step)
-            return [("loss-spike", "warning", f"{text}; more than {RATE} spikes within {PERIOD:,} steps.", numbers)]
-        if state["often"] or (state["told"] is not None and step < state["told"] + QUIET):
+        often = len(spikes) > RATE
+        if state["often"] or (not often and state["told"] is not None and step < state["told"] + QUIET):
             return []
-        state["told"] = step
-        return [("loss-spike", "info", f"{text}.", numbers)]
+        state.update(often=often, told=step)
+        text += f"; more than {RATE} spikes within {PERIOD:,} steps." if often else "."
+        advice = "Look at the batch of that step (a bad sample?); clip gradients, or lower the learning rate."
+        severity: Severity = "warning" if often else "info"
+        return [Jump(code="loss-spike", severity=severity, message=text, advice=advice, evidence=numbers)]
 
-    def _climb(self, state: dict[str, Any], step: int, level: float, bar: float) -> list[Any]:
+    def _climb(self, state: dict[str, Any], step: int, level: float, bar: float) -> list[Jump]:
         high = level > state["best"] + bar + 1e-12 * abs(level)
         if not high:
             state["high_since"] = None
@@ -189,22 +203,11 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
         if spike is not None and spike > state["high_since"] - HOLD:
             message += f" It began with a spike at step {spike}."
         numbers = {"level": level, "best": state["best"], "bar": bar, "since": state["high_since"]}
-        return [("loss-diverged", "warning", message, numbers)]
-
-    def _finding(self, code: str, severity: Any, message: str, evidence: dict[str, Any], step: int) -> Finding:
-        advice = {
-            "loss-spike": "Look at the batch of that step (a bad sample?); clip gradients, or lower the learning rate.",
-            "loss-at-80-db": "Look at the output level and at silent sources in the data; a dead output stays dead, so go "
-            "back to an earlier checkpoint and lower the learning rate.",
-            "loss-diverged": "Go back to the best checkpoint and lower the learning rate or clip gradients. If data, loss "
-            "or curriculum changed by plan there, name the step in schedule.",
-        }[code]
-        if "nonfinite_since" in evidence:
-            advice = (
-                f"Go back to a checkpoint before step {evidence['nonfinite_since']}, lower the learning rate, and let "
-                "audits.nonfinite name the origin."
-            )
-        return Finding(code, severity, message, advice, step, phase=self.phase, evidence=evidence)
+        advice = (
+            "Go back to the best checkpoint and lower the learning rate or clip gradients. If data, loss or curriculum "
+            "changed by plan there, name the step in schedule."
+        )
+        return [Jump(code="loss-diverged", severity="warning", message=message, advice=advice, evidence=numbers)]
 
 
 def _level(values: Sequence[float]) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from stethoscope._record import Finding, Record, Severity
 from stethoscope.probes import Separation
@@ -137,11 +137,11 @@ class OutputCollapse:
         return {**state, "armed": armed, "states": {**state["states"], **states}}, found
 
     def _finding(self, kind: str, share: float, now: Numbers, loss: Any, step: int) -> Finding:
-        code, severity, message, advice = _TEXTS[kind](share, now)
+        said = _TEXTS[kind](share, now)
         level = _level(loss)
-        text = message if level is None else f"{message} {self.loss} is {level:.3g}."
+        message = said.message if level is None else f"{said.message} {self.loss} is {level:.3g}."
         evidence = {**now, "share": share, "loss": level}
-        return Finding(code, severity, text, advice, step, phase=self.phase, evidence=evidence)
+        return Finding(said.code, said.severity, message, said.advice, step, phase=self.phase, evidence=evidence)
 
     def _nonfinite(self, share: float, step: int) -> Finding:
         return Finding(
@@ -231,7 +231,13 @@ def _sources(now: Numbers) -> int:
     return max(2, sum(name.startswith("source") for name in now))
 
 
-Text: TypeAlias = tuple[str, Severity, str, str]
+class Text(NamedTuple):
+    """What a finding of one kind says."""
+
+    code: str
+    severity: Severity
+    message: str
+    advice: str
 
 
 def _collapsed(share: float, now: Numbers) -> Text:
@@ -245,7 +251,7 @@ def _collapsed(share: float, now: Numbers) -> Text:
         "Check that the loss takes the best permutation (not the mean over them, not a fixed or random order) and that "
         "each output reaches the loss; then the masks' last layer and the learning rate."
     )
-    return "output-collapse", "error", message, advice
+    return Text(code="output-collapse", severity="error", message=message, advice=advice)
 
 
 def _unstarted(share: float, now: Numbers) -> Text:
@@ -254,7 +260,7 @@ def _unstarted(share: float, now: Numbers) -> Text:
         "Raise the learning rate (print it: a warm-up or a scheduler may hold it near zero) and check that the optimizer "
         "owns this model's parameters: audits.training(optimizer, model)."
     )
-    return "stalled-from-start", "error", message, advice
+    return Text(code="stalled-from-start", severity="error", message=message, advice=advice)
 
 
 def _references(share: float, now: Numbers) -> Text:
@@ -269,7 +275,7 @@ def _references(share: float, now: Numbers) -> Text:
         "Listen to the references: each must be one source, not the mixture or twice the same file. If they are fine, the "
         "estimates given here are not those that the loss sees: check the inference path and its checkpoint."
     )
-    return "references-alike", "warning", message, advice
+    return Text(code="references-alike", severity="warning", message=message, advice=advice)
 
 
 def _quiet(share: float, now: Numbers) -> Text:
@@ -280,7 +286,7 @@ def _quiet(share: float, now: Numbers) -> Text:
         "A dead output gets no gradient: go back to an earlier checkpoint, lower the learning rate, and avoid a ReLU as "
         "the last activation of the masks."
     )
-    return "output-silent", "error", message, advice
+    return Text(code="output-silent", severity="error", message=message, advice=advice)
 
 
 def _constant(share: float, now: Numbers) -> Text:
@@ -289,13 +295,18 @@ def _constant(share: float, now: Numbers) -> Text:
         f"The output is the same for different inputs: |cos| {now['batch_cos']:.3f} between items, "
         f"{now.get('mix_batch_cos', math.nan):.3f} between their inputs."
     )
-    return "output-constant", "error", message, "The input is ignored: check what reaches the model, and dead layers."
+    return Text(
+        code="output-constant",
+        severity="error",
+        message=message,
+        advice="The input is ignored: check what reaches the model, and dead layers.",
+    )
 
 
 def _copied(share: float, now: Numbers) -> Text:
     message = f"The output repeats the input in {_percent(share)} of the items (|cos| {now.get('mix_cos', 1.0):.3f})."
     advice = "Nothing is removed: check that the targets differ from the input, and the gain of a skip connection."
-    return "output-collapse", "warning", message, advice
+    return Text(code="output-collapse", severity="warning", message=message, advice=advice)
 
 
 _TEXTS: dict[str, Callable[[float, Numbers], Text]] = {
