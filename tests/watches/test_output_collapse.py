@@ -230,6 +230,17 @@ def test_other_phases_are_not_mixed_in():
     assert [f.phase for f in replay(OutputCollapse(phase="val"), records)] == ["val"]
 
 
+def test_alike_in_validation_only_points_at_the_inference_path():
+    train = story([0.99] * 4 + [0.2] * 16, [20.0 - i for i in range(20)])
+    val = [r._replace(phase="val") for r in story([0.99] * 20, [0.0] * 20)]
+    records = [r for pair in zip(train[::2], train[1::2], val[::2], val[1::2], strict=True) for r in pair]
+    (found,) = replay(OutputCollapse(phase="val"), records)
+    assert (found.code, found.phase, found.step) == ("output-collapse", "val", 250)
+    assert "In training they are apart (|cos| 0.200)." in found.message
+    assert "strict=False" in found.advice
+    assert replay(OutputCollapse(), records) == []
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(*3 * [st.floats(width=32)]), max_size=60))
 def test_any_numbers_are_survived_and_state_is_json_at_any_moment(values):

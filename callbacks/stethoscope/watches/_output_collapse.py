@@ -24,6 +24,7 @@ WARM_UP_STEPS = 100  # and 20 observations: with `every=1` healthy runs need som
 REFERENCES = 0.818  # |cos| of two references from which equal outputs can reach -10 dB
 BEYOND = 3.0  # dB above what orthogonal references allow
 FELL = 3.0  # standard deviations of one step
+LEARNT = 0.8  # |cos| of outputs in training below which those of another phase are expected apart, too
 BATCH = 0.95  # |cos| of outputs for different inputs
 
 Numbers: TypeAlias = Mapping[str, float]
@@ -39,6 +40,7 @@ class OutputCollapse:
     *silent*: an output 40 dB below the loudest and 15 dB more than the references account for; one output only:
     *constant*, the same for different inputs, or a *copy* of the mixture. Judged once outputs were apart (less than 25 %
     of items alike) or after 20 observations and 100 steps, since every run starts with its outputs alike.
+    Outside training, outputs that are apart in training (|cos| < 0.8) arm it too, and two observations suffice.
     Alike, and the loss never fell by more than three standard deviations: the run has not started, which is
     `stalled-from-start`. Alike, and the references are too (or SI-SDR is 3 dB better than orthogonal ones allow, or the
     mixture itself has an SI-SDR above 3 dB): `references-alike`.
@@ -89,6 +91,7 @@ class OutputCollapse:
             "armed": False,
             "states": {},
             "nonfinite": False,
+            "train_cos": None,
             "loss": {"first": [], "recent": []},
         }
 
@@ -98,7 +101,11 @@ class OutputCollapse:
         step = 0
         for record in records:
             value = record.value
-            if record.phase != self.phase or record.module or not isinstance(value, (int, float)):
+            if record.module or not isinstance(value, (int, float)):
+                continue
+            if record.name == "separation/out_cos" and record.phase == "train" != self.phase and math.isfinite(value):
+                state = {**state, "train_cos": float(value)}
+            if record.phase != self.phase:
                 continue
             if record.name == self.loss and math.isfinite(value):
                 state = {**state, "loss": _follow(state["loss"], float(value))}
@@ -114,31 +121,36 @@ class OutputCollapse:
         return state, [*found, *more]
 
     def _judge(self, state: State, now: Numbers, step: int) -> tuple[State, list[Finding]]:
-        shares = _shares(now, fell=_fell(state["loss"]))
+        learnt = self.phase != "train" and (state["train_cos"] or 1.0) < LEARNT
+        shares = _shares(now, fell=learnt or _fell(state["loss"]))
         first = step if state["first_step"] is None else state["first_step"]
         state = {**state, "seen": state["seen"] + 1, "first_step": first}
         together = sum(shares.get(kind, 0.0) for kind in ("alike", "unstarted", "references"))
         long_enough = state["seen"] >= 20 and step >= first + WARM_UP_STEPS
-        apart = not state["armed"] and "alike" in shares and together < APART
+        apart = not state["armed"] and "alike" in shares and (together < APART or learnt)
         armed = state["armed"] or long_enough or apart
         # What the outputs were before they came apart says nothing about what follows.
         state = {**state, "states": {} if apart else state["states"]}
         states, found = {}, []
+        hold = self.hold if self.phase == "train" else min(self.hold, 2)  # the model stands still in between
         for kind, share in shares.items():
             usual, streak, active = state["states"].get(kind, (share, 0, False))
             usual = KEEP * usual + (1 - KEEP) * share
             streak = streak + 1 if usual >= self.fraction else 0
             if active and usual <= self.fraction / 2:
                 active = False
-            elif not active and armed and streak >= self.hold and share >= self.fraction:
+            elif not active and armed and streak >= hold and share >= self.fraction:
                 active = True
-                found.append(self._finding(kind, share, now, state["loss"], step))
+                found.append(self._finding(kind, share, now, state, step))
             states[kind] = [usual, streak, active]
         return {**state, "armed": armed, "states": {**state["states"], **states}}, found
 
-    def _finding(self, kind: str, share: float, now: Numbers, loss: Any, step: int) -> Finding:
+    def _finding(self, kind: str, share: float, now: Numbers, state: State, step: int) -> Finding:
         said = _TEXTS[kind](share, now)
-        level = _level(loss)
+        trained = state["train_cos"]
+        if kind == "alike" and trained is not None and trained < LEARNT:
+            said = _elsewhere(said, trained)
+        level = _level(state["loss"])
         message = said.message if level is None else f"{said.message} {self.loss} is {level:.3g}."
         evidence = {**now, "share": share, "loss": level}
         return Finding(said.code, said.severity, message, said.advice, step, phase=self.phase, evidence=evidence)
@@ -252,6 +264,15 @@ def _collapsed(share: float, now: Numbers) -> Text:
         "each output reaches the loss; then the masks' last layer and the learning rate."
     )
     return Text(code="output-collapse", severity="error", message=message, advice=advice)
+
+
+def _elsewhere(said: Text, trained: float) -> Text:
+    message = f"{said.message} In training they are apart (|cos| {trained:.3f})."
+    advice = (
+        "Look at this path, not at the training: a checkpoint that was loaded with strict=False and matched nothing "
+        "(audits.checkpoint counts it), other weights, other scaling, or another order of axes."
+    )
+    return said._replace(message=message, advice=advice)
 
 
 def _unstarted(share: float, now: Numbers) -> Text:
