@@ -258,3 +258,14 @@ def test_spec_covers_what_it_names():
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Separation(**fields)
+
+
+def test_through_the_monitor_with_a_list_of_estimates_as_espnet_has_it():
+    from stethoscope import Monitor, sinks
+
+    given, memory = scene(), sinks.Memory()
+    given["estimates"] = list(given["estimates"].unbind(1))
+    with Monitor(nn.Identity(), probes=[Separation()], sinks=[memory], strict=True) as monitor:
+        monitor.step(**given)
+    values = {record.name: record.value for record in memory.records}
+    assert values["separation/si_sdr_db"] == pytest.approx(measure(scene())["si_sdr_db"], abs=1e-3)

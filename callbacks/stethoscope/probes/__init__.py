@@ -1,3 +1,6 @@
 """Probes read tensors, on the device, without waiting for it."""
 
+from stethoscope.probes._activations import Activations as Activations
+from stethoscope.probes._gradients import Gradients as Gradients
+from stethoscope.probes._parameters import Parameters as Parameters
 from stethoscope.probes._separation import Separation as Separation

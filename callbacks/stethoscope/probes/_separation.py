@@ -11,7 +11,7 @@ import torch
 from stethoscope import separation_stats as stats
 from stethoscope._protocols import Attachment, Key, Probe
 from stethoscope._record import Finding
-from stethoscope.probes._signals import LayoutError, SignalBatch
+from stethoscope.probes._signals import LayoutError, SignalBatch, find
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,7 +123,7 @@ class _Attached:
         self._seen.clear()
 
     def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:
-        if not self._on or given.get(self._spec.estimates) is None:
+        if not self._on or find(given, self._spec.estimates) is None:
             return {}
         with torch.no_grad():
             try:

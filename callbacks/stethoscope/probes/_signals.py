@@ -61,8 +61,10 @@ class SignalBatch:
 
     @staticmethod
     def of(spec: Names, given: Mapping[str, Tensor]) -> SignalBatch:
-        rows = [_signals(given[spec.estimates], spec.source_axis, spec.estimates)]
-        references = given.get(spec.references or "references")
+        estimates = find(given, spec.estimates)
+        assert estimates is not None
+        rows = [_signals(estimates, spec.source_axis, spec.estimates)]
+        references = find(given, spec.references or "references")
         mixture = given.get(spec.mixture or "mixture")
         outputs, sources, mixture_row = rows[0].shape[1], 0, None
         if references is not None:
@@ -83,11 +85,21 @@ class SignalBatch:
             lengths = lengths.detach().to(device).flatten()
             if lengths.is_floating_point():
                 lengths = (lengths * size).round()
-            elif isinstance(given[spec.estimates], (list, tuple)) and given[spec.estimates][0].is_complex():
-                lengths = lengths * (size // given[spec.estimates][0].shape[1])  # frames of complex bins
+            elif not isinstance(estimates, torch.Tensor) and estimates[0].is_complex():
+                lengths = lengths * (size // estimates[0].shape[1])  # frames of complex bins
             count = lengths = lengths.long().clamp(1, size)
         signals = stats.centred(signals, lengths)
         return SignalBatch(signals, stats.gram(signals), count, outputs, sources, mixture_row)
+
+
+def find(given: Mapping[str, Tensor], name: str) -> Tensor | Sequence[Tensor] | None:
+    """What was given under a name; a list that the monitor has spread over `name/0`, `name/1` ... is gathered again."""
+    if name in given or f"{name}/0" not in given:
+        return given.get(name)
+    parts: list[Tensor] = []
+    while f"{name}/{len(parts)}" in given:
+        parts.append(given[f"{name}/{len(parts)}"])
+    return parts
 
 
 def _signals(given: Tensor | Sequence[Tensor], source_axis: int, name: str) -> Tensor:
