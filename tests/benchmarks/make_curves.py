@@ -1,4 +1,4 @@
-"""Train forty small models and keep their loss curves with what is known about them: `python make_curves.py FOLDER`.
+"""Train forty small models and keep their loss curves with what is known about them: `python make_curves.py FOLDER [SEED]`.
 
 Every curve is a real training (a few seconds on one thread). Half are healthy, in the others a fault with a known step
 is built in. `FOLDER/index.json` lists them, `FOLDER/<name>.npz` holds per step: loss, lr, clean (loss on a fixed
@@ -233,14 +233,14 @@ def label(loss: np.ndarray, lr: np.ndarray, level: np.ndarray, fault: int | None
     return {"loss": loss, "lr": lr, "clean": clean, "code": code}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, first_seed: int = 7000) -> None:
     """Write every curve and the index."""
     folder.mkdir(parents=True, exist_ok=True)
     index = []
     for number, spec in enumerate(plan()):
         name = "-".join(str(spec[key]) for key in ("task", "schedule", "optimizer", "size", "fault") if key in spec)
         name = name.replace(" ", "_")
-        curve = run(spec, seed=7000 + number)
+        curve = run(spec, seed=first_seed + number)
         np.savez_compressed(folder / f"{name}.npz", **curve)
         kind = "plateau" if "fault" in spec else "healthy"
         index.append(
@@ -252,4 +252,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -35,7 +35,7 @@ class Plateau:
 
     **What it decides:** the loss gains less than `min_improvement` per `patience` steps: a line is fitted to robust
     block means over the last `max(patience, half the run)`, and the upper confidence bound of its gain lies below
-    `min_improvement` three blocks in a row. Between "improving" and "stalled" there is "undecided", which says
+    `min_improvement` three blocks in a row; where the last half alone is undecided, the whole run is asked. Between "improving" and "stalled" there is "undecided", which says
     nothing. A learning rate that changes by a factor of two and a planned step of `schedule` start the window anew.
     Adding a constant to the loss or scaling it changes nothing (unless `min_improvement` is given in its units), so
     negative losses are fine; NaN and missing steps are left out.
@@ -176,6 +176,10 @@ class Plateau:
             recent = _trend.window(blocks, step - patience, FEWEST)
             left = self._left(recent, state["stalled"], patience, enough + rounding)
             return ({**self._fresh(state, step), "stalled": None} if left else state), ()
+        if high >= enough + rounding > gain:
+            # Undecided: a run that has been flat ever since the restart shows it sooner over all of its blocks.
+            seen = blocks
+            high = -_trend.trend(seen, self.confidence).low * patience
         flat = state["flat"] + 1 if high < enough + rounding else 0
         if flat < CONFIRM:
             return {**state, "flat": flat}, ()
