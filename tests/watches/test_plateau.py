@@ -181,3 +181,21 @@ def test_loss_given_to_step_and_logged_again_counts_once():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Plateau(**arguments)
+
+
+@pytest.mark.parametrize("every", [200, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_validation_losses_far_apart_are_judged_in_steps(every, seed):
+    """A run of 20,000 steps, one value per `every` steps, -10 dB reached at step 4000 or approached to the end."""
+    plan = Record("plan/steps", 20_000, 0, source="step")
+    steps = range(every, 20_000, every)
+
+    def validated(level):
+        values = zip(steps, noise(len(steps), 0.15, seed), strict=True)
+        return [plan, *(Record("loss", level(s) + e, s, phase="val", source="log") for s, e in values)]
+
+    healthy = validated(lambda step: -12 * (1 - math.exp(-step / 6000)))
+    stuck = validated(lambda step: -10 * (1 - math.exp(-min(step, 4000) / 2000)))
+    assert replay(Plateau(phase="val"), healthy) == []
+    (found,) = replay(Plateau(phase="val"), stuck)
+    assert 6000 < found.step <= 16_000

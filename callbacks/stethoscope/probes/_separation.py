@@ -163,7 +163,7 @@ class _Attached:
             out["margin_db"] = torch.where(usable, found.margin, torch.nan).nanmedian()
             ids = given.get("ids")
             if ids is not None and scores.shape[1] == scores.shape[2]:
-                out |= self._flips(ids.to(scores.device), found.best, usable)
+                out |= self._flips(ids.to(scores.device, non_blocking=True), found.best, usable)
         return out
 
     def _alike(self, batch: SignalBatch, cos: Tensor, levels: Tensor, finite: Tensor) -> dict[str, Tensor]:

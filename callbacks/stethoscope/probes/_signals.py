@@ -78,11 +78,11 @@ class SignalBatch:
             raise LayoutError(f"Estimates, references and mixture differ in batch size: (B, S, T) are {sizes}.")
         size = min(row.shape[-1] for row in rows)
         device = rows[0].device
-        signals = torch.cat([row[..., :size].to(device) for row in rows], 1)
+        signals = torch.cat([row[..., :size].to(device, non_blocking=True) for row in rows], 1)
         lengths = given.get(spec.lengths or "lengths")
         count: Tensor | int = size
         if lengths is not None:
-            lengths = lengths.detach().to(device).flatten()
+            lengths = lengths.detach().to(device, non_blocking=True).flatten()
             if lengths.is_floating_point():
                 lengths = (lengths * size).round()
             elif not isinstance(estimates, torch.Tensor) and estimates[0].is_complex():
