@@ -10,6 +10,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from stethoscope._protocols import Attachment, Key, Probe
 from stethoscope.probes import Separation
+from stethoscope.testing import assert_no_sync
 
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -186,6 +187,7 @@ def test_validation_adds_sir_and_sar():
     found = measure(scene(), phase="val")
     assert found["sar_db"] == pytest.approx(found["si_sdr_db"], abs=0.5)
     assert found["sir_db"] > found["sar_db"]
+    assert found["source0_sar_db"] == pytest.approx(found["source0_si_sdr_db"], abs=0.5)
     assert "sir_db" not in measure(scene())
 
 
@@ -225,6 +227,7 @@ def test_reading_never_waits_for_the_device():
         assert all(value.is_meta and value.dim() == 0 for value in attached.read(given).values())
     one = {"estimates": given["mixture"], "mixture": given["mixture"]}
     assert all(value.is_meta for value in attached.read(one).values())
+    assert_no_sync(Separation(), nn.Linear(4, 4), some(2, 4), scene())
 
 
 def test_training_is_untouched():

@@ -135,6 +135,13 @@ def test_share_of_the_plan_sets_patience_and_what_is_left_sets_severity():
     assert "of the run is left" in short[0].message
 
 
+def test_plan_that_is_said_again_by_a_resumed_run_changes_nothing():
+    plan = [Record("plan/steps", STEPS, 0, source="step")]
+    values = series(loss=falls_then_stays())
+    again = [*plan, *values[:1100], plan[0]._replace(step=1100), *values[1100:]]
+    assert replay(Plateau(unit="dB"), again) == replay(Plateau(unit="dB"), plan + values)
+
+
 def test_without_a_plan_a_share_means_a_thousand_steps_at_least():
     found = replay(Plateau(unit="dB"), series(loss=falls_then_stays()))
     assert found[0].evidence["patience"] == 1000

@@ -41,7 +41,7 @@ class Separation:
     | `source<i>_si_sdr_db` | SI-SDR of reference i, dB |
     | `margin_db` | median over items: best less second-best assignment, dB (or the unit of `pairwise`) |
     | `flips`, `revisits` | share and number of items that came back and were assigned differently, by `ids` |
-    | `sir_db`, `sar_db` | outside training: scale-invariant SIR and SAR, dB |
+    | `sir_db`, `sar_db`, `source<i>_...` | outside training: scale-invariant SIR and SAR, all and per reference, dB |
 
     Layouts: (B, S, T) (Asteroid), (B, T, S) with `source_axis=2` (SpeechBrain), a list of (B, T) tensors or of complex
     spectra (B, frames, bins) (ESPnet), (B, T) for one output. Integer, half and complex are read as float32. Where
@@ -227,9 +227,10 @@ class _Attached:
             products = batch.products.gather(1, order[:, :, None].expand(-1, -1, batch.products.shape[2]))
             products = products.gather(2, order[:, None].expand(-1, order.shape[1], -1))
             sir, sar = stats.sir_sar_db(products, sources)
-            out["sar_db"] = stats.mean_over(sar, heard)
-            if sources > 1:
-                out["sir_db"] = stats.mean_over(sir, heard)
+            for name, values in (("sir_db", sir), ("sar_db", sar)) if sources > 1 else (("sar_db", sar),):
+                out[name] = stats.mean_over(values, heard)
+                for source in range(sources if sources > 1 else 0):
+                    out[f"source{source}_{name}"] = stats.mean_over(values[:, source], heard[:, source])
         return scores, out
 
     def _flips(self, ids: Tensor, best: Tensor, usable: Tensor) -> dict[str, Tensor]:

@@ -240,7 +240,7 @@ def _cosines(now: Numbers) -> str:
 
 
 def _sources(now: Numbers) -> int:
-    return max(2, sum(name.startswith("source") for name in now))
+    return max(2, sum(name.startswith("source") and name.endswith("_si_sdr_db") for name in now))
 
 
 class Text(NamedTuple):

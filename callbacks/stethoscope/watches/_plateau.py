@@ -110,8 +110,9 @@ class Plateau:
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the records of one step; judge whenever a block is full."""
         for record in records:
-            if record.name == "plan/steps" and isinstance(record.value, (int, float)) and record.value > 0:
-                state = {**self.init(), "lr": state["lr"], "plan": record.value}
+            if record.name == "plan/steps" and isinstance(record.value, (int, float)):
+                if record.value > 0 and record.value != state["plan"]:  # a resumed run says it again
+                    state = {**state, "plan": record.value, "series": None}
             elif record.name == "lr" and isinstance(record.value, (int, float)):
                 state = {**state, "lr": record.value}
         for record in records:
