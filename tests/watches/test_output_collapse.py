@@ -161,14 +161,14 @@ def run(sources: int, make, seed: int, observations: int = 26) -> list[str]:
 @pytest.mark.parametrize("mode", MODES)
 def test_collapse_at_full_strength_is_found(mode):
     wanted = {"output-collapse", "output-silent", "output-constant"}
-    hits = sum(bool(wanted & set(run(*MODES[mode], seed))) for seed in range(5))
-    assert hits == 5
+    hits = sum(bool(wanted & set(run(*MODES[mode], seed))) for seed in range(3))
+    assert hits == 3
 
 
 @pytest.mark.parametrize("negative", NEGATIVES)
 def test_hard_negatives_are_left_alone(negative):
     """Stems with |cos| above 0.95 may say that the references are alike: that is so."""
-    for seed in range(8):
+    for seed in range(4):
         codes = set(run(*NEGATIVES[negative], seed))
         assert codes <= ({"references-alike"} if negative == "stems at .97" else set())
 
