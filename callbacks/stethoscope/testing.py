@@ -128,6 +128,8 @@ def assert_metrics(step: Callable[[Any], object], batch: Any, schema: MetricSche
         >>> assert_metrics(lambda batch: {"loss": sum(batch)}, [1.0, 2.0], MetricSchema({"loss": float}))
     """
     report = schema.judge(step(batch), phase)
+    if not report.ok:
+        raise AssertionError(str(report))
 
 
 def assert_causal(model: Any, x: Any, allowed: int = 0, **options: Any) -> None:

@@ -408,7 +408,7 @@ def state(model):
         [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
         torch.get_rng_state(),
-        np.random.get_state()[1].copy(),  # noqa: NPY002  # the generator that models draw from
+        np.random.get_state()[1].copy(),  # the generator that models draw from
         random.getstate(),
     )
 
