@@ -70,8 +70,10 @@ class Readings(Mapping[Key, "Tensor"]):
 class Probe(Protocol):
     """A frozen specification of what to measure; its fields are its configuration. Called by the monitor, once."""
 
-    every: int | None
-    """Observe when `step % every == 0`; None takes the monitor's."""
+    @property
+    def every(self) -> int | None:
+        """Observe when `step % every == 0`; None takes the monitor's."""
+        ...
 
     def attach(self, model: nn.Module) -> Attachment:
         """Put hooks on `model` (without wrappers) and return them, disarmed."""

@@ -1,5 +1,11 @@
 """Audits run once, outside the loop, and return a `Report`."""
 
+from stethoscope._schedule import Schedule as Schedule
 from stethoscope.audits._checkpoint import CheckpointReport as CheckpointReport
 from stethoscope.audits._checkpoint import checkpoint as checkpoint
 from stethoscope.audits._describe import describe as describe
+from stethoscope.audits._plan import PlanReport as PlanReport
+from stethoscope.audits._plan import plan as plan
+from stethoscope.audits._plan import planned_steps as planned_steps
+from stethoscope.audits._sparsity import SparsityReport as SparsityReport
+from stethoscope.audits._sparsity import sparsity as sparsity

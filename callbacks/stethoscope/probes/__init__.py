@@ -1,1 +1,3 @@
 """Probes read tensors, on the device, without waiting for it."""
+
+from stethoscope.probes._density import Density as Density
