@@ -24,7 +24,9 @@ def main():
                 start = time.perf_counter()
                 dict(attached.read({}))
                 times.append(time.perf_counter() - start)
-            print(f"{name}, {number / 1e6:.1f} million weights, block {block}: median {1e3 * sorted(times)[5]:.1f} ms, one thread")
+            print(
+                f"{name}, {number / 1e6:.1f} million weights, block {block}: median {1e3 * sorted(times)[5]:.1f} ms, one thread"
+            )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from stethoscope._protocols import Columns, Key, Probe, Readings
 from stethoscope._record import Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -50,10 +50,11 @@ class Density:
     """
 
     block: tuple[int, int] | None = None
-    weights: tuple[str, ...] = ("*",)
+    weights: Iterable[str] = ("*",)
     every: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", (self.weights,) if isinstance(self.weights, str) else tuple(self.weights))
         if self.block is not None and (len(self.block) != 2 or min(self.block) < 1):
             raise ValueError(f"block is {self.block}. Legal: None or (rows, columns), both 1 or more, e.g. (8, 4).")
 
@@ -66,7 +67,7 @@ class Density:
         if not isinstance(other, Density):
             return False
         as_often = self.every in (1, other.every)
-        return as_often and other.block in (None, self.block) and self.weights in (("*",), other.weights)
+        return as_often and other.block in (None, self.block) and tuple(self.weights) in (("*",), tuple(other.weights))
 
 
 class DensityAttachment:
