@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from stethoscope.audits._describe import Difference, describe, differing_facts, 
 from stethoscope.audits._effect import Effect, effect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -134,7 +133,7 @@ def checkpoint(
     asis = _with_ties(_keys.plain(ours, theirs).pairs, ties)
     pairs = _with_ties(match.pairs, ties)
     fitting = {key: tensors[pairs[key]] for key in ours if key in pairs}
-    left_out = tuple(key for key in ours if key not in pairs and not _declared(key, partial))
+    left_out = tuple(key for key in ours if key not in pairs and not _keys.declared(key, partial))
     example_effect = None
     if example is not None and fitting and not any(tensor.is_meta for tensor in state.values()):
         example_effect = effect(model, fitting, left_out, example)
@@ -208,10 +207,6 @@ def _by_module(
     return counts
 
 
-def _declared(key: str, partial: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") or fnmatchcase(key, name) for name in partial)
-
-
 def _listed(keys: Sequence[str]) -> str:
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(f"'{key}'" for key in keys[:_SHOWN]) + more
@@ -253,9 +248,9 @@ def _gaps(
     partial: Sequence[str],
 ) -> list[Finding]:
     """What stays open after the best renaming: missing and mismatched tensors of the model, unused ones of the file."""
-    missing = [key for key in ours if key not in pairs and not _declared(key, partial)]
+    missing = [key for key in ours if key not in pairs and not _keys.declared(key, partial)]
     used = set(pairs.values())
-    unused = [key for key in theirs if key not in used and key not in ours and not _declared(key, partial)]
+    unused = [key for key in theirs if key not in used and key not in ours and not _keys.declared(key, partial)]
     found = []
     if missing:
         elements = sum(_keys.elements(ours[key]) for key in missing)

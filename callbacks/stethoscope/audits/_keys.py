@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -117,6 +118,11 @@ def elements(shape: tuple[int, ...]) -> int:
     for length in shape:
         number *= length
     return number
+
+
+def declared(key: str, partial: Iterable[str]) -> bool:
+    """Whether a key is, lies in, or matches something that is left out on purpose."""
+    return any(key == name or key.startswith(f"{name}.") or fnmatchcase(key, name) for name in partial)
 
 
 def tied(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
