@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from stethoscope import audits
+from stethoscope import Monitor, audits, sinks
 from stethoscope._record import Record
 from stethoscope.audits import Schedule
 from stethoscope.probes import Density
@@ -224,3 +224,26 @@ def test_any_history_in_any_cut_gives_the_same_findings(values, cut):
         found += findings
     assert found == whole
     assert all(0 <= finding.step < len(values) for finding in whole)
+
+
+def test_the_whole_way_through_a_monitor():
+    gru = nn.GRU(32, 32)
+    sparsifier = BlockSparsifier(gru, rnnoise, 20, 80, 10)
+    optimizer = torch.optim.AdamW(gru.parameters(), lr=1e-3)
+    watch = Sparsity(Schedule("sparsify", 20, 80, 10), target={"weight_ih*": 1 / 3}, block=(8, 4))
+    memory = sinks.Memory()
+    with Monitor(gru, optimizer, watches=[watch], sinks=[memory], planned_steps=90, strict=True) as monitor:
+        for _ in range(90):
+            optimizer.zero_grad()
+            loss = gru(torch.randn(3, 2, 32))[0].square().mean()
+            loss.backward()
+            optimizer.step()
+            sparsifier.step()
+            monitor.step(loss=loss)
+    assert monitor.findings == []
+    curve = [r.value for r in memory.records if r.name == "density/blocks" and r.module == "weight_ih_l0"]
+    assert len(curve) == 90  # every step, although every=50
+    assert curve[-1] == pytest.approx(1 / 3, abs=0.01)
+    with Monitor(gru, optimizer, watches=[watch], planned_steps=15, strict=True) as monitor:
+        monitor.step()
+    assert codes(monitor.findings) == ["schedule-unreachable"]

@@ -91,7 +91,7 @@ class DensityAttachment:
         """Measure, or do not, at the next read; weights only change while training."""
         self._on = on and phase == "train"
 
-    def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:  # noqa: ARG002  # the protocol's signature
+    def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:  # the protocol's signature
         """Densities of the parameters as they are now."""
         if not self._on or self._model is None:
             return {}

@@ -1,0 +1,162 @@
+"""The host side of one monitor: what has arrived goes to watches, to the diagnosis, to sinks, to `on_finding`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from stethoscope._diagnosis import Relate
+from stethoscope._parts import Notes, severity_for
+from stethoscope._record import JSON, Finding, Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from stethoscope._protocols import Run, Sink, State, Watch
+
+log = logging.getLogger("stethoscope")
+
+_LEVELS = {"info": logging.DEBUG, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+@dataclass(eq=False)
+class _Watching:
+    """A watch and its memory."""
+
+    watch: Watch
+    key: str
+    state: State
+
+
+@dataclass(eq=False)
+class _Writing:
+    """A sink at work."""
+
+    sink: Sink
+    opened: bool = False
+    broken: bool = False
+    lost: int = 0
+
+
+class Delivery:
+    """Takes records in and brings findings out.
+
+    Args:
+        watches: in the order in which they are asked.
+        sinks: opened at the first delivery, when it is known whether a run is resumed.
+        on_finding: called last; what it raises propagates.
+        rank: of this process, for findings.
+        notes: what other parts have to say.
+    """
+
+    def __init__(
+        self,
+        watches: Sequence[Watch],
+        sinks: Sequence[Sink],
+        on_finding: Callable[[Finding], object] | None,
+        rank: int,
+        notes: Notes,
+    ) -> None:
+        self.findings: list[Finding] = []
+        self._watching: list[_Watching] = []
+        for watch in watches:
+            twins = sum(each.watch == watch for each in self._watching)
+            self._watching.append(_Watching(watch, f"{watch!r}#{twins}" if twins else repr(watch), watch.init()))
+        self._writing = [_Writing(sink) for sink in sinks]
+        self._on_finding, self._rank, self._notes = on_finding, rank, notes
+        self._diagnosis = Relate()
+        self._diagnosis_state: State = self._diagnosis.init()
+
+    def deliver(self, arrived: Iterable[list[Record]], run: Run) -> None:
+        """Conclude and write, delivery by delivery, then call `on_finding` for all that was found."""
+        told: list[Finding] = []
+        for records in arrived:
+            if records:
+                told += self._conclude(records, run)
+        while self._notes.pending:
+            told += self._conclude([], run)
+        if self._on_finding is not None:
+            for finding in told:
+                self._on_finding(finding)
+
+    def _conclude(self, records: list[Record], run: Run) -> Sequence[Finding]:
+        found: list[Finding] = []
+        for watching in list(self._watching) if records else ():
+            try:
+                watching.state, new = watching.watch.update(watching.state, records)
+            except Exception as error:
+                self._watching.remove(watching)
+                self._notes.disabled(watching.watch, "watch", error)
+                continue
+            found += new
+        found += self._notes.take()
+        if self._rank:
+            found = [replace(finding, rank=self._rank) for finding in found]
+        self._diagnosis_state, related = self._diagnosis.update(self._diagnosis_state, records, found)
+        self.findings += related
+        for finding in related:
+            log.log(_LEVELS[finding.severity], "%s", finding)
+        step = records[0].step if records else self._notes.step
+        for writing in self._writing:
+            self._write(writing, step, records, related, run)
+        return related
+
+    def _write(
+        self, writing: _Writing, step: int, records: Sequence[Record], findings: Sequence[Finding], run: Run
+    ) -> None:
+        if writing.broken:
+            writing.lost += len(records) + len(findings)
+            return
+        try:
+            if not writing.opened:
+                writing.opened = True
+                writing.sink.open(run)
+            writing.sink.write(step, records, findings)
+        except Exception as error:
+            writing.broken = True
+            writing.lost += len(records) + len(findings)
+            self._notes.disabled(writing.sink, "sink", error)
+
+    def judge_watches(self, steps: int) -> None:
+        """Say which watches have never seen a record of theirs: their state is what it was at the start."""
+        for watch, state in ((each.watch, each.state) for each in self._watching):
+            if steps and state is not None and state == watch.init():
+                name = type(watch).__name__
+                self._notes.pending.append(
+                    Finding(
+                        "watch-starved",
+                        severity_for(watch),
+                        f"{name} has seen none of the records that it needs in {steps} steps.",
+                        f"It is set up as {watch!r}: give step() or log() what it names, e.g. step(loss=loss).",
+                        self._notes.step,
+                        evidence={"watch": name},
+                    )
+                )
+
+    def close(self) -> None:
+        """Close the sinks, and say what was lost."""
+        for writing in self._writing:
+            name = type(writing.sink).__name__
+            if writing.lost:
+                log.warning("%s was switched off: %d records and findings were not written.", name, writing.lost)
+            if writing.opened:
+                try:
+                    writing.sink.close()
+                except Exception:
+                    if self._notes.strict:
+                        raise
+                    log.exception("Closing %s failed; what it wrote last may be missing.", name)
+
+    def state_dict(self) -> dict[str, JSON]:
+        """Return what watches and diagnosis remember, as JSON."""
+        return {
+            "watches": {watching.key: watching.state for watching in self._watching},
+            "diagnosis": self._diagnosis_state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take that up again; watches that the state does not know start anew."""
+        for watching in self._watching:
+            watching.state = state["watches"].get(watching.key, watching.state)
+        self._diagnosis_state = state["diagnosis"]

@@ -1,0 +1,341 @@
+"""The wiring: probes are armed and read, their numbers travel to the host, watches decide, sinks write."""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stethoscope._delivery import Delivery
+from stethoscope._metrics import normalise
+from stethoscope._parts import Notes, check_parts, describe
+from stethoscope._probing import Probing, with_needs
+from stethoscope._protocols import Key, Probe, Run, Sink, Watch
+from stethoscope._record import JSON, Finding, Record, Report
+from stethoscope._transfer import Part, Transfer
+from stethoscope._tree import plain, tensors, unwrap
+from stethoscope.sinks import resolve
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch.optim import Optimizer
+    from typing_extensions import Self
+
+
+class Monitor:
+    """Listens to one model while it trains: the plain-loop interface that all integrations use.
+
+    Call `step` once per optimizer step, at its end. All else is optional. Nothing in here changes weights, gradients,
+    outputs or random numbers; an exception inside of a probe, watch or sink becomes a finding and switches that part
+    off. Works on the thread that created it.
+
+    Args:
+        model: any module, also inside of DDP, FSDP or `torch.compile` wrappers.
+        optimizer: one or several, for the records of the learning rates.
+        probes: what to measure, e.g. `[probes.Activations()]`.
+        watches: what to decide; the probes that a watch needs are added unless a given one covers them.
+        sinks: where to write. A sink, a path (`"runs/today"`, `"today.jsonl"`), a `SummaryWriter`, a W&B run, or
+            anything with `log_metrics`. Without any, nothing is written, but findings still reach `logging`.
+        every: observe a step when `step % every == 0`; a probe's own `every` goes before.
+        planned_steps: optimizer steps that the run will make, where known.
+        guard: not available yet; None.
+        replay: not available yet; None.
+        on_finding: called with each finding, on this thread, after sinks have it. What it raises propagates out of
+            `step`, `log`, `add` or `flush`: the way to stop a training.
+        strict: raise what goes wrong inside of probes, watches and sinks (for tests).
+        overhead: not available yet; None.
+
+    Raises:
+        TypeError: a part that is none, such as a class in place of an object.
+        ValueError: an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> from stethoscope import watches
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with Monitor(model, optimizer, watches=[watches.NonFinite()]) as monitor:
+        ...     for _ in range(3):
+        ...         loss = model(torch.ones(8, 4)).square().mean()
+        ...         optimizer.zero_grad()
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         monitor.step(loss=loss)
+        >>> monitor.findings
+        []
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        *,
+        probes: Sequence[Probe] = (),
+        watches: Sequence[Watch] = (),
+        sinks: Sequence[Sink | Any] | Sink | str = (),
+        every: int = 50,
+        planned_steps: int | None = None,
+        guard: Literal["raise", "skip"] | None = None,
+        replay: Callable[[Any], Tensor] | None = None,
+        on_finding: Callable[[Finding], object] | None = None,
+        strict: bool = False,
+        overhead: str | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}.")
+        if every < 1 or (planned_steps is not None and planned_steps < 1):
+            raise ValueError(f"every and planned_steps must be at least 1, got every={every}, {planned_steps=}.")
+        for name, value in (("guard", guard), ("replay", replay), ("overhead", overhead)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} is not available in this version; leave it out.")
+        self.model = unwrap(model)
+        self._planned_steps = planned_steps
+        self._optimizers = _optimizers(optimizer)
+        self._run = _new_run(self.model, planned_steps, every)
+        self._step = 0  # the step under way
+        self._phase = "train"
+        self._planned = False  # whether the plan was recorded
+        self._given: dict[str, Tensor] = {}
+        self._closed = False
+        self._notes = Notes(strict)
+        self._transfer = Transfer()
+        chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
+        single = isinstance(sinks, (str, os.PathLike)) or not isinstance(sinks, Sequence)
+        self._delivery = Delivery(
+            chosen,
+            [resolve(sink) for sink in ((sinks,) if single else sinks)],
+            on_finding,
+            self._run.rank,
+            self._notes,
+        )
+        measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
+        self._probing = Probing(self.model, measured, every, self._notes)
+        self._probing.arm(self._step, self._phase)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found and delivered so far; `flush` and `close` deliver everything."""
+        return self._delivery.findings
+
+    # -- what the loop calls -----------------------------------------------------------------------------------------
+
+    def observe(self, batch: object = None, **tensors: object) -> None:
+        """Hand over tensors of the step under way before it ends; `step` adds to them.
+
+        Args:
+            batch: anything with tensors inside; probes see them as `batch`, `batch/0`, `batch/name`.
+            **tensors: tensors or containers of tensors, by the names that probes ask for, e.g. `estimates=...`.
+        """
+        if batch is not None:
+            self._given.update(_flat("batch", batch))
+        for name, value in tensors.items():
+            self._given.update(_flat(name, value))
+
+    def step(self, batch: object = None, **tensors: object) -> None:
+        """Close an optimizer step. The first call closes step 0.
+
+        Args:
+            batch: see `observe`.
+            **tensors: see `observe`. Each tensor of one element and each number is recorded at every step, under its
+                name: `loss=loss`.
+
+        Raises:
+            RuntimeError: the monitor is closed.
+        """
+        if self._closed:
+            raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
+        self.observe(batch, **{name: value for name, value in tensors.items() if not isinstance(value, (int, float))})
+        step, given = self._step, self._given
+        stamp = Record("", None, step, rank=self._run.rank, source="step")
+        ready = [stamp._replace(name=n, value=float(v)) for n, v in tensors.items() if isinstance(v, (int, float))]
+        scalars = {
+            Key(name): value
+            for name, value in given.items()
+            if value.numel() == 1 and name.partition("/")[0] in tensors
+        }
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for i, group in enumerate(groups):
+            name, rate = f"lr/{i}" if i else "lr", group.get("lr")
+            if isinstance(rate, Tensor):
+                scalars[Key(name)] = rate
+            elif rate is not None:
+                ready.append(stamp._replace(name=name, value=float(rate)))
+        if not self._planned and self._planned_steps is not None:
+            self._planned = True
+            ready.append(stamp._replace(name="plan/steps", value=float(self._planned_steps)))
+        parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
+        parts += self._probing.read(given, stamp._replace(source="probe"))
+        self._given = {}
+        self._step += 1
+        self._notes.step = step
+        self._probing.arm(self._step, self._phase)
+        self._deliver(ready, parts)
+
+    def log(self, metrics: object, phase: str = "val") -> None:
+        """Take any toolkit's metric dictionary, stamped with the last closed step (0 before the first).
+
+        Args:
+            metrics: names to numbers, nested at will; tensors are read later, without waiting for the device.
+            phase: e.g. `"train"`, `"val"`, `"test"`.
+        """
+        stamp = Record("", None, self._notes.step, phase=phase, rank=self._run.rank, source="log")
+        ready: list[Record] = []
+        by_kind: dict[str, dict[Key, Tensor]] = {}
+        try:
+            for name, value, kind in normalise(metrics):
+                if isinstance(value, Tensor):
+                    by_kind.setdefault(kind, {})[Key(name)] = value
+                else:
+                    ready.append(stamp._replace(name=name, value=value, kind=kind))
+        except TypeError as error:
+            # an epoch of training is worth more than one dictionary
+            if self._notes.strict:
+                raise
+            advice = "Give log() a dictionary of names to numbers."
+            self.add(Finding("metric-type", "error", str(error), advice, stamp.step, phase=phase))
+        self._deliver(ready, [Part(values, stamp._replace(kind=kind)) for kind, values in by_kind.items()])
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Record what runs inside under another phase: `with monitor.phase("val"): validate()`.
+
+        Read once, at the end, and stamped with the last closed step.
+        """
+        outer, given = self._phase, self._given
+        self._phase, self._given = name, {}
+        self._probing.arm(self._step, name)
+        parts: list[Part] = []
+        try:
+            yield
+            stamp = Record("", None, self._notes.step, phase=name, rank=self._run.rank)
+            parts = self._probing.read(self._given, stamp)
+        finally:
+            self._phase, self._given = outer, given
+            self._probing.arm(self._step, outer)
+        self._deliver([], parts)
+
+    def add(self, found: Report | Finding) -> None:
+        """Send an audit's findings the way of all findings: to `findings`, `on_finding`, logging and sinks."""
+        self._notes.pending.extend(found.findings if isinstance(found, Report) else [found])
+        self._deliver()
+
+    def flush(self) -> None:
+        """Wait until everything measured so far is delivered."""
+        self._deliver(wait=True)
+
+    def close(self) -> None:
+        """Remove all hooks, deliver everything, close the sinks. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._probing.detach()
+            self._delivery.judge_watches(self._step)
+            self._deliver(wait=True)
+        finally:
+            self._delivery.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
+        try:
+            if ready or parts:
+                self._transfer.send(ready, parts)
+        except Exception as error:
+            self._notes.disabled(self._transfer, "transfer", error)
+            self._transfer.send(ready, ())
+        self._delivery.deliver(self._transfer.receive(wait=wait), self._run)
+
+    # -- resuming ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, JSON]:
+        """Return what a resumed run needs, as JSON: the run's name, the next step, what the watches remember."""
+        return {"version": 1, "run": self._run.id, "step": self._step, **self._delivery.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, JSON]) -> None:
+        """Go on with an earlier run. Call it before the first step.
+
+        Args:
+            state: from `state_dict`. Watches are found by their type and arguments; others start anew.
+
+        Raises:
+            ValueError: not such a state.
+        """
+        if state.get("version") != 1 or not isinstance(state.get("step"), int):
+            raise ValueError(f"Not a state of this version of Monitor: keys {sorted(state)}, version 1 expected.")
+        step = state["step"]
+        if step < self._step:
+            self._notes.pending.append(
+                Finding(
+                    "step-backwards",
+                    "warning",
+                    f"The monitor goes back from step {self._step} to step {step}: steps will appear twice.",
+                    "Load the monitor's state before the first step, or write to a new folder.",
+                    self._notes.step,
+                )
+            )
+        self._step, self._notes.step = step, max(step - 1, 0)
+        self._run = replace(self._run, id=str(state["run"]), resumed_from=step - 1 if step else None)
+        self._delivery.load_state_dict(state)
+        self._probing.arm(self._step, self._phase)
+
+
+def _flat(name: str, value: object) -> dict[str, Tensor]:
+    return {f"{name}/{path.replace('.', '/')}" if path else name: tensor for path, tensor in tensors(value)}
+
+
+def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    if given is None:
+        return ()
+    several = tuple(given) if isinstance(given, Sequence) else (given,)
+    for optimizer in several:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {describe(optimizer)}.")
+    return several
+
+
+def _new_run(model: nn.Module, planned_steps: int | None, every: int) -> Run:
+    now = datetime.now(timezone.utc)
+    rank, world_size = _rank()
+    return Run(
+        id=f"{now:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}",
+        started=now.isoformat(timespec="seconds"),
+        modules=tuple((plain(name), type(module).__name__) for name, module in model.named_modules()),
+        planned_steps=planned_steps,
+        every=every,
+        versions=_versions(),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _rank() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("stethoscope", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,86 @@
+"""What is true of every part that a monitor is made of: it may come from a preset, and it may fail."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope._record import Finding, Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass
+class Notes:
+    """What the monitor's own parts have to say, on its way to the next delivery.
+
+    Args:
+        strict: raise what goes wrong inside of parts.
+        step: the last closed step.
+        pending: findings not delivered yet.
+    """
+
+    strict: bool
+    step: int = 0
+    pending: list[Finding] = field(default_factory=list[Finding])
+
+    def disabled(self, part: object, role: str, error: Exception) -> None:
+        """Say that a part has failed and is off from here on. Raises the error again if strict."""
+        if self.strict:
+            raise error
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
+        self.pending.append(
+            Finding(
+                "part-disabled",
+                severity_for(part),
+                f"The {role} {type(part).__name__} failed with {type(error).__name__}: {error}{where}. It is switched "
+                "off; the training and all other parts go on.",
+                "Read the traceback in this finding's evidence; Monitor(strict=True) raises it where it happens.",
+                self.step,
+                evidence={"part": type(part).__name__, "traceback": "".join(traceback.format_exception(error))},
+            )
+        )
+
+    def take(self) -> list[Finding]:
+        """Return what is pending and forget it."""
+        taken, self.pending = self.pending, []
+        return taken
+
+
+def mark_preset(part: object) -> None:
+    """Remember that a preset chose this part: that it has nothing to do is then no reason for a warning."""
+    object.__setattr__(part, "_from_preset", True)
+
+
+def from_preset(part: object) -> bool:
+    """Whether a preset chose this part."""
+    return bool(getattr(part, "_from_preset", False))
+
+
+def severity_for(part: object) -> Severity:
+    """How much it matters that a part is idle or off: less when nobody asked for it by name."""
+    return "info" if from_preset(part) else "warning"
+
+
+def check_parts(given: Sequence[Any], method: str, argument: str, example: str) -> list[Any]:
+    """Return the parts as a list.
+
+    Raises:
+        TypeError: one of them lacks the method, for instance because it is a class and not an object.
+    """
+    for part in given:
+        if isinstance(part, type) or not callable(getattr(part, method, None)):
+            hint = f" Write {part.__name__}() with parentheses." if isinstance(part, type) else ""
+            raise TypeError(
+                f"{argument} must hold objects with the method {method}, such as {example}(), got {describe(part)}.{hint}"
+            )
+    return list(given)
+
+
+def describe(value: object) -> str:
+    """Name a value's type for an error message."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of {type(value).__name__}"

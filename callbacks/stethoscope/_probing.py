@@ -1,0 +1,168 @@
+"""The probes of one monitor at work: attached, armed, read, and taken off when they fail."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from stethoscope._parts import Notes, from_preset, mark_preset, severity_for
+from stethoscope._record import Finding, Record
+from stethoscope._transfer import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from stethoscope._protocols import Attachment, Probe, Watch
+
+log = logging.getLogger("stethoscope")
+
+
+@dataclass(eq=False)
+class _Attached:
+    """A probe at work."""
+
+    probe: Probe
+    attachment: Attachment
+    every: int
+    stand_ins: list[_Attached] = field(
+        default_factory=list["_Attached"]
+    )  # those that record the same when they are due
+    armed: bool = False
+    ever_read: bool = False
+    judged: bool = False
+
+
+class Probing:
+    """Arms and reads probes.
+
+    Args:
+        model: unwrapped.
+        probes: to attach.
+        every: for probes that do not say.
+        notes: where to say what went wrong.
+
+    Raises:
+        Exception: whatever `attach` raises; nothing stays attached.
+    """
+
+    def __init__(self, model: nn.Module, probes: Sequence[Probe], every: int, notes: Notes) -> None:
+        self._model, self._notes = model, notes
+        self._attached: list[_Attached] = []
+        try:
+            for probe in probes:
+                attached = _Attached(probe, probe.attach(model), probe.every or every)
+                attached.stand_ins = [each for each in self._attached if _covers(each.probe, probe, attached.every)]
+                self._attached.append(attached)
+        except BaseException:
+            self.detach()
+            raise
+        for attached in self._attached:
+            self._take_notes(attached)
+
+    def arm(self, step: int, phase: str) -> None:
+        """Arm what is due at the step under way and disarm the rest; outside of training, arm everything."""
+        training = phase == "train"
+        for attached in list(self._attached):
+            due = self._due(attached, step, phase)
+            if due or attached.armed or not training:
+                self._guarded(attached, _arming(attached.attachment, due, phase))
+            attached.armed = due
+
+    def _due(self, attached: _Attached, step: int, phase: str) -> bool:
+        if any(each in self._attached and self._due(each, step, phase) for each in attached.stand_ins):
+            return False
+        return phase != "train" or step % attached.every == 0
+
+    def read(self, given: Mapping[str, Tensor], stamp: Record) -> list[Part]:
+        """Read everything that is armed."""
+        parts: list[Part] = []
+        for attached in [each for each in self._attached if each.armed]:
+            readings = self._guarded(attached, _reading(attached.attachment, given))
+            if readings:
+                parts.append(Part(readings, stamp))
+            if readings is not None and stamp.phase == "train":
+                self._judge(attached, stamp.step, read=bool(readings))
+            self._take_notes(attached)
+        return parts
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for attached in self._attached:
+            try:
+                attached.attachment.detach()
+            except Exception as error:
+                self._notes.disabled(attached.probe, "probe", error)
+        self._attached.clear()
+
+    def _guarded(self, attached: _Attached, call: Callable[[], Any]) -> Any:
+        """Call into a probe; if it fails, it is taken off and reported."""
+        try:
+            return call()
+        except Exception as error:
+            self._attached.remove(attached)
+            try:
+                attached.attachment.detach()
+            except Exception:
+                log.exception("Detaching %s failed as well.", type(attached.probe).__name__)
+            self._notes.disabled(attached.probe, "probe", error)
+            return None
+
+    def _take_notes(self, attached: _Attached) -> None:
+        # notes are an offer of the protocol, not a duty
+        notes: list[Finding] = getattr(attached.attachment, "notes", [])
+        if from_preset(attached.probe):
+            notes[:] = [replace(note, severity="info") for note in notes]
+        self._notes.pending += notes
+        notes.clear()
+
+    def _judge(self, attached: _Attached, step: int, *, read: bool) -> None:
+        attached.ever_read |= read
+        if attached.judged or attached.ever_read:
+            return
+        attached.judged = True
+        name = type(attached.probe).__name__
+        advice = (
+            "Call model.train() before training: the model is in eval mode, and outside of phase blocks only training "
+            "is recorded."
+            if not self._model.training
+            else "Check its include and exclude patterns and the tensors it asks for. A model compiled with "
+            "torch.compile shows nothing, and modules must run on the thread that created the monitor."
+        )
+        self._notes.pending.append(
+            Finding(
+                "probe-read-nothing",
+                severity_for(attached.probe),
+                f"{name} has read nothing in step {step}.",
+                advice,
+                step,
+                evidence={"probe": name},
+            )
+        )
+
+
+def with_needs(probes: Sequence[Probe], watches: Sequence[Watch], every: int) -> list[Probe]:
+    """Return the probes given, and those that watches need and that none of them covers at the monitor's `every`."""
+    at_work = list(probes)
+    for watch in watches:
+        for need in watch.needs:
+            if not any(probe == need or _covers(probe, need, probe.every or every) for probe in at_work):
+                if from_preset(watch):
+                    mark_preset(need)
+                at_work.append(need)
+    return at_work
+
+
+def _covers(probe: Probe, other: Probe, every: int) -> bool:
+    """Whether `probe` would cover `other` if it looked at every `every`th step."""
+    return is_dataclass(probe) and not isinstance(probe, type) and replace(probe, every=every).covers(other)
+
+
+def _arming(attachment: Attachment, on: bool, phase: str) -> Callable[[], None]:
+    return lambda: attachment.arm(on, phase)
+
+
+def _reading(attachment: Attachment, given: Mapping[str, Tensor]) -> Callable[[], Mapping[Any, Tensor]]:
+    return lambda: attachment.read(given)

@@ -1,0 +1,133 @@
+"""The way from the device to the host: the only file that may wait for the device.
+
+Tensors are packed into one buffer per device and dtype class (float32, float64, int64) and copied without blocking; the
+numbers are picked up when they have arrived, a step or more later on an accelerator, at once on the CPU. What is handed
+over is always a fresh copy, since CPU tensors alias.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stethoscope._protocols import Columns, Key, Readings
+from stethoscope._record import Histogram, Record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+MAX_PENDING = 64
+"""Deliveries under way; with more, the oldest is waited for, so that memory stays bounded."""
+
+
+class Part(NamedTuple):
+    """Readings of one origin, with the fields that all their records share."""
+
+    readings: Mapping[Key, Tensor]
+    stamp: Record
+
+
+class _Packet(NamedTuple):
+    ready: Sequence[Record]
+    columns: Sequence[tuple[Columns, Record, torch.dtype, int]]  # with dtype class and offset in its buffer
+    buffers: Mapping[tuple[torch.device, torch.dtype], Tensor]
+    arrivals: Sequence[torch.cuda.Event]
+
+
+class Transfer:
+    """Deliveries on their way to the host, first in, first out."""
+
+    def __init__(self) -> None:
+        self._pending: deque[_Packet] = deque()
+
+    def send(self, ready: Sequence[Record], parts: Sequence[Part]) -> None:
+        """Start one delivery.
+
+        Args:
+            ready: records that the host has already.
+            parts: device tensors; each becomes a record with its part's stamp.
+        """
+        columns: list[tuple[Columns, Record, torch.dtype, int]] = []
+        flat: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        placed: dict[int, tuple[torch.dtype, int]] = {}
+        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        for readings, stamp in parts:
+            for column in _columns(readings):
+                tensor = column.tensor
+                if id(tensor) not in placed:
+                    place = tensor.device, _class_of(tensor.dtype)
+                    placed[id(tensor)] = place[1], sizes.get(place, 0)
+                    flat.setdefault(place, []).append(tensor.detach().reshape(-1).to(place[1]))
+                    sizes[place] = sizes.get(place, 0) + tensor.numel()
+                columns.append((column, stamp, *placed[id(tensor)]))
+        buffers, arrivals = {}, list[torch.cuda.Event]()
+        for place, pieces in flat.items():
+            packed = torch.cat(pieces)
+            if place[0].type == "cuda":
+                host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+                packed = host.copy_(packed, non_blocking=True)
+                arrivals.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+                arrivals[-1].record(torch.cuda.current_stream(place[0]))
+            buffers[place] = packed
+        self._pending.append(_Packet(ready, columns, buffers, arrivals))
+
+    def receive(self, *, wait: bool = False) -> Iterator[list[Record]]:
+        """Hand over the deliveries that have arrived, oldest first.
+
+        Args:
+            wait: wait for the device until all have arrived.
+        """
+        while self._pending:
+            packet = self._pending[0]
+            must = wait or len(self._pending) > MAX_PENDING
+            if not must and not all(arrival.query() for arrival in packet.arrivals):  # type: ignore[no-untyped-call]
+                return
+            for arrival in packet.arrivals:
+                arrival.synchronize()
+            self._pending.popleft()
+            yield _unpack(packet)
+
+
+def scalar(tensor: Tensor) -> float:
+    """Return the only value of a tensor, waiting for its device. For what users ask for themselves."""
+    return float(tensor.detach().reshape(()).to("cpu", torch.float64))
+
+
+def _class_of(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_floating_point:
+        return torch.float64 if dtype is torch.float64 else torch.float32
+    return torch.int64
+
+
+def _columns(readings: Mapping[Key, Tensor]) -> Sequence[Columns]:
+    if isinstance(readings, Readings):
+        return readings.columns
+    return [
+        Columns([key], (tensor.abs() if tensor.is_complex() else tensor).reshape(1, -1), [0])
+        for key, tensor in readings.items()
+    ]
+
+
+def _unpack(packet: _Packet) -> list[Record]:
+    records = list(packet.ready)
+    arrays = {place: buffer.cpu().numpy() for place, buffer in packet.buffers.items()}
+    for (keys, tensor, rows), stamp, dtype, offset in packet.columns:
+        width = tensor[0].numel() if tensor.dim() > 1 else 1
+        values = arrays[tensor.device, dtype][offset : offset + tensor.numel()].reshape(-1, width)
+        _, _, step, _, phase, _, rank, source, kind = stamp
+        if width == 1:
+            numbers = values[:, 0].tolist()
+            records += [
+                Record(name, float(numbers[row]), step, module, phase, call, rank, source, kind)
+                for (name, module, call, _, sparse), row in zip(keys, rows, strict=True)
+                if not sparse or numbers[row]
+            ]
+        else:
+            for key, row in zip(keys, rows, strict=True):
+                assert key.edges is not None, key
+                value = Histogram(key.edges, tuple(values[row].tolist()))
+                records.append(Record(key.name, value, step, key.module, phase, key.call, rank, source, "histogram"))
+    return records

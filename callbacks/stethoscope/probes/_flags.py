@@ -1,0 +1,346 @@
+"""The path of `Activations(statistics=("nonfinite",))`: cheap enough for every step.
+
+Whatever passes by is summed, in order of arrival, into the next free row of a tape; a sum is NaN or Inf when one of its
+terms is (or when finite terms of about 1e38 leave float32's range). Which row belongs to which module is known to the host.
+"""
+
+from __future__ import annotations
+
+from threading import get_ident
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C import _set_grad_enabled as set_grad_enabled  # what torch.no_grad() calls, without its 2 us
+from torch.compiler import is_compiling
+
+from stethoscope._protocols import Columns, Key, Readings
+from stethoscope._tree import plain, tensors
+from stethoscope.probes._hook import Hook
+from stethoscope.probes._passes import MAX_CALLS, replaying
+from stethoscope.probes._select import as_patterns, select
+from stethoscope.stats import measurable, upload
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.utils.hooks import RemovableHandle
+
+    from stethoscope.probes._activations import Activations
+
+_CHUNK = 256
+_SMALL = 4096
+"""Values up to which `aminmax`, the cheaper call, beats `sum`, the cheaper loop (measured on a CPU, torch 2.13)."""
+
+
+class _Tape:
+    """Rows of two numbers, low and high, handed out one after the other; they stay allocated."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.used = 0
+        self.chunks: list[Tensor] = []
+        self.rows: list[tuple[Tensor, Tensor]] = []
+
+    def grow(self) -> None:
+        with torch.inference_mode(mode=False):
+            chunk = torch.zeros(_CHUNK, 2, device=self.device)
+        self.chunks.append(chunk)
+        self.rows += zip(chunk[:, 0].unbind(), chunk[:, 1].unbind(), strict=True)
+
+    def write(self, x: Tensor) -> int:
+        """Take in one tensor and return its row. Gradients must be off."""
+        row = self.used
+        if row == len(self.rows):
+            self.grow()
+        low, high = self.rows[row]
+        n = x.numel()
+        if x.dtype is torch.float32 and 0 < n <= _SMALL:
+            torch.aminmax(x, out=(low, high))
+        elif x.dtype is torch.float32:
+            torch.sum(x, dim=None, out=low)
+            high.copy_(low)
+        else:
+            low.copy_(x.sum(dtype=torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x.sum())
+            high.copy_(low)
+        self.used = row + 1
+        return row
+
+    def flags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Non-finite, NaN, and non-finite other than -Inf, of all used rows, shape (rows,) each."""
+        used = torch.cat(self.chunks)[: self.used]
+        low, high = used[:, 0], used[:, 1]
+        nan = low.isnan()
+        return ~(low.isfinite() & high.isfinite()), nan, nan | high.isposinf()
+
+
+class _Site:
+    """One hooked module, and what it has passed on in the pass under way."""
+
+    __slots__ = ("calls", "enters", "index", "name", "observed", "root")
+
+    def __init__(self, index: int, name: str, observed: bool, enters: bool) -> None:
+        self.index, self.name, self.observed, self.root = index, name, observed, name == ""
+        self.enters = enters  # whether it has a pre-hook
+        self.calls = 0
+
+
+class _Column(NamedTuple):
+    """One kind of flag: its keys, where each is found, and how rows of one key are joined if it has several."""
+
+    keys: list[Key]
+    rows: list[int]
+    join: tuple[Tensor, Tensor] | None
+
+    def read(self, flags: Tensor) -> Columns:
+        if self.join is None:
+            return Columns(self.keys, flags, self.rows)
+        rows, keys = self.join
+        joined = torch.zeros(len(self.keys), device=flags.device).index_add_(0, keys, flags[rows].float())
+        return Columns(self.keys, joined > 0, range(len(self.keys)))
+
+
+class _Gathered:
+    """What one phase has seen on one device since the last read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tape = _Tape(device)
+        self.codes: list[int] = []  # who: see FlagHooks._code
+        self.rows: list[int] = []  # and where on the tape
+        self.layout: tuple[list[int], list[int], list[_Column]] = ([], [], [])
+
+
+_INPUT, _OUTERMOST = 1, 2
+_INDEX, _CALL, _SITE = 2, 8, 12
+"""Bits of a code: input or output, outermost or not, six for the tensor, four for the call, the rest for the module."""
+_MAX_TENSORS = 1 << (_CALL - _INDEX)
+
+
+class FlagHooks:
+    """The live hooks of one `Activations` that asks for flags alone."""
+
+    def __init__(self, spec: Activations, model: nn.Module) -> None:
+        self.spec, self.model = spec, model
+        self.armed, self.active, self.depth = False, False, 0
+        self.thread = get_ident()
+        self.failure: Exception | None = None
+        self._phase = "train"
+        self._gathered: dict[tuple[str, torch.device], _Gathered] = {}
+        self.here: _Gathered | None = None  # where the last tensor went
+        self.last: Tensor | None = None  # it
+        self.last_version, self.last_row = 0, 0
+        self._called: list[_Site] = []
+        self._paths: dict[int, str] = {}
+        modules = [(plain(name), module, module) for name, module in model.named_modules()]
+        chosen, self.notes = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
+        observed = {id(module) for _, module in chosen}
+        self._sites: list[tuple[_Site, nn.Module]] = []
+        self._handles: list[RemovableHandle] = []
+        for name, module, _ in modules:
+            if id(module) not in observed and next(module.children(), None) is None and name:
+                continue
+            site = _Site(len(self._sites), name, id(module) in observed, _may_write_inputs(module))
+            self._sites.append((site, module))
+
+    def arm(self, on: bool, phase: str) -> None:
+        """See `Attachment`."""
+        self.armed = on and (self.spec.phases is None or phase in self.spec.phases) and self.failure is None
+        self._phase, self.here, self.last, self.depth = phase, None, None, 0
+        if self.armed and not self._handles:
+            for site, module in self._sites:
+                if site.enters:
+                    self._handles.append(module.register_forward_pre_hook(_Before(self, site), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(_After(self, site)))
+        elif not self.armed:
+            self._release()
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self) -> None:
+        """An outermost call begins: a new micro-batch, or no training at all."""
+        self.depth, self.last = 0, None
+        for site in self._called:
+            site.calls = 0
+        self._called.clear()
+        self.active = (self._phase != "train" or self.model.training) and not replaying()
+
+    def count(self, site: _Site) -> None:
+        """A module is called once more in this pass."""
+        if site.calls == 0:
+            self._called.append(site)
+        site.calls += 1
+
+    def read_value(self, code: int, value: object) -> None:
+        """Take the flags of a tensor, or of the tensors in a container. Gradients must be off."""
+        if type(value) is Tensor:
+            self._read_tensor(code, value)
+            return
+        for i, (path, x) in enumerate(tensors(value)):
+            if i < _MAX_TENSORS and (x.is_floating_point() or x.is_complex()):
+                at = code | i << _INDEX
+                if i and at not in self._paths:
+                    self._paths[at & ~_OUTERMOST] = f".{path}"
+                self._read_tensor(at, x)
+
+    def _read_tensor(self, code: int, x: Tensor) -> None:
+        here = self.here
+        try:
+            version = x._version  # noqa: SLF001  # the only way to see changes in place
+        except RuntimeError:  # inference tensors have none
+            version = -1
+        if x is self.last and version == self.last_version:
+            assert here is not None
+            row = self.last_row
+        else:
+            real = x if x.dtype is torch.float32 and type(x) is Tensor else _countable(x)
+            if real is None:
+                return
+            if here is None or here.tape.device != real.device:
+                place = self._phase, real.device
+                here = self.here = self._gathered.get(place) or self._gathered.setdefault(place, _Gathered(place[1]))
+            row = here.tape.write(real)
+            self.last, self.last_version, self.last_row = x, version, row
+        here.codes.append(code)
+        here.rows.append(row)
+
+    def read(self, given: Mapping[str, Tensor]) -> Readings:
+        """See `Attachment`."""
+        if self.failure is not None:
+            raise self.failure
+        columns: list[Columns] = []
+        for (phase, _), gathered in self._gathered.items():
+            if phase == self._phase and gathered.codes:
+                flags = gathered.tape.flags()
+                if gathered.layout[0] != gathered.codes or gathered.layout[1] != gathered.rows:
+                    gathered.layout = gathered.codes, gathered.rows, self._lay_out(gathered)
+                columns += [
+                    column.read(flag) for column, flag in zip(gathered.layout[2], flags, strict=True) if column.keys
+                ]
+                gathered.codes, gathered.rows, gathered.tape.used = [], [], 0
+        self.last = None
+        return Readings(columns)
+
+    def _lay_out(self, gathered: _Gathered) -> list[_Column]:
+        """Name the flags, one column for each result of `_Tape.flags`; the same every step until other tensors pass."""
+        nonfinite, nan, masked = _Naming(), _Naming(), _Naming()
+        for code, row in zip(gathered.codes, gathered.rows, strict=True):
+            module, call = self._sites[code >> _SITE][0].name, code >> _CALL & MAX_CALLS - 1
+            side = "input_" if code & _INPUT else ""
+            suffix = self._paths.get(code & ~_OUTERMOST, "")
+            # a mask handed over beside the activations may hold -Inf and be healthy
+            flag = masked if side and suffix else nonfinite
+            flag.add(Key(f"activation/{side}nonfinite{suffix}", module, call, sparse=True), row)
+            nan.add(Key(f"activation/{side}nan{suffix}", module, call, sparse=True), row)
+            if code & _OUTERMOST:
+                # one record stays although it is zero, so that silence and health differ
+                nonfinite.add(Key(f"activation/outermost_nonfinite{suffix}", module, call), row)
+                nan.add(Key(f"activation/outermost_nan{suffix}", module, call, sparse=True), row)
+        return [naming.column(gathered.tape.device) for naming in (nonfinite, nan, masked)]
+
+    def detach(self) -> None:
+        """See `Attachment`."""
+        self.armed = False
+        self._release()
+        self._gathered.clear()
+        self.here, self.last = None, None
+
+
+class _Naming:
+    """Collects keys and rows of one column; a key comes several times when a step has several micro-batches."""
+
+    def __init__(self) -> None:
+        self.places: dict[Key, list[int]] = {}
+
+    def add(self, key: Key, row: int) -> None:
+        self.places.setdefault(key, []).append(row)
+
+    def column(self, device: torch.device) -> _Column:
+        rows = [row for several in self.places.values() for row in several]
+        join = None
+        if len(rows) > len(self.places):
+            keys = [i for i, several in enumerate(self.places.values()) for _ in several]
+            join = upload(torch.tensor(rows), device), upload(torch.tensor(keys), device)
+        return _Column(list(self.places), rows, join)
+
+
+def _may_write_inputs(module: nn.Module) -> bool:
+    """Whether inputs must be read before the module runs: it may change them in place, or it holds other modules.
+
+    Modules of torch.nn without `inplace=True` leave their inputs alone, so one hook is enough for them.
+    """
+    return (
+        next(module.children(), None) is not None
+        or not type(module).__module__.startswith("torch.nn.modules.")
+        or bool(getattr(module, "inplace", False))
+    )
+
+
+def _countable(x: Tensor) -> Tensor | None:
+    """A tensor that can be summed into a tape: floating, strided, not empty if possible to tell; else None."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return None
+    return x if x.dtype in (torch.float16, torch.bfloat16) and type(x) is Tensor and not x.is_nested else measurable(x)
+
+
+class _Before(Hook):
+    __slots__ = ("attached", "site")
+
+    def __init__(self, attached: FlagHooks, site: _Site) -> None:
+        self.attached, self.site = attached, site
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        attached, site = self.attached, self.site
+        if is_compiling() or not attached.armed or get_ident() != attached.thread:
+            return
+        try:
+            if site.root or attached.depth == 0:
+                attached.begin()
+            attached.depth += 1
+            if not (attached.active and site.observed):
+                return
+            call = min(site.calls, MAX_CALLS - 1)
+            attached.count(site)
+            if attached.spec.inputs:
+                with torch.no_grad():
+                    value = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
+                    attached.read_value(site.index << _SITE | call << _CALL | _INPUT, value)
+        except Exception as error:  # instrumentation never stops a training
+            attached.armed, attached.failure = False, error
+
+
+class _After(Hook):
+    __slots__ = ("attached", "code", "enters", "site")
+
+    def __init__(self, attached: FlagHooks, site: _Site) -> None:
+        self.attached, self.site = attached, site
+        self.code, self.enters = site.index << _SITE, site.enters
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        attached = self.attached
+        if is_compiling() or not attached.armed or get_ident() != attached.thread:
+            return
+        grad = torch.is_grad_enabled()
+        set_grad_enabled(False)
+        try:
+            site = self.site
+            if self.enters:
+                attached.depth -= 1
+                if attached.active and site.observed:
+                    code = self.code | min(site.calls - 1, MAX_CALLS - 1) << _CALL
+                    attached.read_value(code if attached.depth else code | _OUTERMOST, output)
+                return
+            if attached.depth == 0:
+                attached.begin()
+            if attached.active:
+                code = self.code if site.calls == 0 else self.code | min(site.calls, MAX_CALLS - 1) << _CALL
+                attached.count(site)
+                if attached.spec.inputs:
+                    attached.read_value(code | _INPUT, args[0] if len(args) == 1 else args)
+                attached.read_value(code if attached.depth else code | _OUTERMOST, output)
+        except Exception as error:
+            attached.armed, attached.failure = False, error
+        finally:
+            set_grad_enabled(grad)

@@ -1,0 +1,188 @@
+"""Statistics of gradients, read right after autograd has finished them and so before any clipping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stethoscope import stats
+from stethoscope._protocols import Columns, Key, Readings
+from stethoscope.probes._hook import Hook
+from stethoscope.probes._select import Pattern, as_patterns, named_parameters, select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch.utils.hooks import RemovableHandle
+
+    from stethoscope._protocols import Probe
+
+KNOWN = ("norm", "nonfinite")
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients as autograd leaves them: before clipping, after the last micro-batch of the step.
+
+    **Records**, in training only: `gradient/norm` per parameter (2-norm) and of all together (module `""`), and
+    `gradient/nonfinite`, the number of NaN and Inf values, for parameters that have any, and of all together. With a
+    `GradScaler` the gradients are scaled; under DDP they are this rank's own, before averaging.
+
+    **Cost:** a hook on each parameter on observed steps only, with one operation per statistic; nothing in between.
+
+    Args:
+        statistics: any of `norm`, `nonfinite`.
+        include: parameter name patterns (`"encoder.*"`), types of the owning module, or predicates of parameter name
+            and owning module; empty for all that require a gradient.
+        exclude: the same, to leave out.
+        every: observe when `step % every == 0`; None takes the monitor's.
+
+    Raises:
+        ValueError: an unknown statistic.
+
+    Example:
+        >>> Gradients(statistics=("norm",), exclude="*.bias").statistics
+        ('norm',)
+    """
+
+    statistics: tuple[str, ...] = KNOWN
+    include: Pattern | Iterable[Pattern] = ()
+    exclude: Pattern | Iterable[Pattern] = ()
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", tuple(self.statistics))
+        object.__setattr__(self, "include", as_patterns(self.include))
+        object.__setattr__(self, "exclude", as_patterns(self.exclude))
+        unknown = sorted(set(self.statistics) - set(KNOWN))
+        if unknown or not self.statistics:
+            raise ValueError(f"Unknown gradient statistics {unknown}. Known: {list(KNOWN)}.")
+
+    def attach(self, model: nn.Module) -> GradientHooks:
+        """Choose the parameters of `model`; they are hooked while armed."""
+        return GradientHooks(self, model)
+
+    def covers(self, other: Probe) -> bool:
+        """Whether `other` asks for nothing that this one does not record at least as often."""
+        return (
+            isinstance(other, Gradients)
+            and set(other.statistics) <= set(self.statistics)
+            and (not (self.include or self.exclude) or (self.include, self.exclude) == (other.include, other.exclude))
+            and (self.every == other.every or self.every == 1)
+        )
+
+
+class _Group:
+    """The parameters of one device and precision, and their numbers."""
+
+    def __init__(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
+        self.names = names
+        with torch.inference_mode(mode=False):
+            self.norms = torch.zeros(len(names), dtype=dtype, device=device)
+            self.bad = torch.zeros(len(names), dtype=torch.int64, device=device)
+        self.norm_views, self.bad_views = self.norms.unbind(), self.bad.unbind()
+        self.seen: dict[int, None] = {}  # in the order of their arrival
+
+
+class GradientHooks:
+    """The live hooks of one `Gradients`."""
+
+    def __init__(self, spec: Gradients, model: nn.Module) -> None:
+        self.spec = spec
+        self.failure: Exception | None = None
+        self._parameters, self.notes = select(
+            named_parameters(model), as_patterns(spec.include), as_patterns(spec.exclude), "Gradients"
+        )
+        self._handles: list[RemovableHandle] = []
+        self._groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
+        self._hooked: list[int] = []
+
+    def arm(self, on: bool, phase: str) -> None:
+        """See `Attachment`. Only the training phase has gradients of interest."""
+        if phase != "train":
+            return
+        self._release()
+        if not on or self.failure is not None:
+            return
+        wanted: dict[tuple[torch.device, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self._parameters:
+            if parameter.requires_grad:
+                place = parameter.device, stats.precision(parameter.dtype, parameter.device)
+                wanted.setdefault(place, []).append((name, parameter))
+        for place, members in wanted.items():
+            group = self._groups.get(place)
+            names = [name for name, _ in members]
+            if group is None or group.names != names:
+                group = self._groups[place] = _Group(names, *place)
+            group.seen.clear()
+            for index, (_, parameter) in enumerate(members):
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_Arrived(self, group, index)))  # type: ignore[no-untyped-call]
+
+    def arrived(self, group: _Group, index: int, gradient: Tensor) -> None:
+        """A parameter's gradient is complete for this backward pass; a later one writes over it."""
+        with torch.no_grad():
+            real = stats.measurable(gradient.coalesce().values() if gradient.is_sparse else gradient)
+            if real is None:
+                return
+            if "norm" in self.spec.statistics:
+                torch.linalg.vector_norm(real, out=group.norm_views[index])
+            if "nonfinite" in self.spec.statistics:
+                group.bad_views[index].copy_(stats.nonfinite_count(real))
+            group.seen[index] = None
+
+    def read(self, given: Mapping[str, Tensor]) -> Readings:
+        """See `Attachment`."""
+        if self.failure is not None:
+            raise self.failure
+        columns: list[Columns] = []
+        groups = [group for group in self._groups.values() if group.seen]
+        for group in groups:
+            rows, names = list(group.seen), group.names
+            if "norm" in self.spec.statistics:
+                keys = [Key("gradient/norm", names[row]) for row in rows]
+                columns.append(Columns(keys, group.norms.clone(), rows))
+            if "nonfinite" in self.spec.statistics:
+                keys = [Key("gradient/nonfinite", names[row], sparse=True) for row in rows]
+                columns.append(Columns(keys, group.bad.clone(), rows))
+        if groups:
+            home = groups[0].norms.device
+            if "norm" in self.spec.statistics:
+                norms = [torch.linalg.vector_norm(group.norms).to(home, non_blocking=True) for group in groups]
+                total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].dtype) for norm in norms]))
+                columns.append(Columns([Key("gradient/norm")], total.view(1), [0]))
+            if "nonfinite" in self.spec.statistics:
+                bad = torch.stack([group.bad.sum().to(home, non_blocking=True) for group in groups]).sum()
+                columns.append(Columns([Key("gradient/nonfinite")], bad.view(1), [0]))
+        for group in groups:
+            group.norms.zero_()
+            group.bad.zero_()
+            group.seen.clear()
+        return Readings(columns)
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def detach(self) -> None:
+        """See `Attachment`."""
+        self._release()
+        self._groups.clear()
+
+
+class _Arrived(Hook):
+    __slots__ = ("attached", "group", "index")
+
+    def __init__(self, attached: GradientHooks, group: _Group, index: int) -> None:
+        self.attached, self.group, self.index = attached, group, index
+
+    def __call__(self, parameter: Tensor) -> None:
+        if torch.compiler.is_compiling() or parameter.grad is None or self.attached.failure is not None:
+            return
+        try:
+            self.attached.arrived(self.group, self.index, parameter.grad)
+        except Exception as error:  # instrumentation never stops a training
+            self.attached.failure = error

@@ -1,0 +1,25 @@
+"""What all our hooks have in common: a copy of them does nothing."""
+
+from __future__ import annotations
+
+
+class Nothing:
+    """A hook that does nothing: what is left of ours in a deep copy (EMA) or a pickle of an observed model."""
+
+    def __call__(self, *args: object) -> None:
+        """Return None, so that nothing is replaced."""
+
+
+class Hook:
+    """A hook that stays with the model it was put on."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: object) -> Nothing:
+        return Nothing()
+
+    def __copy__(self) -> Nothing:
+        return Nothing()
+
+    def __reduce__(self) -> tuple[type[Nothing], tuple[()]]:
+        return Nothing, ()

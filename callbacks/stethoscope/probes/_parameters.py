@@ -1,0 +1,279 @@
+"""Statistics of the weights: as the forward pass finds them, and as the optimizer leaves them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stethoscope import stats
+from stethoscope._protocols import Columns, Key, Readings
+from stethoscope.probes._hook import Hook
+from stethoscope.probes._select import Pattern, as_patterns, named_parameters, select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch.utils.hooks import RemovableHandle
+
+    from stethoscope._protocols import Probe
+
+KNOWN = ("norm", "update_ratio", "unchanged", "nonfinite")
+
+_SMALL = 16384
+"""Values up to which parameters of one shape are stacked to be checked."""
+
+SAMPLE = 2048
+"""Values per parameter from which the update ratio is estimated."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights: how large they are, how far a step has moved them, and whether a forward pass began with bad ones.
+
+    **Records**, in training only, per parameter: `parameter/norm` (2-norm) at the end of the step;
+    `parameter/update_ratio`, the norm of the
+    step's change over the larger of the norms before and after, from a regular sample of up to 2048 values (about
+    1e-3 is usual; 1 for a weight that starts at zero); `parameter/unchanged`, 1 where not one bit has changed over the
+    step; `parameter/nonfinite`, 1 where the norm was NaN or Inf when the step's first forward pass began, that is before
+    this step's gradients could spread it (left out where it was finite).
+
+    **Cost:** on observed steps reads each weight once for the norm and twice for `unchanged`, and keeps the sample.
+    Never waits for the device.
+
+    Args:
+        statistics: any of `norm`, `update_ratio`, `unchanged`, `nonfinite`.
+        include: parameter name patterns (`"encoder.*"`), types of the owning module, or predicates of parameter name
+            and owning module; empty for all.
+        exclude: the same, to leave out.
+        every: observe when `step % every == 0`; None takes the monitor's.
+
+    Raises:
+        ValueError: an unknown statistic.
+
+    Example:
+        >>> Parameters(statistics=("norm", "update_ratio"), include="decoder.*").every is None
+        True
+    """
+
+    statistics: tuple[str, ...] = KNOWN
+    include: Pattern | Iterable[Pattern] = ()
+    exclude: Pattern | Iterable[Pattern] = ()
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", tuple(self.statistics))
+        object.__setattr__(self, "include", as_patterns(self.include))
+        object.__setattr__(self, "exclude", as_patterns(self.exclude))
+        unknown = sorted(set(self.statistics) - set(KNOWN))
+        if unknown or not self.statistics:
+            raise ValueError(f"Unknown parameter statistics {unknown}. Known: {list(KNOWN)}.")
+
+    def attach(self, model: nn.Module) -> ParameterReader:
+        """Choose the parameters of `model`."""
+        return ParameterReader(self, model)
+
+    def covers(self, other: Probe) -> bool:
+        """Whether `other` asks for nothing that this one does not record at least as often."""
+        return (
+            isinstance(other, Parameters)
+            and set(other.statistics) <= set(self.statistics)
+            and (not (self.include or self.exclude) or (self.include, self.exclude) == (other.include, other.exclude))
+            and (self.every == other.every or self.every == 1)
+        )
+
+
+class ParameterReader:
+    """What one `Parameters` remembers between the start and the end of an observed step."""
+
+    def __init__(self, spec: Parameters, model: nn.Module) -> None:
+        self.spec, self.model = spec, model
+        self._parameters, self.notes = select(
+            named_parameters(model), as_patterns(spec.include), as_patterns(spec.exclude), "Parameters"
+        )
+        self._flags: list[Columns] | None = None
+        self._handles: list[RemovableHandle] = []
+        if "nonfinite" in spec.statistics:
+            # without a forward of its own, the model is entered through whatever module is called first
+            rootless = type(model).forward is nn.Module.forward
+            for module in model.modules():
+                if rootless or module is model or next(module.children(), None) is not None:
+                    self._handles.append(module.register_forward_pre_hook(_Enters(self)))
+        self.failure: Exception | None = None
+        self._sorted: list[_Group] = []
+        self._ends: list[tuple[torch.device, torch.dtype]] = []
+        self._armed = False
+
+    def _groups(self) -> list[_Group]:
+        """The parameters by device and dtype, sorted anew when the model has moved."""
+        if not self._parameters:
+            return []
+        ends = [(each.device, each.dtype) for _, each in (self._parameters[0], self._parameters[-1])]
+        if self._ends != ends:
+            groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
+            for name, parameter in self._parameters:
+                if _readable(parameter):
+                    place = parameter.device, parameter.dtype
+                    groups.setdefault(place, _Group([], [])).add(name, parameter)
+            self._ends, self._sorted = ends, list(groups.values())
+        return self._sorted
+
+    def arm(self, on: bool, phase: str) -> None:
+        """See `Attachment`. Takes the state before the step; weights do not change in other phases."""
+        if phase != "train":
+            return
+        self._armed, self._flags = on and self.failure is None, None
+        sampled, checked = "update_ratio" in self.spec.statistics, "unchanged" in self.spec.statistics
+        if self._armed and (sampled or checked):
+            with torch.no_grad():
+                for group in self._groups():
+                    values = group.values()
+                    group.samples = _samples(values) if sampled else None
+                    group.checksums = _checksums(values) if checked else None
+
+    def enter(self) -> None:
+        """The step's first forward pass begins: see which weights are bad before anything else is."""
+        if self._armed and self._flags is None and torch._C._current_graph_task_id() == -1:  # noqa: SLF001
+            self._flags = []
+            with torch.no_grad():
+                self._flags = [columns for group in self._groups() for columns in _bad(group.names, group.values())]
+
+    def read(self, given: Mapping[str, Tensor]) -> Readings:
+        """See `Attachment`."""
+        if self.failure is not None:
+            raise self.failure
+        if not self._armed:
+            return Readings(())
+        columns = list(self._flags or ())
+        if set(self.spec.statistics) != {"nonfinite"}:
+            with torch.no_grad():
+                for group in self._groups():
+                    columns += self._moved(group)
+        return Readings(columns)
+
+    def _moved(self, group: _Group) -> Iterator[Columns]:
+        names, values, rows = group.names, group.values(), range(len(group.names))
+        if "norm" in self.spec.statistics:
+            yield Columns([Key("parameter/norm", name) for name in names], _norms(values), rows)
+        if group.samples is not None:
+            after = _samples(values)
+            # a model that was moved since the step began has nothing to compare with
+            if after.device == group.samples.device:
+                ratios = _update_ratios(group.owners(values), group.samples, after, len(names))
+                yield Columns([Key("parameter/update_ratio", name) for name in names], ratios, rows)
+        if group.checksums is not None:
+            sums = _checksums(values)
+            if sums.device == group.checksums.device:
+                keys = [Key("parameter/unchanged", name) for name in names]
+                yield Columns(keys, sums == group.checksums, rows)
+
+    def detach(self) -> None:
+        """See `Attachment`."""
+        self._armed = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._sorted.clear()
+
+
+class _Enters(Hook):
+    __slots__ = ("attached",)
+
+    def __init__(self, attached: ParameterReader) -> None:
+        self.attached = attached
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        try:
+            self.attached.enter()
+        except Exception as error:  # instrumentation never stops a training
+            self.attached.failure, self.attached._flags = error, []  # noqa: SLF001
+
+
+class _Group:
+    """Parameters of one device and dtype, and their state before the step."""
+
+    def __init__(self, names: list[str], members: list[nn.Parameter]) -> None:
+        self.names, self._members = names, members
+        self.samples: Tensor | None = None
+        self.checksums: Tensor | None = None
+        self._owners: Tensor | None = None
+        self._exotic = False
+
+    def add(self, name: str, parameter: nn.Parameter) -> None:
+        self.names.append(name)
+        self._members.append(parameter)
+        self._exotic |= parameter.is_complex() or hasattr(parameter, "to_local")
+
+    def values(self) -> Sequence[Tensor]:
+        """The parameters as real tensors; of a DTensor, this rank's shard. Gradients must be off."""
+        return [_local(each) for each in self._members] if self._exotic else self._members
+
+    def owners(self, values: Sequence[Tensor]) -> Tensor:
+        """For each value of the sample, the index of its parameter."""
+        if self._owners is None:
+            sizes = torch.tensor([stats.sample(value, SAMPLE).numel() for value in values])
+            self._owners = stats.upload(torch.repeat_interleave(sizes), values[0].device)
+        return self._owners
+
+
+def _readable(parameter: nn.Parameter) -> bool:
+    return (
+        not isinstance(parameter, nn.parameter.UninitializedParameter)
+        and parameter.layout is torch.strided
+        and (parameter.is_floating_point() or parameter.is_complex())
+        and parameter.numel() > 0
+    )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    to_local = getattr(parameter, "to_local", None)
+    value: Tensor = parameter if to_local is None else to_local()
+    return torch.view_as_real(value) if value.is_complex() else value
+
+
+def _update_ratios(owners: Tensor, before: Tensor, after: Tensor, count: int) -> Tensor:
+    """Norm of the change over the larger norm, per parameter, from flat samples."""
+
+    def norm(sample: Tensor) -> Tensor:
+        zeros = torch.zeros(count, dtype=sample.dtype, device=sample.device)
+        return zeros.index_add_(0, owners, sample.square()).sqrt()
+
+    largest = torch.maximum(norm(before), norm(after))
+    return norm(after - before) / largest.clamp(min=torch.finfo(largest.dtype).tiny)
+
+
+def _bad(names: list[str], values: Sequence[Tensor]) -> Iterator[Columns]:
+    """Which values hold NaN or Inf. Small ones are stacked by shape, since a call costs more than to read them."""
+    by_shape: dict[torch.Size, tuple[list[Key], list[Tensor]]] = {}
+    for name, value in zip(names, values, strict=True):
+        keys, members = by_shape.setdefault(value.shape, ([], []))
+        keys.append(Key("parameter/nonfinite", name, sparse=True))
+        members.append(value)
+    for shape, (keys, members) in by_shape.items():
+        if shape.numel() <= _SMALL and len(members) > 1:
+            low, high = torch.stack(members).view(len(members), -1).aminmax(dim=1)
+            yield Columns(keys, ~(low.isfinite() & high.isfinite()), range(len(keys)))
+        else:
+            yield Columns(keys, ~_norms(members).isfinite(), range(len(keys)))
+
+
+def _norms(values: Sequence[Tensor]) -> Tensor:
+    """2-norms, shape (parameters,). Half precision is summed in float32, where its squares fit."""
+    dtype = stats.precision(values[0].dtype, values[0].device)
+    return torch.stack(torch._foreach_norm(list(values), 2, dtype))  # noqa: SLF001  # as clip_grad_norm_ does
+
+
+def _samples(values: Sequence[Tensor]) -> Tensor:
+    """A copy of a regular sample of every parameter, one after the other, flat."""
+    dtype = stats.precision(values[0].dtype, values[0].device)
+    return torch.cat([stats.sample(value, SAMPLE) for value in values]).to(dtype)
+
+
+def _checksums(values: Sequence[Tensor]) -> Tensor:
+    """Sums of the bits as integers, wrapping around: int64, shape (parameters,). One changed bit changes its sum."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values[0].element_size()]
+    return torch.stack([value.view(integer).sum() for value in values])

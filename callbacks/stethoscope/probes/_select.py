@@ -1,0 +1,92 @@
+"""Which modules or parameters a probe looks at."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from stethoscope._record import Finding
+from stethoscope._tree import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import nn
+
+Pattern: TypeAlias = "str | type[nn.Module] | Callable[[str, nn.Module], bool]"
+"""A name pattern such as `"encoder.*"` (as in `fnmatch`), a module type, or a predicate of name and module."""
+
+T = TypeVar("T")
+
+
+def as_patterns(given: Pattern | Iterable[Pattern]) -> tuple[Pattern, ...]:
+    """Return one pattern or several as a tuple.
+
+    Raises:
+        TypeError: something is neither a name pattern, a module type nor a predicate.
+    """
+    patterns = (given,) if isinstance(given, str) or callable(given) else tuple(given)
+    for pattern in patterns:
+        if not (isinstance(pattern, str) or callable(pattern)):
+            raise TypeError(
+                f"Cannot select modules by {pattern!r}. Give a name pattern such as 'encoder.*', a module type or a "
+                "predicate of name and module."
+            )
+    return patterns
+
+
+def matches(pattern: Pattern, name: str, owner: nn.Module) -> bool:
+    """Whether a module, or the owner of a parameter, is meant by the pattern."""
+    if isinstance(pattern, str):
+        return fnmatchcase(name, pattern)
+    if isinstance(pattern, type):
+        return isinstance(owner, pattern)
+    return pattern(name, owner)
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Module, nn.Parameter]]:
+    """Return name, owning module and parameter of all parameters; shared ones once, under their first name."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    return [(plain(name), owners[name.rpartition(".")[0]], each) for name, each in model.named_parameters()]
+
+
+def select(
+    candidates: Iterable[tuple[str, nn.Module, T]],
+    include: tuple[Pattern, ...],
+    exclude: tuple[Pattern, ...],
+    probe: str,
+) -> tuple[list[tuple[str, T]], list[Finding]]:
+    """Choose candidates, and say which patterns chose nothing.
+
+    Args:
+        candidates: name, module that decides by type, and what is chosen.
+        include: at least one must match; empty for all.
+        exclude: none may match.
+        probe: name of the probe, for the message.
+
+    Returns:
+        The chosen names and things in their order, and one finding per pattern that matched nothing.
+    """
+    used: set[int] = set()
+    chosen: list[tuple[str, T]] = []
+    names: list[str] = []
+    for name, owner, thing in candidates:
+        names.append(name)
+        wanted = [i for i, pattern in enumerate(include) if matches(pattern, name, owner)]
+        unwanted = [len(include) + i for i, pattern in enumerate(exclude) if matches(pattern, name, owner)]
+        used.update(wanted, unwanted)
+        if (wanted or not include) and not unwanted:
+            chosen.append((name, thing))
+    some = ", ".join(repr(name) for name in names if name)
+    notes = [
+        Finding(
+            "probe-read-nothing",
+            "warning",
+            f"{probe}: the pattern {pattern!r} matches nothing in this model.",
+            f"Compare with the names of the model: {some[:300]}{' ...' if len(some) > 300 else ''}.",
+            evidence={"pattern": str(pattern), "probe": probe},
+        )
+        for i, pattern in enumerate((*include, *exclude))
+        if i not in used
+    ]
+    return chosen, notes

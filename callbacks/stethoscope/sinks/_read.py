@@ -1,0 +1,151 @@
+"""Reads back what `Jsonl` wrote."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stethoscope.sinks._jsonl import file_of, parts_of
+from stethoscope.sinks._lines import FORMAT, Delivery, decode, decode_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from stethoscope._protocols import Run
+
+
+class _Section(NamedTuple):
+    """One opening of the sink: a run, or a run that was resumed."""
+
+    run: Run
+    upto: float
+    """Records of later steps are made again by the resumed run that follows."""
+
+
+def read(path: str | Path, *, rank: int = 0) -> Iterator[Delivery]:
+    """Iterate over a run's deliveries as they were written, without holding more than one of them.
+
+    Where the place was used by several runs, the last one is read. Where that run was resumed, steps that it made twice
+    are read once, in their second form; findings are all kept. Lines that cannot be read are skipped, counted and
+    reported in the log, so a file that is still being written, or was torn by a crash, can be read as well.
+
+    Args:
+        path: what was given to `Jsonl`: a run folder or a `.jsonl` file.
+        rank: whose file to read.
+
+    Returns:
+        An iterator over `Delivery(step, records, findings)`; record for record equal to what was written.
+
+    Raises:
+        FileNotFoundError: nothing was written there.
+        ValueError: the file was written by a newer stethoscope.
+
+    Example:
+        >>> from stethoscope._protocols import Run
+        >>> from stethoscope.sinks import Jsonl
+        >>> from stethoscope.testing import series
+        >>> file = getfixture("tmp_path") / "a.jsonl"
+        >>> sink = Jsonl(file)
+        >>> sink.open(Run("a", "2026-01-01T00:00:00+00:00"))
+        >>> sink.write(7, series([7], loss=[0.5]), [])
+        >>> sink.close()
+        >>> next(read(file)).step
+        7
+    """
+    files = _files(path, rank)
+    return _deliveries(files, _sections(files))
+
+
+def read_run(path: str | Path, *, rank: int = 0) -> Run:
+    """Read the facts about the run that `read` would iterate over, as they were when it was last opened.
+
+    Args:
+        path: a run folder or a `.jsonl` file.
+        rank: whose file to read.
+
+    Raises:
+        FileNotFoundError: nothing was written there.
+        ValueError: no line tells about a run, or the file was written by a newer stethoscope.
+    """
+    sections = _sections(_files(path, rank))
+    if not sections:
+        raise ValueError(f"{file_of(path, rank)} has no line that tells about a run: it was not written by Jsonl.")
+    return sections[-1].run
+
+
+def _files(path: str | Path, rank: int) -> list[Path]:
+    first = file_of(path, rank)
+    if not first.is_file():
+        raise FileNotFoundError(
+            f"No records at {str(first)!r}. Give the folder or the .jsonl file that was given to sinks.Jsonl, and a rank that ran."
+        )
+    return parts_of(first)
+
+
+def _lines(files: Sequence[Path]) -> Iterator[bytes]:
+    for file in files:
+        with file.open("rb") as lines:
+            yield from lines
+
+
+def _sections(files: Sequence[Path]) -> list[_Section]:
+    heads = (_parse(text) for text in _lines(files) if text.startswith(b'{"run":'))
+    runs = [run for line in heads if line is not None and (run := _opening(line)) is not None]
+    sections: list[_Section] = []
+    upto = math.inf
+    for run in reversed(runs):
+        sections.append(_Section(run, upto if run.id == runs[-1].id else -1))
+        if run.id == runs[-1].id and run.resumed_from is not None:
+            upto = min(upto, run.resumed_from)
+    return sections[::-1]
+
+
+def _deliveries(files: Sequence[Path], sections: Sequence[_Section]) -> Iterator[Delivery]:
+    last = sections[-1].run.id if sections else ""
+    coming = iter(sections)
+    section: _Section | None = None
+    skipped = 0
+    for text in _lines(files):
+        if not text.strip():
+            continue
+        line = _parse(text)
+        if line is None:
+            skipped += 1
+        elif "run" in line:
+            section = next(coming, section) if _opening(line) is not None else section
+        elif section is None or section.run.id == last:
+            try:
+                delivery = decode(line)
+                late = section is not None and delivery.step > section.upto
+            except (LookupError, TypeError, ValueError, AttributeError):
+                skipped += 1
+                continue
+            if not late:
+                yield delivery
+            elif delivery.findings:
+                yield delivery._replace(records=())
+    if skipped:
+        logging.getLogger("stethoscope").warning("%s: %d lines could not be read and were skipped.", files[0], skipped)
+
+
+def _opening(line: dict[str, Any]) -> Run | None:
+    """The run that begins or goes on here; None where a file is only continued in its next part."""
+    try:
+        return None if line.get("part") else decode_run(line)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    if line.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"This file has format {line['format']!r}; this stethoscope reads format {FORMAT}. Update it.")
+    return line

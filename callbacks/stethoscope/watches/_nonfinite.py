@@ -1,0 +1,199 @@
+"""Where NaN and Inf come from, judged from flags alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stethoscope._record import Finding, Record
+from stethoscope.probes import Activations, Parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stethoscope._protocols import Probe, State
+    from stethoscope._record import Severity
+
+
+class _Origin(NamedTuple):
+    """The first module, in call order, with a non-finite output."""
+
+    module: str
+    inputs_finite: bool
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """Names the module where NaN or Inf is born, apart from those that only pass it on.
+
+    **What it decides:** a step is bad when its loss is NaN or Inf; without a loss, when what the model returned holds
+    a NaN (error) or an Inf (warning). A mask of -Inf or a NaN that `where` removes is healthy and not reported. In a
+    bad step the first module in call order with a non-finite output decides:
+
+    - its parameters were non-finite before the step: the parameter is the origin (`nonfinite-parameter`);
+    - its inputs were finite: the module is the origin;
+    - its inputs were not: the value came from the model's input or from an operation between modules;
+    - no module: the loss function is the origin (`nonfinite-loss`).
+
+    Weights that are non-finite when a step begins are reported even if no module has passed them on yet; the step before
+    then ended with a bad gradient or a bad write of the optimizer. Inf often turns into NaN in a later module, so the first of each is named.
+
+    **Cost:** host only, one pass over the records.   **Needs:** one flag per module and per parameter at every step.
+
+    Example:
+        >>> flags = [
+        ...     Record("activation/nonfinite", 1.0, 3, module="encoder.1"),
+        ...     Record("loss", float("nan"), 3, source="step"),
+        ... ]
+        >>> from stethoscope.testing import replay
+        >>> replay(NonFinite(), flags)[0].module
+        'encoder.1'
+    """
+
+    loss: str = "loss"
+
+    @property
+    def needs(self) -> tuple[Probe, ...]:
+        """One flag per module and per parameter, at every step."""
+        return (
+            Activations(statistics=("nonfinite",), every=1),
+            Parameters(statistics=("nonfinite",), every=1),
+        )
+
+    def init(self) -> State:
+        """Nothing seen; no parameter known to be non-finite; no phase in a bad state."""
+        return {"seen": False, "weights": [], "bad": []}
+
+    def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
+        """See `Watch`."""
+        records = [record for record in records if record.source != "log"]
+        if not records:
+            return state, ()
+        step, phase, rank = records[0].step, records[0].phase, records[0].rank
+        flagged = {name: _first(records, name) for name in ("nonfinite", "nan")}
+        weights = [r.module for r in records if r.name == "parameter/nonfinite" and r.value]
+        losses = [r.value for r in records if r.name == self.loss and r.source == "step" and isinstance(r.value, float)]
+        severity = _severity(records, losses)
+        known: list[str] = state["weights"]
+        findings: list[Finding] = []
+        place = {"step": step, "phase": phase, "rank": rank}
+        origin, first_nan = flagged["nonfinite"], flagged["nan"]
+        if severity and phase not in state["bad"]:
+            evidence = {
+                "first_nonfinite": origin.module if origin else None,
+                "first_nan": first_nan.module if first_nan else None,
+                "loss": str(losses[0]) if losses else None,
+                "modules": len({r.module for r in records if r.name == "activation/nonfinite" and r.value}),
+            }
+            culprit = _reached(weights, origin)
+            findings.append(_explain(origin, first_nan, culprit, losses, severity, place, evidence))
+        elif weights and not known and not severity:
+            findings.append(_waiting(weights, place))
+        bad = [each for each in state["bad"] if each != phase] + ([phase] if severity else [])
+        return {"seen": True, "weights": weights[:100] if phase == "train" else known, "bad": bad}, findings
+
+
+def _reached(weights: Sequence[str], origin: _Origin | None) -> str:
+    """The bad weight that the first bad module owns, itself or, when it holds other modules, through one of them."""
+    if origin is None or not origin.inputs_finite:
+        return ""
+    inside = f"{origin.module}." if origin.module else ""
+    own = [name for name in weights if name.rpartition(".")[0] == origin.module]
+    return next(iter(own or [name for name in weights if name.startswith(inside)]), "")
+
+
+def _first(records: Sequence[Record], flag: str) -> _Origin | None:
+    """The first flagged output in call order, and whether the flagged module's inputs were finite."""
+    dirty = {
+        (record.module, record.call)
+        for record in records
+        if record.value and record.name.startswith(f"activation/input_{flag}")
+    }
+    for record in records:
+        name = record.name
+        if record.value and (name == f"activation/{flag}" or name.startswith(f"activation/{flag}.")):
+            return _Origin(record.module, (record.module, record.call) not in dirty)
+    return None
+
+
+def _severity(records: Sequence[Record], losses: Sequence[float]) -> Severity | None:
+    """Whether the step is bad: the loss decides, or else what the model returned."""
+    if losses:
+        return None if all(map(isfinite, losses)) else "error"
+    returned = {r.name.split(".")[0] for r in records if r.value and r.name.startswith("activation/outermost_n")}
+    if "activation/outermost_nan" in returned:
+        return "error"
+    return "warning" if "activation/outermost_nonfinite" in returned else None
+
+
+def _explain(
+    origin: _Origin | None,
+    first_nan: _Origin | None,
+    parameter: str,
+    losses: Sequence[float],
+    severity: Severity,
+    place: dict[str, Any],
+    evidence: dict[str, Any],
+) -> Finding:
+    then = f" The loss is {losses[0]}." if losses else ""
+    if origin is None:
+        return Finding(
+            "nonfinite-loss",
+            severity,
+            f"The loss is {losses[0] if losses else 'not finite'} although every module's output is finite: the loss "
+            "function made it so.",
+            "Look for log, sqrt or a division of something that can be zero in the loss, and for a target out of range.",
+            evidence={**evidence, "origin": "loss"},
+            **place,
+        )
+    turns = f" It turns into NaN in {first_nan.module!r}." if first_nan and first_nan.module != origin.module else ""
+    what = "NaN" if first_nan and first_nan.module == origin.module else "Inf"
+    name = repr(origin.module) if origin.module else "the model itself"
+    if parameter:
+        return Finding(
+            "nonfinite-parameter",
+            severity,
+            f"{what} comes from the parameter {parameter!r}, which was not finite when this step began: {name} is the "
+            f"first module that it reaches.{turns}{then}",
+            "Go back to an earlier checkpoint, then look at the gradients and the optimizer of the step before, which "
+            "wrote it: Monitor's gradient norms tell whether the backward pass was finite.",
+            module=origin.module,
+            evidence={**evidence, "origin": "parameter", "parameter": parameter},
+            **place,
+        )
+    if not origin.inputs_finite:
+        return Finding(
+            "nonfinite-activation",
+            severity,
+            f"{what} was already in the input of {name}, the first module whose output holds it: it comes from the "
+            f"model's input or from an operation between modules. {name} is innocent.{turns}{then}",
+            "Check the batch for NaN and Inf, then the lines that run before this module in its parent's forward.",
+            module=origin.module,
+            evidence={**evidence, "origin": "input"},
+            **place,
+        )
+    return Finding(
+        "nonfinite-activation",
+        severity,
+        f"{name} is the first module that makes {what} from finite inputs.{turns}{then}",
+        "Check it for overflow of its dtype, log or division of zero and a softmax row that is masked whole; and its "
+        "parameters for absurdly large values.",
+        module=origin.module,
+        evidence={**evidence, "origin": "operation"},
+        **place,
+    )
+
+
+def _waiting(weights: Sequence[str], place: dict[str, Any]) -> Finding:
+    more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+    return Finding(
+        "nonfinite-parameter",
+        "error",
+        f"The parameter {weights[0]!r}{more} was not finite when this step began, though the loss still is: the step "
+        "before ended with a bad gradient or a bad write, or something wrote the weight in between.",
+        "Go back to an earlier checkpoint; look at the gradient norms, eps and the learning rate of the step before.",
+        module=weights[0].rpartition(".")[0],
+        evidence={"origin": "backward or optimizer", "parameter": weights[0], "count": len(weights)},
+        **place,
+    )
