@@ -46,7 +46,7 @@ class Console:
         default_factory=lambda: defaultdict[str, "list[Finding]"](list), init=False, repr=False
     )
 
-    def open(self, run: Run) -> None:
+    def open(self, run: Run) -> None:  # noqa: ARG002  protocol
         """Start with an empty summary."""
         from rich.console import Console as RichConsole
 
