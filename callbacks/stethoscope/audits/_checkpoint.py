@@ -74,7 +74,7 @@ class CheckpointReport(Report):
 
 
 def checkpoint(
-    model: nn.Module,
+    model: nn.Module | None,
     source: Mapping[str, Any] | str | Path,
     *,
     example: Any = None,
@@ -92,7 +92,7 @@ def checkpoint(
     and three forward passes.
 
     Args:
-        model: the model that is to receive the weights, on any device, meta included.
+        model: the model that is to receive the weights, on any device, meta included. None examines the file alone.
         source: state dict, checkpoint dictionary, file or folder.
         example: an input (tensor, tuple of positional or dict of keyword arguments) on the model's device. Missing
             tensors that do not reach its output are then reported as info.
@@ -124,6 +124,8 @@ def checkpoint(
             title="checkpoint",
             findings=(Finding(code=error.code, severity="error", message=str(error), advice=error.advice),),
         )
+    if model is None:
+        return _alone(weights)
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
     ours = {key: tuple(value.shape) for key, value in state.items()}
     tensors, match = _best_group(weights, ours)
@@ -168,6 +170,27 @@ def checkpoint(
         *_configuration(report),
     ]
     return _finished(report, findings, ours)
+
+
+def _alone(weights: _weights.Weights) -> CheckpointReport:
+    """What can be said without a model: damage, and what is in there."""
+    tensors = {
+        f"{path}.{key}" if path else key: value
+        for path, group in weights.groups.items()
+        for key, value in group.items()
+    }
+    elements = sum(value.numel() for value in tensors.values())
+    facts = {**weights.facts, **weights.card.get("facts", {})}
+    lines = [
+        f"{len(tensors)} tensors, {elements:,} elements, in {', '.join(path or 'the top level' for path in weights.groups)}"
+    ]
+    lines += [f"{name}: {value}" for name, value in list(facts.items())[:20]]
+    return CheckpointReport(
+        title=f"checkpoint {weights.label}",
+        summary="\n".join(lines),
+        findings=tuple(_tensors.broken(tensors, {})),
+        unexpected=tuple(tensors),
+    )
 
 
 def _best_group(weights: _weights.Weights, ours: _keys.Shapes) -> tuple[Mapping[str, Tensor], _keys.Match]:
