@@ -326,7 +326,7 @@ def test_files_of_toolkits_are_read(tmp_path, model, trained, legacy, layout):
             "model_name": "Separator",
             "state_dict": trained,
             "model_args": {"n_src": 2, "sample_rate": 8000},
-            "infos": {"software_versions": {"torch_version": "2.1"}},
+            "infos": {"software_versions": {"torch_version": torch.__version__}},  # no plain text
         },
         "namespace": {"model": trained, "args": argparse.Namespace(sample_rate=8000), "best": np.float64(3.0)},
     }[layout]

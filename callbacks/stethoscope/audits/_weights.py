@@ -154,7 +154,9 @@ def _plain_types() -> list[Any]:
 
     numbers = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")]
     scalar = np.float64(0).__reduce__()[0]
-    return [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, scalar, *numbers]
+    # Asteroid stores `torch.__version__`, which is text of a class of its own
+    names = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, type(torch.__version__)]
+    return [*names, np.dtype, scalar, *numbers]
 
 
 def _asks_for(path: pathlib.Path) -> list[str]:
