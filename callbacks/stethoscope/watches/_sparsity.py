@@ -80,6 +80,7 @@ class Sparsity:
         state = {**state, "matrices": dict(state["matrices"])}
         found: list[Finding] = []
         step: int | None = None
+        lost: dict[str, float] = {}
         for record in records:
             if record.phase != "train" or not isinstance(record.value, (int, float)):
                 continue
@@ -95,7 +96,10 @@ class Sparsity:
                     self._initial(matrix, record)
                 else:
                     step = record.step
-                    found += self._follow(matrix, record)
+                    if self._follow(matrix, record):
+                        lost[record.module] = float(record.value)
+        if lost and step is not None:
+            found.append(_lost(lost, state["matrices"], step))
         if step is not None and self.schedule is not None:
             found += self._against_schedule(state, self.schedule, step)
         return state, found
@@ -105,38 +109,27 @@ class Sparsity:
         if self.schedule is not None and isinstance(record.value, float) and 0 < record.value < _PRUNED:
             matrix |= {"dropped": True, "low": record.value, "low_step": record.step, "last": record.step}
 
-    def _follow(self, matrix: dict[str, Any], record: Record) -> list[Finding]:
-        """One reading of one matrix."""
+    def _follow(self, matrix: dict[str, Any], record: Record) -> bool:
+        """One reading of one matrix; whether its sparsity is lost as of now."""
         assert isinstance(record.value, (int, float))
         density, step = float(record.value), record.step
         matrix["high"] = max(matrix["high"], density)
         # zero initialisations are sparse from the start and fill up: only what became sparser was pruned
         matrix["dropped"] = matrix["dropped"] or (density < _PRUNED and density < matrix["high"] - 0.05)
         if not matrix["dropped"]:
-            return []
+            return False
         if density < matrix["low"]:
             matrix |= {"low": density, "low_step": step}
         if density <= matrix["low"] + _NEAR * (1 - matrix["low"]):
             if matrix["last"] is not None and not matrix["lost"]:
                 matrix["pause"] = max(matrix["pause"], step - matrix["last"])
             matrix |= {"last": step, "lost": False}
-            return []
+            return False
         patience = 2 * self.schedule.interval if self.schedule is not None else max(2 * matrix["pause"], 200)
         if matrix["lost"] or step - matrix["last"] <= patience:
-            return []
+            return False
         matrix["lost"] = True
-        return [
-            Finding(
-                "sparsity-lost",
-                "warning",
-                f"The density of '{record.module}' is {density:.3f} and has been above {matrix['low']:.3f}, which it had at step {matrix['last']}, "
-                f"for {step - matrix['last']} steps: {self._times(matrix, density, matrix['low'])}.",
-                "Keep calling the sparsifier after each optimizer step. One that was built anew for a resumed run counts from 0 again: restore its counter or set start to 0.",
-                step=step,
-                module=record.module,
-                evidence={"density": density, "lowest": matrix["low"], "last_sparse_step": matrix["last"]},
-            )
-        ]
+        return True
 
     def _against_schedule(self, state: State, schedule: Schedule, step: int) -> list[Finding]:
         count = step + 1
@@ -157,11 +150,13 @@ class Sparsity:
             )
         if self.target is not None and not state["complete"] and not state["missed"] and count >= schedule.stop:
             state["complete"] = True
-            found += [
-                self._above_target(name, matrix, target, step)
-                for name, matrix in matrices.items()
-                if (target := self._target_of(name)) is not None and matrix["low"] > target + 0.05
-            ]
+            targets = {name: self._target_of(name) for name in matrices}
+            above = {
+                name: target
+                for name, target in targets.items()
+                if target is not None and matrices[name]["low"] > target + 0.05
+            }
+            found += [_above_target(above, matrices, step)] if above else []
         return found
 
     def _target_of(self, name: str) -> float | None:
@@ -169,26 +164,53 @@ class Sparsity:
             return self.target
         return next((value for pattern, value in self.target.items() if fnmatchcase(name, pattern)), None)
 
-    def _above_target(self, name: str, matrix: dict[str, Any], target: float, step: int) -> Finding:
-        return Finding(
-            "sparsity-missed",
-            "error",
-            f"The schedule is complete, but '{name}' has density {matrix['low']:.3f} instead of {target:.3f}: {self._times(matrix, matrix['low'], target)}.",
-            "Check the densities that were given to the sparsifier and that it holds this matrix.",
-            step=step,
-            module=name,
-            evidence={"density": matrix["low"], "target": target, "weights": matrix["weights"]},
-        )
 
-    @staticmethod
-    def _times(matrix: dict[str, Any], density: float, target: float) -> str:
-        weights = matrix["weights"]
-        counts = (
-            f"{round(density * weights)} weights to export instead of {round(target * weights)}"
-            if weights
-            else "to export"
-        )
-        return f"{counts}, {density / target:.1f} times as many" if target > 0 else counts
+def _lost(lost: Mapping[str, float], matrices: Mapping[str, dict[str, Any]], step: int) -> Finding:
+    first, density = next(iter(lost.items()))
+    matrix = matrices[first]
+    return Finding(
+        "sparsity-lost",
+        "warning",
+        f"The density of '{first}'{_others(lost)} is {density:.3f} and has been above {matrix['low']:.3f}, which it had at step {matrix['last']}, "
+        f"for {step - matrix['last']} steps: {_times(matrix, density, matrix['low'])}.",
+        "Keep calling the sparsifier after each optimizer step. One that was built anew for a resumed run counts from 0 again: restore its counter or set start to 0.",
+        step=step,
+        module=first,
+        evidence={
+            "matrices": list(lost),
+            "density": density,
+            "lowest": matrix["low"],
+            "last_sparse_step": matrix["last"],
+        },
+    )
+
+
+def _above_target(above: Mapping[str, float], matrices: Mapping[str, dict[str, Any]], step: int) -> Finding:
+    first, target = next(iter(above.items()))
+    matrix = matrices[first]
+    return Finding(
+        "sparsity-missed",
+        "error",
+        f"The schedule is complete, but '{first}'{_others(above)} has density {matrix['low']:.3f} instead of {target:.3f}: {_times(matrix, matrix['low'], target)}.",
+        "Check the densities that were given to the sparsifier and that it holds this matrix.",
+        step=step,
+        module=first,
+        evidence={"matrices": list(above), "density": matrix["low"], "target": target, "weights": matrix["weights"]},
+    )
+
+
+def _others(names: Mapping[str, float]) -> str:
+    return f" (and {len(names) - 1} more alike)" if len(names) > 1 else ""
+
+
+def _times(matrix: Mapping[str, Any], density: float, target: float) -> str:
+    weights = matrix["weights"]
+    counts = (
+        f"{round(density * weights)} weights to export instead of {round(target * weights)}"
+        if weights
+        else f"density {density:.3f} instead of {target:.3f}"
+    )
+    return f"{counts}, {density / target:.1f} times as many" if target > 0 else counts
 
 
 def _unseen() -> dict[str, Any]:
