@@ -5,7 +5,7 @@
 
 Part 1 asks whether the schedule that RNNoise is built with happens at all in a run of that size. Part 2 trains on random
 features for 40 steps, twice, with a short schedule: once through to the end, then resumed with a new sparsifier, as
-`--initial-checkpoint` does. Nothing is downloaded, nothing is written. About half a minute on one core.
+`--initial-checkpoint` does. Nothing is downloaded, nothing is written. A few seconds on one core.
 """
 
 import argparse

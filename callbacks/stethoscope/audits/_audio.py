@@ -83,7 +83,7 @@ def audio(
     findings += alike or _audio_checks.duplicates(waves, items)
     if references is not None:
         findings += _audio_checks.sums(waves, references)
-    levels = [item.level_db for item in items]
+    levels = [item.level_db for item in items if not item.silent] or [item.level_db for item in items]
     return AudioReport(
         title=f"audio, {len(items)} items at {sample_rate} Hz",
         summary=f"level {min(levels):.1f} to {max(levels):.1f} dBFS, {min(i.seconds for i in items):.2f} to {max(i.seconds for i in items):.2f} s"

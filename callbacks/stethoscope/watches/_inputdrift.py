@@ -48,7 +48,7 @@ class InputDrift:
 
     **What it decides:** `input-drift` when the mean over a phase differs from that over training by more than 4
     standard deviations of the training observations (at least 5 of them) *and* by more than: level (rms) 6 dB; mean 0.5 of
-    the training rms; roughness 3 dB; share of constant items 0.25; length a factor of 4 (info). `input-constant` when at
+    the rms; roughness 3 dB; share of constant items 0.25; length a factor of 4 (info). `input-constant` when at
     least half of the items of a training step's first tensor are constant.
     Raised again only after the phase was back within its bounds. Drift within training (a curriculum) is no finding.
     **Cost:** host, O(tensors).   **Needs:** `Inputs`; other phases run inside of `monitor.phase(name)`.
@@ -76,13 +76,14 @@ class InputDrift:
         train: dict[str, list[float]] = dict(state["train"])
         raised = list(state["raised"])
         found: list[Finding] = []
+        rms = {(record.name, record.phase): record.value for record in records if record.name.startswith("input/rms")}
         for record in records:
             quantity = next((q for q in _QUANTITIES if record.name.partition(".")[0] == q.record), None)
             if quantity is None or record.source != "probe" or not isinstance(record.value, (int, float)):
                 continue
             if record.phase == "train":
                 self._constant(record, raised, found)
-            value = _value(quantity, record, train)
+            value = _value(quantity, record, rms.get((record.name.replace("input/mean", "input/rms"), record.phase)))
             if value is None:
                 continue
             if record.phase == "train":
@@ -111,8 +112,8 @@ class InputDrift:
             Finding(
                 "input-drift",
                 quantity.severity,
-                f"In phase {record.phase} the {quantity.text} of the input{f' {path!r}' if path else ''} is {value:.1f}{unit}, in training "
-                f"{mean:.1f}{unit} (standard deviation {spread:.1f}{unit}, {number:.0f} steps).",
+                f"In phase {record.phase} the {quantity.text} of the input{f' {path!r}' if path else ''} is {_text(value)}{unit}, in training "
+                f"{_text(mean)}{unit} (standard deviation {_text(spread)}{unit}, {number:.0f} steps).",
                 quantity.advice,
                 step=record.step,
                 phase=record.phase,
@@ -143,8 +144,8 @@ class InputDrift:
             )
 
 
-def _value(quantity: _Quantity, record: Record, train: dict[str, list[float]]) -> float | None:
-    """The number that is compared: decibels for ratios, the mean in units of the rms of training; None for none."""
+def _value(quantity: _Quantity, record: Record, rms: object) -> float | None:
+    """The number that is compared: decibels for ratios, the mean in units of the rms; None for none."""
     assert isinstance(record.value, (int, float))
     value = float(record.value)
     if not isfinite(value):
@@ -152,9 +153,12 @@ def _value(quantity: _Quantity, record: Record, train: dict[str, list[float]]) -
     if quantity.unit == "dB":
         return 20 * log10(value) if value > 0 else None
     if quantity.record == "input/mean":
-        level = train.get(record.name.replace("input/mean", "input/rms"))
-        return value / 10 ** (level[1] / 20) if level is not None else None
+        return value / rms if isinstance(rms, float) and isfinite(rms) and rms > 0 else None
     return value
+
+
+def _text(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}"  # no minus before zero
 
 
 def _welford(seen: list[Any], value: float) -> list[float]:
