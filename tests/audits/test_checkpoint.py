@@ -172,6 +172,30 @@ def test_another_name_for_the_same_tensor_is_hinted_at(model, trained):
     assert "'enc.weight' in the file may be 'encoder.weight'" in str(report)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weight_norm_of_old_files_is_renamed_as_torch_does(prefix):
+    state = {"0.bias": torch.ones(3), "0.weight_g": torch.ones(3, 1), "0.weight_v": torch.randn(3, 2)}
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
+    report = audits.checkpoint(model, prefixed(state, prefix))
+    assert report.ok == (not prefix)
+    assert report.fraction_with_prefix == 1.0
+    report.load()
+    assert torch.equal(model[0].parametrizations.weight.original1, state["0.weight_v"])
+
+
+def test_a_compiled_model_gets_the_prefix_added(trained):
+    compiled = torch.compile(Separator(), backend="eager")
+    report = audits.checkpoint(compiled, trained)
+    assert report.suggested_addition == "_orig_mod."
+    report.load()
+    assert torch.equal(compiled._orig_mod.encoder.weight, trained["encoder.weight"])
+
+
+def test_lazy_parameters_ask_for_a_batch_first():
+    with pytest.raises(ValueError, match="one batch"):
+        audits.checkpoint(nn.LazyLinear(3), {"weight": torch.ones(3, 3)})
+
+
 def test_tied_weights_count_once():
     def make():
         net = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 50, bias=False))
@@ -467,6 +491,18 @@ def test_healthy_set_ups_give_no_finding(tmp_path, name):
     report = audits.checkpoint(HEALTHY[name](), tmp_path / "model.pt")
     assert report.findings == (), str(report)
     assert report.loaded_fraction == 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), legacy=st.booleans())
+def test_any_damage_to_a_file_is_a_finding_and_no_exception(tmp_path_factory, data, legacy):
+    path = tmp_path_factory.mktemp("damaged") / "model.pt"
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
+    content = bytearray(path.read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+        content[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    assert isinstance(audits.checkpoint(nn.Linear(2, 2), path), audits.CheckpointReport)
 
 
 @settings(max_examples=40, deadline=None)

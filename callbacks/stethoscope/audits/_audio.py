@@ -43,7 +43,7 @@ def audio(
     **Decides** (thresholds in the findings' pages): NaN and Inf, samples on an integer scale, clipping (also
     after rescaling), silence, DC, wrong or merely declared sample rate, wrong channels and layouts, lengths,
     duplicates, references that do not add up to the mixture.
-    **Cost:** host; copies the batch there; about 0.1 s per minute of audio.
+    **Cost:** host; copies the batch there; 0.15 s per minute of audio at 16 kHz, measured on one core.
 
     Args:
         batch: tensor or array of shape (time,), (batch, time), (batch, channels, time), or (channels, time) where channels is

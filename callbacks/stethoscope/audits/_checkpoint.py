@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from stethoscope._record import Finding, Report
 from stethoscope.audits import _keys, _tensors, _weights
@@ -107,6 +108,7 @@ def checkpoint(
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: `source` is neither a mapping nor a path.
+        ValueError: the model has lazy parameters that no batch has given a shape yet.
 
     Example:
         >>> from torch import nn
@@ -127,6 +129,11 @@ def checkpoint(
     if model is None:
         return _alone(weights)
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    lazy = [key for key, value in state.items() if is_lazy(value)]
+    if lazy:
+        raise ValueError(
+            f"The model has lazy parameters without a shape: {_listed(lazy)}. Run one batch through it first."
+        )
     ours = {key: tuple(value.shape) for key, value in state.items()}
     tensors, match = _best_group(weights, ours)
     theirs = {key: tuple(value.shape) for key, value in tensors.items()}
@@ -195,10 +202,12 @@ def _alone(weights: _weights.Weights) -> CheckpointReport:
 
 def _best_group(weights: _weights.Weights, ours: _keys.Shapes) -> tuple[Mapping[str, Tensor], _keys.Match]:
     """Of several networks in one file (weights and their average, generator and discriminator) the one that fits best."""
-    found = [
-        (group, _keys.best(ours, {key: tuple(value.shape) for key, value in group.items()}))
+    normed = any(key.endswith(".original0") for key in ours)  # weight norm: torch renames old files when it loads them
+    groups = [
+        {_keys.modern(key): value for key, value in group.items()} if normed else group
         for group in weights.groups.values()
     ]
+    found = [(group, _keys.best(ours, {key: tuple(value.shape) for key, value in group.items()})) for group in groups]
     return max(found, key=lambda item: sum(_keys.elements(ours[key]) for key in item[1].pairs))
 
 

@@ -120,6 +120,15 @@ def elements(shape: tuple[int, ...]) -> int:
     return number
 
 
+def modern(key: str) -> str:
+    """The name that `load_state_dict` gives a weight-normalised tensor of old (`weight_g`, `weight_v`)."""
+    for old, new in (("_g", "original0"), ("_v", "original1")):
+        head, _, last = key.rpartition(".")
+        if last.endswith(old):
+            return f"{head}{'.' if head else ''}parametrizations.{last.removesuffix(old)}.{new}"
+    return key
+
+
 def declared(key: str, partial: Iterable[str]) -> bool:
     """Whether a key is, lies in, or matches something that is left out on purpose."""
     return any(key == name or key.startswith(f"{name}.") or fnmatchcase(key, name) for name in partial)

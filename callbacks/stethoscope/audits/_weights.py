@@ -10,6 +10,7 @@ import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,7 @@ def _torch_load(path: pathlib.Path) -> object:
         if wants := _asks_for(path):
             raise _refused(path, f"it asks for {', '.join(wants[:5])}") from error
         raise _damaged(path, str(error)) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
+    except Exception as error:  # a damaged pickle fails with whatever its bytes lead to
         if "torchscript" in str(error).lower():
             raise _refused(path, "it is a TorchScript archive, a program") from error
         raise _damaged(path, str(error)) from error
@@ -161,22 +162,23 @@ def _plain_types() -> list[Any]:
 
 def _asks_for(path: pathlib.Path) -> list[str]:
     """What the pickle in a file would import, read off without running it."""
-    if zipfile.is_zipfile(path):
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     found: list[str] = []
+    if zipfile.is_zipfile(path):
+        try:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception:
+            return found  # damaged inside: nothing can be said
     strings: list[str] = []
-    try:
-        with path.open("rb") as file:
-            while file.peek(1):  # old files of torch.save are several pickles in a row
-                for opcode, argument, _ in pickletools.genops(file):
-                    if opcode.name == "GLOBAL":
-                        found.append(str(argument).replace(" ", "."))
-                    elif opcode.name == "STACK_GLOBAL":
-                        found.append(".".join(strings[-2:]))
-                    elif isinstance(argument, str):
-                        strings.append(argument)
-    except (ValueError, IndexError, OverflowError):
-        pass  # the raw numbers after the last pickle, or no pickle at all
+    # ends in raw numbers after the last pickle, or at once where there is none
+    with suppress(Exception), path.open("rb") as file:
+        while file.peek(1):  # old files of torch.save are several pickles in a row
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    found.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    found.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
     ours = ("torch.", "collections.OrderedDict")
     return sorted({name for name in found if not name.startswith(ours)} or set(found))
 
