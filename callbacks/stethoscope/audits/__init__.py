@@ -3,6 +3,8 @@
 from stethoscope._schedule import Schedule as Schedule
 from stethoscope.audits._audio import AudioReport as AudioReport
 from stethoscope.audits._audio import audio as audio
+from stethoscope.audits._batch import BatchReport as BatchReport
+from stethoscope.audits._batch import batch as batch
 from stethoscope.audits._before import BeforeReport as BeforeReport
 from stethoscope.audits._before import before as before
 from stethoscope.audits._checkpoint import CheckpointReport as CheckpointReport
