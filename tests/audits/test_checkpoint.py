@@ -363,6 +363,31 @@ def test_files_of_toolkits_are_read(tmp_path, model, trained, legacy, layout):
     assert torch.equal(model.encoder.weight, trained["encoder.weight"])
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers and tree specifications
+def test_a_checkpoint_that_lightning_wrote_is_read_without_its_code(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, width=4, sample_rate=8000):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = nn.Linear(width, 1)
+
+        def training_step(self, batch, index):
+            return self.net(batch[0]).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(max_steps=2, default_root_dir=tmp_path, **quiet)
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 4)), batch_size=4))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert audits.checkpoint(Module(), tmp_path / "last.ckpt").findings == ()
+    assert audits.checkpoint(Module().net, tmp_path / "last.ckpt").suggested_prefix == "net."
+    assert codes(audits.checkpoint(Module(sample_rate=16000), tmp_path / "last.ckpt")) == {"checkpoint-config"}
+
+
 def test_a_sharded_folder_is_read_whole(tmp_path, model, trained):
     keys = list(trained)
     files = {"model-00001-of-00002.safetensors": keys[:3], "model-00002-of-00002.safetensors": keys[3:]}

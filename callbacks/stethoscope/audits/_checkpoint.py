@@ -330,14 +330,18 @@ def _effect_in_words(result: Effect | None) -> str:
 
 
 def _advice(missing: Sequence[str], unused: Sequence[str], ours: _keys.Shapes, theirs: _keys.Shapes) -> str:
-    """Name a likely renaming: same last name and a shape that occurs once on both sides."""
+    """Name a likely renaming: same shape, all but one part of the name equal, and no rival on either side."""
     for key in missing:
-        tail = key.rpartition(".")[2]
-        alike = [name for name in unused if theirs[name] == ours[key] and name.rpartition(".")[2] == tail]
-        rivals = [name for name in missing if ours[name] == ours[key] and name.rpartition(".")[2] == tail]
+        alike = [name for name in unused if theirs[name] == ours[key] and _one_part_differs(name, key)]
+        rivals = [name for name in missing if alike and ours[name] == ours[key] and _one_part_differs(alike[0], name)]
         if len(alike) == len(rivals) == 1:
             return f"'{alike[0]}' in the file may be '{key}' under another name: rename it. If these are left out on purpose, list them in partial=."
     return "Build the model with the configuration of the checkpoint or get the complete file. If these are left out on purpose, list them in partial=."
+
+
+def _one_part_differs(first: str, second: str) -> bool:
+    ones, others = first.split("."), second.split(".")
+    return len(ones) == len(others) and sum(a != b for a, b in zip(ones, others, strict=True)) == 1
 
 
 def _configuration(report: CheckpointReport) -> list[Finding]:
