@@ -55,6 +55,20 @@ def nonzero(matrix: Tensor) -> Tensor:
     return torch.count_nonzero(matrix)
 
 
+def pruned_density(matrix: Tensor) -> Tensor:
+    """Density of a matrix as somebody pruned it, 0-d: 1 where the zeros look like an initialisation.
+
+    Elements that are not zero over (rows that are not empty x columns that are not empty), since initialisations set whole
+    slices to zero (LoRA's second factor, new input channels, padding rows); and 1 with at most one such element per row
+    or column, as in an identity.
+    """
+    filled = matrix != 0
+    number = torch.count_nonzero(filled)
+    corner = torch.count_nonzero(filled.any(0)) * torch.count_nonzero(filled.any(1))
+    sparse = number > max(matrix.shape)
+    return torch.where(sparse, number / corner.clamp(min=1), torch.ones_like(number, dtype=torch.float32))
+
+
 def nonzero_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor | None:
     """Number of blocks (rows, columns) with an element that is not zero, 0-d; None where they do not tile the matrix."""
     rows, columns = block

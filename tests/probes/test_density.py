@@ -35,11 +35,13 @@ def test_elements_and_blocks_are_measured_per_matrix():
 
 def test_the_state_when_attached_comes_once():
     model = Two()
-    nn.init.zeros_(model.dense.weight[:4])
+    model.dense.weight.data[::2, ::2] = 0  # pruned
+    nn.init.zeros_(model.conv.weight[:2])  # initialised so
     attachment = Density().attach(model)
     nn.init.ones_(model.dense.weight)
     first = read(attachment)
     assert first["density/initial", "dense.weight"] == 0.75
+    assert first["density/initial", "conv.weight"] == 1.0
     assert first["density/elements", "dense.weight"] == 1.0
     assert {name for name, _ in read(attachment)} == {"density/elements"}
 

@@ -163,6 +163,15 @@ def test_a_resumed_run_whose_counter_begins_anew_becomes_dense(keep_state):
     assert found[0].step == (40 if keep_state else 0) + 11  # more than two intervals
 
 
+def test_a_sparse_model_that_is_trained_on_without_a_sparsifier_loses_it():
+    gru = nn.GRU(32, 32)
+    sparsifier = BlockSparsifier(gru, rnnoise, 0, 1, 1)
+    sparsifier.step()
+    _, found, _ = train(gru, None, 210, Sparsity())
+    assert codes(found) == ["sparsity-lost"]
+    assert found[0].step == 201
+
+
 def test_a_dense_training_without_schedule_says_nothing():
     _, found, _ = train(nn.GRU(32, 32), None, 30, Sparsity())
     assert found == []
@@ -174,6 +183,13 @@ def test_zero_initialised_matrices_that_fill_up_are_healthy():
     _, found, curve = train(gru, None, 300, Sparsity())
     assert curve[0] > 0.9
     assert found == []
+    gru = nn.GRU(32, 32)  # of every kind that initialisations make
+    nn.init.zeros_(gru.weight_ih_l0)
+    nn.init.zeros_(gru.weight_hh_l0[:, :20])
+    assert train(gru, None, 220, Sparsity())[1] == []
+    gru = nn.GRU(32, 32)
+    gru.weight_hh_l0.data = torch.eye(32).repeat(3, 1)
+    assert train(gru, None, 220, Sparsity())[1] == []
     values = [0.3] * 50 + [1.0] * 500  # frozen at first, then unfrozen
     records = [Record("density/elements", value, step, module="w") for step, value in enumerate(values)]
     assert replay(Sparsity(), records) == []

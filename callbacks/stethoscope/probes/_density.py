@@ -27,7 +27,7 @@ class Density:
 
     **Records:** `density/elements` in [0, 1]; with `block`, `density/blocks` in [0, 1], for matrices that the block
     tiles; once, at the first reading: `density/weights` (number of elements) and `density/initial` (density when
-    attached, before the first step). `module` is the parameter's qualified name.
+    attached, of the rows and columns that are not empty; 1 for an identity: zeros of initialisations do not count). `module` is the parameter's qualified name.
     **Cost:** one pass over the observed matrices; device, no wait.
 
     Args:
@@ -83,7 +83,7 @@ class DensityAttachment:
             weight = matrix.effective()
             number = torch.full((), float(weight.numel()), device=weight.device)
             self._first.append((Key("density/weights", matrix.name), number))
-            self._first.append((Key("density/initial", matrix.name), _density.nonzero(weight) / weight.numel()))
+            self._first.append((Key("density/initial", matrix.name), _density.pruned_density(weight)))
         if not self._first:
             self.notes.append(_nothing(probe))
 

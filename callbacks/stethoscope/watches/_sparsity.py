@@ -105,8 +105,8 @@ class Sparsity:
         return state, found
 
     def _initial(self, matrix: dict[str, Any], record: Record) -> None:
-        """A model that comes sparse: believed only beside a schedule, since zero initialisations look the same."""
-        if self.schedule is not None and isinstance(record.value, float) and 0 < record.value < _PRUNED:
+        """A model that comes sparse, as after resuming."""
+        if isinstance(record.value, float) and 0 < record.value < _PRUNED:
             matrix |= {"dropped": True, "low": record.value, "low_step": record.step, "last": record.step}
 
     def _follow(self, matrix: dict[str, Any], record: Record) -> bool:
