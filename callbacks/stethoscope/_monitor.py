@@ -110,10 +110,10 @@ class Monitor:
         self._notes = Notes(strict)
         self._transfer = Transfer()
         chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
-        single = isinstance(sinks, (str, os.PathLike)) or not isinstance(sinks, Sequence)
+        several = sinks if isinstance(sinks, Sequence) and not isinstance(sinks, str) else (sinks,)
         self._delivery = Delivery(
             chosen,
-            [resolve(sink) for sink in ((sinks,) if single else sinks)],
+            [resolve(sink) for sink in several],
             on_finding,
             self._run.rank,
             self._notes,

@@ -26,22 +26,24 @@ class Key(NamedTuple):
         module: see `Record.module`.
         call: see `Record.call`.
         edges: where set, the tensor holds the `len(edges) - 1` bin counts of a `Histogram`.
-        sparse: a zero is not worth a record (flags of healthy modules).
     """
 
     name: str
     module: str = ""
     call: int = 0
     edges: tuple[float, ...] | None = None
-    sparse: bool = False
 
 
 class Columns(NamedTuple):
-    """Many keys over one tensor: `keys[i]` names `tensor[rows[i]]`. Saves one tiny tensor per number."""
+    """Many keys over one tensor: `keys[i]` names `tensor[rows[i]]`. Saves one tiny tensor per number.
+
+    With `sparse`, a zero is not worth a record: flags of healthy modules.
+    """
 
     keys: Sequence[Key]
     tensor: Tensor
     rows: Sequence[int]
+    sparse: bool = False
 
 
 class Readings(Mapping[Key, "Tensor"]):
@@ -53,7 +55,7 @@ class Readings(Mapping[Key, "Tensor"]):
         self.columns = columns
 
     def __getitem__(self, key: Key) -> Tensor:
-        for keys, tensor, rows in self.columns:
+        for keys, tensor, rows, _ in self.columns:
             if key in keys:
                 return tensor[rows[keys.index(key)]]
         raise KeyError(key)

@@ -19,6 +19,9 @@ from stethoscope._record import Histogram, Record
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+_new = tuple.__new__
+"""Makes a record of a tuple in half the time of `Record(...)`; there are thousands in a step of a deep model."""
+
 MAX_PENDING = 64
 """Deliveries under way; with more, the oldest is waited for, so that memory stays bounded."""
 
@@ -114,20 +117,23 @@ def _columns(readings: Mapping[Key, Tensor]) -> Sequence[Columns]:
 def _unpack(packet: _Packet) -> list[Record]:
     records = list(packet.ready)
     arrays = {place: buffer.cpu().numpy() for place, buffer in packet.buffers.items()}
-    for (keys, tensor, rows), stamp, dtype, offset in packet.columns:
+    for (keys, tensor, rows, sparse), stamp, dtype, offset in packet.columns:
         width = tensor[0].numel() if tensor.dim() > 1 else 1
         values = arrays[tensor.device, dtype][offset : offset + tensor.numel()].reshape(-1, width)
+        if sparse and not values.any():
+            continue
         _, _, step, _, phase, _, rank, source, kind = stamp
         if width == 1:
             numbers = values[:, 0].tolist()
             records += [
-                Record(name, float(numbers[row]), step, module, phase, call, rank, source, kind)
-                for (name, module, call, _, sparse), row in zip(keys, rows, strict=True)
-                if not sparse or numbers[row]
+                _new(Record, (name, float(numbers[row]), step, module, phase, call, rank, source, kind))
+                for (name, module, call, _), row in zip(keys, rows, strict=True)
+                if numbers[row] or not sparse
             ]
         else:
+            counts = list(map(tuple, values.tolist()))
             for key, row in zip(keys, rows, strict=True):
                 assert key.edges is not None, key
-                value = Histogram(key.edges, tuple(values[row].tolist()))
+                value = Histogram(key.edges, counts[row])
                 records.append(Record(key.name, value, step, key.module, phase, key.call, rank, source, "histogram"))
     return records

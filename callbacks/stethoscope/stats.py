@@ -123,6 +123,17 @@ def log_bins(x: Tensor) -> Tensor:
     return torch.where(exponent == field, NONFINITE, bins).to(torch.int64)
 
 
+def nonfinite_level(low: Tensor, high: Tensor) -> Tensor:
+    """Return 0 where both bounds are finite, 1 where one is Inf, 2 where one is NaN, float32.
+
+    Args:
+        low: smallest values, any shape; NaN where any value is NaN, as `aminmax` has it.
+        high: largest values, same shape.
+    """
+    bound = high - low
+    return (~bound.isfinite()).float() + (low.isnan() | high.isnan())
+
+
 def nonfinite_count(x: Tensor) -> Tensor:
     """Return the number of NaN and Inf values, int64, 0-d.
 

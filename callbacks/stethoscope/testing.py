@@ -5,12 +5,16 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from stethoscope._record import Finding, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from stethoscope._protocols import Watch
+    from torch import nn
+
+    from stethoscope._protocols import Probe, Watch
 
 
 def series(steps: Iterable[int] | None = None, **values_by_name: Sequence[float | None]) -> list[Record]:
@@ -58,3 +62,49 @@ def replay(watch: Watch, records: Iterable[Record]) -> list[Finding]:
         state, findings = watch.update(state, tuple(together))
         found += findings
     return found
+
+
+def assert_no_sync(probe: Probe, model: nn.Module, x: object, given: Mapping[str, Tensor] | None = None) -> None:
+    """Check that a probe never waits for the device: run it on the meta device, where every such operation raises.
+
+    Operations whose result has a fixed shape but that still synchronise on CUDA are not seen (such as `histc` without
+    a range); `torch.cuda.set_sync_debug_mode("error")` sees those.
+
+    Args:
+        probe: the probe.
+        model: runs forward on `x` and, where its output has a gradient, backward; a copy of it is moved to meta.
+        x: one argument of the model, a tensor or nested tensors.
+        given: what `Monitor.observe` would have been given.
+
+    Raises:
+        AssertionError: the probe read a value, or it measured nothing.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> from stethoscope.probes import Activations
+        >>> assert_no_sync(Activations(), nn.Linear(4, 2), ones(8, 4))
+    """
+    import copy
+
+    from torch.utils._pytree import tree_map_only
+
+    from stethoscope._tree import tensors
+
+    copied = copy.deepcopy(model).to("meta").train()
+    attachment = probe.attach(copied)
+    try:
+        for _ in range(2):
+            attachment.arm(True, "train")
+            outputs = [out for _, out in tensors(copied(tree_map_only(Tensor, lambda t: t.to("meta"), x)))]
+            total = sum(out.abs().sum() for out in outputs if out.requires_grad)
+            if isinstance(total, Tensor):
+                total.backward()  # type: ignore[no-untyped-call]
+            moved = {name: tensor.to("meta") for name, tensor in (given or {}).items()}
+            readings = attachment.read(moved)
+            assert len(readings), f"{probe!r} has read nothing."
+            for key in readings:
+                assert readings[key].is_meta, f"{key} has left the device."
+    except (NotImplementedError, RuntimeError) as error:
+        raise AssertionError(f"{probe!r} waits for the device: {error}") from error
+    finally:
+        attachment.detach()

@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from stethoscope import Monitor, presets, probes, watches
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def transformer() -> tuple[nn.Module, torch.Tensor]:

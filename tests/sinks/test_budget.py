@@ -1,5 +1,6 @@
 import logging
 import math
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -42,6 +43,21 @@ def test_one_statistic_for_all_layers_comes_before_a_second_one():
     shown = Budget("Test", limit=300).admit(records)
     assert names(shown) == {"activation/rms", "gradient/norm"}
     assert len(shown) == 280
+
+
+def test_the_other_groups_share_the_room_that_is_left():
+    records = [
+        *layers("activation/rms", 180),
+        *layers("activation/max", 20),
+        *layers("gradient/norm", 400),
+        *layers("parameter/norm", 30),
+    ]
+    shown = Budget("Test", limit=300).admit(records)
+    assert Counter(record.name for record in shown) == {
+        "activation/rms": 180,
+        "parameter/norm": 30,
+        "gradient/norm": 90,
+    }
 
 
 def test_a_first_statistic_that_does_not_fit_is_shown_for_evenly_spaced_layers():

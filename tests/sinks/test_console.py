@@ -1,5 +1,8 @@
 import io
 import math
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -78,6 +81,18 @@ def test_long_text_is_wrapped_at_the_width_of_the_screen(monkeypatch):
     sink, file = opened()
     sink.write(0, [], [Finding("a", "warning", "word " * 60, "", step=1)])
     assert max(len(line) for line in file.getvalue().splitlines()) <= 80
+
+
+def test_the_first_import_of_rich_leaves_the_random_numbers_alone():
+    script = """
+        import io, random
+        from stethoscope._protocols import Run
+        from stethoscope.sinks import Console
+        state = random.getstate()
+        Console(io.StringIO()).open(Run("a", ""))
+        assert random.getstate() == state
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
 
 
 def test_close_may_come_twice_and_a_write_after_it_is_an_error():

@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import struct
 import time
 from pathlib import Path
@@ -73,6 +74,7 @@ def records(tmp_path_factory):
         patch.delenv("WANDB_API_KEY", raising=False)
         settings = wandb.Settings(x_disable_stats=True, console="off", silent=True)
         with wandb.init(mode="offline", dir=folder, settings=settings) as run:
+            state = random.getstate()
             sink = WandB()
             sink.open(RUN)
             for number, delivery in enumerate(deliveries()):
@@ -81,6 +83,7 @@ def records(tmp_path_factory):
             sink.close()
             sink.close()
             assert wandb.run is run  # still open
+            assert random.getstate() == state
     return finished(folder)
 
 

@@ -37,8 +37,7 @@ class Activations:
     **Records**, per module, call and tensor, over all micro-batches of a step:
     `mean`, `rms` = sqrt(mean(x^2)), `min`, `max`, `absmax`, `std` (population), `kurtosis` = m4 / m2^2, exact over all
     values; `zero_fraction` in [0, 1] and `histogram` (`stats.HISTOGRAM_EDGES`) from a regular sample; `nonfinite` is 1
-    where there is a NaN or Inf, and then `nan` is 1 where there is a NaN; `nonfinite_count` counts them. Flags of
-    healthy modules are left out.
+    where there is an Inf, 2 where there is a NaN, and left out where there is neither; `nonfinite_count` counts both.
     `outermost_nonfinite` says the same of what the model as a whole returned, healthy or not.
     The first tensor of an output carries the plain name, others their path, e.g. `activation/rms.1.0` for the hidden
     state of an LSTM. Complex tensors are measured by magnitude. Integer tensors count where they are all there is.
@@ -139,6 +138,7 @@ class _Block(NamedTuple):
 
     bank: Bank
     histogram: bool
+    sparse: bool
     keys: list[Key]
     rows: list[int]
 
@@ -170,8 +170,6 @@ class ActivationHooks:
         self._last: tuple[Tensor, int, _Slot] | None = None
         self._unreadable: set[str] = set()
         self._names = [name for name in spec.statistics if name != "histogram"]
-        if "nonfinite" in self._names:
-            self._names.append("nan")
         modules = [(plain(name), module, module) for name, module in model.named_modules()]
         chosen, self.notes = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
         observed = {id(module) for _, module in chosen}
@@ -356,8 +354,8 @@ class ActivationHooks:
             phase.layout = (places, self._lay_out(places))
         scalars = {bank: bank.scalars(self._columns()).view(-1) for bank in phase.banks.values() if self._names}
         columns = [
-            Columns(keys, bank.histograms() if histogram else scalars[bank], rows)
-            for bank, histogram, keys, rows in phase.layout[1]
+            Columns(keys, bank.histograms() if histogram else scalars[bank], rows, sparse)
+            for bank, histogram, sparse, keys, rows in phase.layout[1]
         ]
         for bank in phase.banks.values():
             bank.clear()
@@ -374,29 +372,33 @@ class ActivationHooks:
     def _lay_out(self, places: list[_Place]) -> list[_Block]:
         """Work out which key names which number; the same every step until other tensors pass by."""
         blocks: list[_Block] = []
+
+        def add(bank: Bank, key: Key, row: int, *, histogram: bool = False, sparse: bool = False) -> None:
+            for block in reversed(blocks):
+                if block.bank is not bank:
+                    break
+                if block.histogram is histogram and block.sparse is sparse:
+                    block.keys.append(key)
+                    block.rows.append(row)
+                    return
+            blocks.append(_Block(bank, histogram, sparse, [key], [row]))
+
         width = len(self._columns())
         for slot, outermost, bank, row in places:
-            if not blocks or blocks[-1].bank is not bank:
-                blocks.append(_Block(bank, histogram=False, keys=[], rows=[]))
             for column, name in enumerate(self._names):
-                flag = name in ("nonfinite", "nan")
+                flag = name == "nonfinite"
                 # a mask handed over beside the activations may hold -Inf and be healthy
-                use = width - 1 if name == "nonfinite" and slot.masked else column
-                blocks[-1].keys.append(Key(f"activation/{slot.name.format(name)}", slot.module, slot.call, sparse=flag))
-                blocks[-1].rows.append(row * width + use)
+                at = row * width + (width - 1 if name == "nonfinite" and slot.masked else column)
+                key = Key(f"activation/{slot.name.format(name)}", slot.module, slot.call)
+                add(bank, key, at, sparse=flag)
                 if flag and outermost:
                     # one record stays although it is zero, so that silence and health differ
-                    full = f"activation/{slot.name.format(f'outermost_{name}')}"
-                    blocks[-1].keys.append(Key(full, slot.module, slot.call, sparse=name == "nan"))
-                    blocks[-1].rows.append(row * width + use)
+                    add(bank, Key(f"activation/{slot.name.format('outermost_nonfinite')}", slot.module, slot.call), at)
         if "histogram" in self.spec.statistics:
             for slot, _, bank, row in places:
-                if not blocks or blocks[-1].bank is not bank or not blocks[-1].histogram:
-                    blocks.append(_Block(bank, histogram=True, keys=[], rows=[]))
-                name = f"activation/{slot.name.format('histogram')}"
-                blocks[-1].keys.append(Key(name, slot.module, slot.call, stats.HISTOGRAM_EDGES))
-                blocks[-1].rows.append(row)
-        return [block for block in blocks if block.keys]
+                key = Key(f"activation/{slot.name.format('histogram')}", slot.module, slot.call, stats.HISTOGRAM_EDGES)
+                add(bank, key, row, histogram=True)
+        return blocks
 
 
 class _Before(Hook):

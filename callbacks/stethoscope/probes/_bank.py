@@ -253,11 +253,9 @@ class Bank:
             elif name == "absmax":
                 column = torch.maximum(low.abs(), high.abs())
             elif name == "nonfinite":
-                column = ~(low.isfinite() & high.isfinite())
+                column = stats.nonfinite_level(low, high)
             elif name == "nonfinite_masked":
-                column = high.isnan() | high.isposinf()
-            elif name == "nan":
-                column = low.isnan()
+                column = stats.nonfinite_level(high, high.clamp(min=0))
             elif name == "mean":
                 column = gathered[:, TOTAL] / self._upload("numel", self._total_numel)
             elif name == "rms":

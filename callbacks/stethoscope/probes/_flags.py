@@ -10,10 +10,11 @@ from threading import get_ident
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, aminmax, is_grad_enabled, nn
 from torch._C import _set_grad_enabled as set_grad_enabled  # what torch.no_grad() calls, without its 2 us
 from torch.compiler import is_compiling
 
+from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._tree import plain, tensors
 from stethoscope.probes._hook import Hook
@@ -22,7 +23,7 @@ from stethoscope.probes._select import as_patterns, select
 from stethoscope.stats import measurable, upload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch.utils.hooks import RemovableHandle
 
@@ -53,25 +54,22 @@ class _Tape:
         row = self.used
         if row == len(self.rows):
             self.grow()
+        self.used = row + 1
+        if x.dtype is torch.float32 and 0 < x.numel() <= _SMALL:
+            aminmax(x, out=self.rows[row])
+            return row
         low, high = self.rows[row]
-        n = x.numel()
-        if x.dtype is torch.float32 and 0 < n <= _SMALL:
-            torch.aminmax(x, out=(low, high))
-        elif x.dtype is torch.float32:
+        if x.dtype is torch.float32:
             torch.sum(x, dim=None, out=low)
-            high.copy_(low)
         else:
             low.copy_(x.sum(dtype=torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x.sum())
-            high.copy_(low)
-        self.used = row + 1
+        high.copy_(low)
         return row
 
-    def flags(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Non-finite, NaN, and non-finite other than -Inf, of all used rows, shape (rows,) each."""
-        used = torch.cat(self.chunks)[: self.used]
-        low, high = used[:, 0], used[:, 1]
-        nan = low.isnan()
-        return ~(low.isfinite() & high.isfinite()), nan, nan | high.isposinf()
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """`stats.nonfinite_level` of all used rows, and the same with -Inf taken for finite, shape (rows,) each."""
+        low, high = torch.cat(self.chunks)[: self.used].unbind(1)
+        return stats.nonfinite_level(low, high), stats.nonfinite_level(high, high.clamp(min=0))
 
 
 class _Site:
@@ -88,23 +86,26 @@ class _Site:
 class _Column(NamedTuple):
     """One kind of flag: its keys, where each is found, and how rows of one key are joined if it has several."""
 
+    masked: bool  # which of `_Tape.levels`
     keys: list[Key]
     rows: list[int]
     join: tuple[Tensor, Tensor] | None
+    sparse: bool
 
-    def read(self, flags: Tensor) -> Columns:
+    def read(self, levels: Sequence[Tensor]) -> Columns:
+        level = levels[self.masked]
         if self.join is None:
-            return Columns(self.keys, flags, self.rows)
+            return Columns(self.keys, level, self.rows, self.sparse)
         rows, keys = self.join
-        joined = torch.zeros(len(self.keys), device=flags.device).index_add_(0, keys, flags[rows].float())
-        return Columns(self.keys, joined > 0, range(len(self.keys)))
+        joined = torch.zeros(len(self.keys), device=level.device).scatter_reduce_(0, keys, level[rows], "amax")
+        return Columns(self.keys, joined, range(len(self.keys)), self.sparse)
 
 
 class _Gathered:
     """What one phase has seen on one device since the last read."""
 
     def __init__(self, device: torch.device) -> None:
-        self.tape = _Tape(device)
+        self.device, self.tape = device, _Tape(device)
         self.codes: list[int] = []  # who: see FlagHooks._code
         self.rows: list[int] = []  # and where on the tape
         self.layout: tuple[list[int], list[int], list[_Column]] = ([], [], [])
@@ -175,36 +176,34 @@ class FlagHooks:
 
     def read_value(self, code: int, value: object) -> None:
         """Take the flags of a tensor, or of the tensors in a container. Gradients must be off."""
-        if type(value) is Tensor:
-            self._read_tensor(code, value)
+        if type(value) is not Tensor:
+            self._read_container(code, value)
             return
-        for i, (path, x) in enumerate(tensors(value)):
-            if i < _MAX_TENSORS and (x.is_floating_point() or x.is_complex()):
-                at = code | i << _INDEX
-                if i and at not in self._paths:
-                    self._paths[at & ~_OUTERMOST] = f".{path}"
-                self._read_tensor(at, x)
-
-    def _read_tensor(self, code: int, x: Tensor) -> None:
         here = self.here
         try:
-            version = x._version  # noqa: SLF001  # the only way to see changes in place
+            version = value._version  # noqa: SLF001  # the only way to see changes in place
         except RuntimeError:  # inference tensors have none
             version = -1
-        if x is self.last and version == self.last_version:
-            assert here is not None
-            row = self.last_row
-        else:
-            real = x if x.dtype is torch.float32 and type(x) is Tensor else _countable(x)
+        if value is not self.last or version != self.last_version or here is None:
+            real = value if value.dtype is torch.float32 else _countable(value)
             if real is None:
                 return
-            if here is None or here.tape.device != real.device:
+            if here is None or here.device != real.device:
                 place = self._phase, real.device
                 here = self.here = self._gathered.get(place) or self._gathered.setdefault(place, _Gathered(place[1]))
-            row = here.tape.write(real)
-            self.last, self.last_version, self.last_row = x, version, row
+            self.last_row = here.tape.write(real)
+            self.last, self.last_version = value, version
         here.codes.append(code)
-        here.rows.append(row)
+        here.rows.append(self.last_row)
+
+    def _read_container(self, code: int, value: object) -> None:
+        for i, (path, x) in enumerate(tensors(value)):
+            real = _countable(x) if i < _MAX_TENSORS else None
+            if real is not None:
+                at = code | i << _INDEX
+                if i and at & ~_OUTERMOST not in self._paths:
+                    self._paths[at & ~_OUTERMOST] = f".{path}"
+                self.read_value(at, x if type(x) is Tensor else real)
 
     def read(self, given: Mapping[str, Tensor]) -> Readings:
         """See `Attachment`."""
@@ -213,32 +212,29 @@ class FlagHooks:
         columns: list[Columns] = []
         for (phase, _), gathered in self._gathered.items():
             if phase == self._phase and gathered.codes:
-                flags = gathered.tape.flags()
+                levels = gathered.tape.levels()
                 if gathered.layout[0] != gathered.codes or gathered.layout[1] != gathered.rows:
                     gathered.layout = gathered.codes, gathered.rows, self._lay_out(gathered)
-                columns += [
-                    column.read(flag) for column, flag in zip(gathered.layout[2], flags, strict=True) if column.keys
-                ]
+                columns += [column.read(levels) for column in gathered.layout[2]]
                 gathered.codes, gathered.rows, gathered.tape.used = [], [], 0
         self.last = None
         return Readings(columns)
 
     def _lay_out(self, gathered: _Gathered) -> list[_Column]:
-        """Name the flags, one column for each result of `_Tape.flags`; the same every step until other tensors pass."""
-        nonfinite, nan, masked = _Naming(), _Naming(), _Naming()
+        """Name the flags; the same every step until other tensors pass by."""
+        plainly, masked = _Naming(masked=False, sparse=True), _Naming(masked=True, sparse=True)
+        # one record stays although it is zero, so that silence and health differ
+        returned = _Naming(masked=False, sparse=False)
         for code, row in zip(gathered.codes, gathered.rows, strict=True):
             module, call = self._sites[code >> _SITE][0].name, code >> _CALL & MAX_CALLS - 1
             side = "input_" if code & _INPUT else ""
             suffix = self._paths.get(code & ~_OUTERMOST, "")
             # a mask handed over beside the activations may hold -Inf and be healthy
-            flag = masked if side and suffix else nonfinite
-            flag.add(Key(f"activation/{side}nonfinite{suffix}", module, call, sparse=True), row)
-            nan.add(Key(f"activation/{side}nan{suffix}", module, call, sparse=True), row)
+            naming = masked if side and suffix else plainly
+            naming.add(Key(f"activation/{side}nonfinite{suffix}", module, call), row)
             if code & _OUTERMOST:
-                # one record stays although it is zero, so that silence and health differ
-                nonfinite.add(Key(f"activation/outermost_nonfinite{suffix}", module, call), row)
-                nan.add(Key(f"activation/outermost_nan{suffix}", module, call, sparse=True), row)
-        return [naming.column(gathered.tape.device) for naming in (nonfinite, nan, masked)]
+                returned.add(Key(f"activation/outermost_nonfinite{suffix}", module, call), row)
+        return [naming.column(gathered.device) for naming in (plainly, masked, returned) if naming.places]
 
     def detach(self) -> None:
         """See `Attachment`."""
@@ -251,7 +247,8 @@ class FlagHooks:
 class _Naming:
     """Collects keys and rows of one column; a key comes several times when a step has several micro-batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, masked: bool, sparse: bool) -> None:
+        self.masked, self.sparse = masked, sparse
         self.places: dict[Key, list[int]] = {}
 
     def add(self, key: Key, row: int) -> None:
@@ -263,7 +260,7 @@ class _Naming:
         if len(rows) > len(self.places):
             keys = [i for i, several in enumerate(self.places.values()) for _ in several]
             join = upload(torch.tensor(rows), device), upload(torch.tensor(keys), device)
-        return _Column(list(self.places), rows, join)
+        return _Column(self.masked, list(self.places), rows, join, self.sparse)
 
 
 def _may_write_inputs(module: nn.Module) -> bool:
@@ -322,7 +319,7 @@ class _After(Hook):
         attached = self.attached
         if is_compiling() or not attached.armed or get_ident() != attached.thread:
             return
-        grad = torch.is_grad_enabled()
+        grad = is_grad_enabled()
         set_grad_enabled(False)
         try:
             site = self.site

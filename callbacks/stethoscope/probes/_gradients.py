@@ -145,8 +145,8 @@ class GradientHooks:
                 keys = [Key("gradient/norm", names[row]) for row in rows]
                 columns.append(Columns(keys, group.norms.clone(), rows))
             if "nonfinite" in self.spec.statistics:
-                keys = [Key("gradient/nonfinite", names[row], sparse=True) for row in rows]
-                columns.append(Columns(keys, group.bad.clone(), rows))
+                keys = [Key("gradient/nonfinite", names[row]) for row in rows]
+                columns.append(Columns(keys, group.bad.clone(), rows, sparse=True))
         if groups:
             home = groups[0].norms.device
             if "norm" in self.spec.statistics:

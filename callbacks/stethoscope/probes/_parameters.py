@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KNOWN = ("norm", "update_ratio", "unchanged", "nonfinite")
 
 _SMALL = 16384
-"""Values up to which parameters of one shape are stacked to be checked."""
+"""Values up to which parameters of one shape are joined to be checked."""
 
 SAMPLE = 2048
 """Values per parameter from which the update ratio is estimated."""
@@ -138,7 +138,7 @@ class ParameterReader:
         if self._armed and self._flags is None and torch._C._current_graph_task_id() == -1:  # noqa: SLF001
             self._flags = []
             with torch.no_grad():
-                self._flags = [columns for group in self._groups() for columns in _bad(group.names, group.values())]
+                self._flags = [columns for group in self._groups() for columns in group.flags()]
 
     def read(self, given: Mapping[str, Tensor]) -> Readings:
         """See `Attachment`."""
@@ -202,6 +202,7 @@ class _Group:
         self.checksums: Tensor | None = None
         self._owners: Tensor | None = None
         self._exotic = False
+        self._alike: list[tuple[bool, list[Key], list[int]]] = []
 
     def add(self, name: str, parameter: nn.Parameter) -> None:
         self.names.append(name)
@@ -211,6 +212,25 @@ class _Group:
     def values(self) -> Sequence[Tensor]:
         """The parameters as real tensors; of a DTensor, this rank's shard. Gradients must be off."""
         return [_local(each) for each in self._members] if self._exotic else self._members
+
+    def flags(self) -> Iterator[Columns]:
+        """Which hold NaN or Inf. Small ones of one shape are joined, since a call costs more than to read them."""
+        if not self._alike:
+            places: dict[tuple[torch.Size, bool], list[int]] = {}
+            for i, each in enumerate(self._members):
+                places.setdefault((each.shape, not self._exotic and each.numel() <= _SMALL), []).append(i)
+            for (_, small), indices in places.items():
+                keys = [Key("parameter/nonfinite", self.names[i]) for i in indices]
+                self._alike.append((small and len(keys) > 1, keys, indices))
+        values = self.values()
+        for joined, keys, indices in self._alike:
+            members = [values[i] for i in indices]
+            if joined:
+                low, high = (torch.cat if members[0].dim() else torch.stack)(members).view(len(keys), -1).aminmax(dim=1)
+                flags = ~(low.isfinite() & high.isfinite())
+            else:
+                flags = ~_norms(members).isfinite()
+            yield Columns(keys, flags, range(len(keys)), sparse=True)
 
     def owners(self, values: Sequence[Tensor]) -> Tensor:
         """For each value of the sample, the index of its parameter."""
@@ -244,21 +264,6 @@ def _update_ratios(owners: Tensor, before: Tensor, after: Tensor, count: int) ->
 
     largest = torch.maximum(norm(before), norm(after))
     return norm(after - before) / largest.clamp(min=torch.finfo(largest.dtype).tiny)
-
-
-def _bad(names: list[str], values: Sequence[Tensor]) -> Iterator[Columns]:
-    """Which values hold NaN or Inf. Small ones are stacked by shape, since a call costs more than to read them."""
-    by_shape: dict[torch.Size, tuple[list[Key], list[Tensor]]] = {}
-    for name, value in zip(names, values, strict=True):
-        keys, members = by_shape.setdefault(value.shape, ([], []))
-        keys.append(Key("parameter/nonfinite", name, sparse=True))
-        members.append(value)
-    for shape, (keys, members) in by_shape.items():
-        if shape.numel() <= _SMALL and len(members) > 1:
-            low, high = torch.stack(members).view(len(members), -1).aminmax(dim=1)
-            yield Columns(keys, ~(low.isfinite() & high.isfinite()), range(len(keys)))
-        else:
-            yield Columns(keys, ~_norms(members).isfinite(), range(len(keys)))
 
 
 def _norms(values: Sequence[Tensor]) -> Tensor:

@@ -49,9 +49,9 @@ class Budget:
 
     Each series is decided on when it first comes, and for the whole run. Of one emission (a phase, or what is logged in
     it) there are at most `limit`: first what belongs to no layer, then one statistic for all layers, a few histograms
-    of evenly spaced layers, then whole statistics, one of each group after the other, as long as they fit. If even the
-    first one does not fit, it is shown for evenly spaced layers. Layers with findings are added. What is left out is
-    stated once in the log.
+    of evenly spaced layers, one statistic of each other group, and at last further statistics, each for all layers or
+    not at all. Where room is short for the first statistic of a group, it is shown for evenly spaced layers. Layers
+    with findings are added. What is left out is stated once in the log.
 
     Args:
         sink: name of the sink, for the log.
@@ -115,14 +115,18 @@ class Budget:
                 key.module and shown for key, shown in self._shown.items() if key.phase == emission.phase
             )
             self._take([key for key in keys if not key.module], emission, limit)
-            if statistics and first_time:
-                first, *statistics = statistics
+            firsts = [statistic for turn, statistic in statistics if turn == 0]
+            if firsts and first_time:
+                first, *firsts = firsts
                 self._take(_evenly(first, limit - self._used[emission]), emission, limit)
             self._histograms[emission] += self._take(
                 _evenly(histograms, MAX_HISTOGRAMS - self._histograms[emission]), emission, limit
             )
-            for statistic in statistics:
-                if len(statistic) <= limit - self._used[emission]:
+            # The smallest first, so that what it leaves of its share goes to the others.
+            for left, statistic in zip(range(len(firsts), 0, -1), sorted(firsts, key=len), strict=True):
+                self._take(_evenly(statistic, (limit - self._used[emission]) // left), emission, limit)
+            for turn, statistic in statistics:
+                if turn > 0 and len(statistic) <= limit - self._used[emission]:
                     self._take(statistic, emission, limit)
 
     def _take(self, keys: Sequence[_Series], emission: _Emission, limit: int) -> int:
@@ -155,8 +159,8 @@ class Budget:
             )
 
 
-def _in_turn(keys: Iterable[_Series]) -> list[list[_Series]]:
-    """Sort whole statistics: the first one of each group, then the second one of each group, and so on."""
+def _in_turn(keys: Iterable[_Series]) -> list[tuple[int, list[_Series]]]:
+    """Sort whole statistics: the first one of each group (turn 0), then the second one of each group, and so on."""
     statistics: defaultdict[str, list[_Series]] = defaultdict(list)
     for key in keys:
         statistics[key.name].append(key)
@@ -167,7 +171,7 @@ def _in_turn(keys: Iterable[_Series]) -> list[list[_Series]]:
         group = name.partition("/")[0]
         turns.append((seen[group], name))
         seen[group] += 1
-    return [statistics[name] for _, name in sorted(turns, key=lambda turn: turn[0])]
+    return [(turn, statistics[name]) for turn, name in sorted(turns, key=lambda turn: turn[0])]
 
 
 def _evenly(items: Sequence[_T], most: int) -> Sequence[_T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING
@@ -46,10 +47,13 @@ class Console:
         default_factory=lambda: defaultdict[str, "list[Finding]"](list), init=False, repr=False
     )
 
-    def open(self, run: Run) -> None:  # noqa: ARG002  protocol
+    def open(self, run: Run) -> None:
         """Start with an empty summary."""
+        # Importing rich draws a number from Python's generator, which belongs to the training.
+        state = random.getstate()
         from rich.console import Console as RichConsole
 
+        random.setstate(state)
         self._console = RichConsole(file=self.file, highlight=False, markup=False, emoji=False)
         self._steps = self._loss = None
         self._findings.clear()

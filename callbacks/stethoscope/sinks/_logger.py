@@ -58,11 +58,11 @@ class Logger:
             raise TypeError(f"Logger got a {type(self.logger).__qualname__}, which has no log_metrics(metrics, step).")
         self._budget = Budget("Logger", self.max_series)
 
-    def open(self, run: Run) -> None:  # noqa: ARG002  protocol
+    def open(self, run: Run) -> None:
         """Accept writes."""
         self._open = True
 
-    def write(self, step: int, records: Sequence[Record], findings: Sequence[Finding]) -> None:  # noqa: ARG002  protocol
+    def write(self, step: int, records: Sequence[Record], findings: Sequence[Finding]) -> None:
         """Call `log_metrics` once with all numbers; not at all where there is none."""
         if not self._open:
             raise RuntimeError(f"{self!r} is not open: call open(run) before write(...).")

@@ -35,7 +35,7 @@ class Memory:
     def open(self, run: Run) -> None:
         """Do nothing."""
 
-    def write(self, step: int, records: Sequence[Record], findings: Sequence[Finding]) -> None:  # noqa: ARG002  protocol
+    def write(self, step: int, records: Sequence[Record], findings: Sequence[Finding]) -> None:
         """Append to the lists."""
         self.records.extend(records)
         self.findings.extend(findings)

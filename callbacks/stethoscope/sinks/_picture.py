@@ -23,6 +23,8 @@ _RAMP = np.array([[0.10, 0.08, 0.30], [0.13, 0.32, 0.55], [0.12, 0.58, 0.55], [0
 _ZERO = (0.0, 0.0, 0.0)
 _NONE = (0.85, 0.85, 0.85)
 _NON_FINITE = (1.0, 0.0, 1.0)
+_SHADES = 253
+"""With the three above, as many colours as a byte can name."""
 
 
 class Picture:
@@ -71,18 +73,16 @@ class Picture:
         The colour is the logarithm between the 1st and the 99th percentile: dark is small, yellow is large. Zero is black, a value that was not measured is grey, NaN and Inf are magenta.
         """
         cells = self._used()
-        low, high = self._range()
-        positive = np.isfinite(cells) & (cells > 0)
-        logs = np.log10(np.where(positive, cells, 1.0).astype(np.float64))
-        span = np.log10(high) - np.log10(low)
-        place = (logs - np.log10(low)) / span if span > 0 else np.full(cells.shape, 0.5)
-        anchors = np.linspace(0, 1, len(_RAMP))
-        pixels = np.stack([np.interp(place, anchors, _RAMP[:, channel]) for channel in range(3)], axis=-1)
-        pixels[cells == 0] = _ZERO
-        pixels[cells == _MISSING] = _NONE
-        pixels[~np.isfinite(cells)] = _NON_FINITE
+        low, high = np.log10(self._range())
+        logs = np.log10(np.where(np.isfinite(cells) & (cells > 0), cells, 1.0))
+        place = (logs - low) / (high - low) if high > low else np.full(cells.shape, 0.5)
+        colours = np.round(np.clip(place, 0, 1) * (_SHADES - 1)).astype(np.uint8)
+        colours[cells == 0] = _SHADES
+        colours[cells == _MISSING] = _SHADES + 1
+        colours[~np.isfinite(cells)] = _SHADES + 2
         tall, wide = max(1, min(16, _HEIGHT // len(cells))), max(1, min(16, _WIDTH // cells.shape[1]))
-        return np.round(pixels * 255).astype(np.uint8).repeat(tall, axis=0).repeat(wide, axis=1)
+        pixels: NDArray[np.uint8] = _palette()[colours.repeat(tall, axis=0).repeat(wide, axis=1)]
+        return pixels
 
     def legend(self) -> tuple[str, list[str]]:
         """Return how to read it, in one line, and the layers from top to bottom."""
@@ -107,3 +107,9 @@ class Picture:
         # One exploding layer must not make all the others look the same.
         low, high = np.percentile(positive, [1, 99])
         return float(low), float(high)
+
+
+def _palette() -> NDArray[np.uint8]:
+    places, anchors = np.linspace(0, 1, _SHADES), np.linspace(0, 1, len(_RAMP))
+    shades = np.stack([np.interp(places, anchors, _RAMP[:, channel]) for channel in range(3)], axis=1)
+    return np.round(np.vstack([shades, _ZERO, _NONE, _NON_FINITE]) * 255).astype(np.uint8)

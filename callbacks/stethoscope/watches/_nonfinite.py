@@ -41,6 +41,9 @@ class NonFinite:
 
     **Cost:** host only, one pass over the records.   **Needs:** one flag per module and per parameter at every step.
 
+    Args:
+        loss: name under which the loss is given to `Monitor.step`.
+
     Example:
         >>> flags = [
         ...     Record("activation/nonfinite", 1.0, 3, module="encoder.1"),
@@ -67,24 +70,23 @@ class NonFinite:
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
-        records = [record for record in records if record.source != "log"]
-        if not records:
+        if not records or records[0].source == "log":
             return state, ()
         step, phase, rank = records[0].step, records[0].phase, records[0].rank
-        flagged = {name: _first(records, name) for name in ("nonfinite", "nan")}
-        weights = [r.module for r in records if r.name == "parameter/nonfinite" and r.value]
-        losses = [r.value for r in records if r.name == self.loss and r.source == "step" and isinstance(r.value, float)]
-        severity = _severity(records, losses)
+        losses = [r.value for r in records if r.source == "step" and r.name == self.loss and isinstance(r.value, float)]
+        flags = [r for r in records if "/" in r.name and "nonfinite" in r.name and r.value]
+        origin, first_nan = _first(flags, 1.0), _first(flags, 2.0)
+        weights = [r.module for r in flags if r.name == "parameter/nonfinite"]
+        severity = _severity(flags, losses)
         known: list[str] = state["weights"]
         findings: list[Finding] = []
         place = {"step": step, "phase": phase, "rank": rank}
-        origin, first_nan = flagged["nonfinite"], flagged["nan"]
         if severity and phase not in state["bad"]:
             evidence = {
                 "first_nonfinite": origin.module if origin else None,
                 "first_nan": first_nan.module if first_nan else None,
                 "loss": str(losses[0]) if losses else None,
-                "modules": len({r.module for r in records if r.name == "activation/nonfinite" and r.value}),
+                "modules": len({r.module for r in flags if r.name == "activation/nonfinite"}),
             }
             culprit = _reached(weights, origin)
             findings.append(_explain(origin, first_nan, culprit, losses, severity, place, evidence))
@@ -103,28 +105,22 @@ def _reached(weights: Sequence[str], origin: _Origin | None) -> str:
     return next(iter(own or [name for name in weights if name.startswith(inside)]), "")
 
 
-def _first(records: Sequence[Record], flag: str) -> _Origin | None:
-    """The first flagged output in call order, and whether the flagged module's inputs were finite."""
-    dirty = {
-        (record.module, record.call)
-        for record in records
-        if record.value and record.name.startswith(f"activation/input_{flag}")
-    }
-    for record in records:
-        name = record.name
-        if record.value and (name == f"activation/{flag}" or name.startswith(f"activation/{flag}.")):
-            return _Origin(record.module, (record.module, record.call) not in dirty)
+def _first(flags: Sequence[Record], level: float) -> _Origin | None:
+    """The first output in call order that is that bad, and whether the inputs of its module were finite."""
+    dirty = {(flag.module, flag.call) for flag in flags if flag.name.startswith("activation/input_nonfinite")}
+    for flag in flags:
+        output = flag.name == "activation/nonfinite" or flag.name.startswith("activation/nonfinite.")
+        if output and isinstance(flag.value, float) and flag.value >= level:
+            return _Origin(flag.module, (flag.module, flag.call) not in dirty)
     return None
 
 
-def _severity(records: Sequence[Record], losses: Sequence[float]) -> Severity | None:
+def _severity(flags: Sequence[Record], losses: Sequence[float]) -> Severity | None:
     """Whether the step is bad: the loss decides, or else what the model returned."""
     if losses:
         return None if all(map(isfinite, losses)) else "error"
-    returned = {r.name.split(".")[0] for r in records if r.value and r.name.startswith("activation/outermost_n")}
-    if "activation/outermost_nan" in returned:
-        return "error"
-    return "warning" if "activation/outermost_nonfinite" in returned else None
+    returned = {flag.value for flag in flags if flag.name.startswith("activation/outermost_")}
+    return "error" if 2.0 in returned else "warning" if 1.0 in returned else None
 
 
 def _explain(
