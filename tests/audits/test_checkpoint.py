@@ -319,6 +319,8 @@ def test_the_record_survives_json_and_safetensors(tmp_path, trained):
 def test_facts_that_toolkits_record_are_compared(model, trained, where):
     saved = {"state_dict": trained, where: {"audio": {"sample_rate": 16000}, "lr": 1e-3, "dropout": 0.3}}
     assert codes(audits.checkpoint(model, saved)) == {"checkpoint-config"}  # model.sample_rate is 8000
+    assert audits.checkpoint(model, saved).findings[0].severity == "warning"
+    assert audits.checkpoint(model, saved, config={"sample_rate": 8000}).findings[0].severity == "error"
     model.sample_rate, model.lr, model.dropout = 16000, 1e-5, 0.1
     assert audits.checkpoint(model, saved).ok
     assert not audits.checkpoint(model, saved, config={"lr": 1e-5}).ok  # asked for

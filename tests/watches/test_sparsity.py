@@ -247,17 +247,22 @@ def test_the_whole_way_through_a_monitor():
     gru = nn.GRU(32, 32)
     sparsifier = BlockSparsifier(gru, rnnoise, 20, 80, 10)
     optimizer = torch.optim.AdamW(gru.parameters(), lr=1e-3)
-    watch = Sparsity(Schedule("sparsify", 20, 80, 10), target={"weight_ih*": 1 / 3}, block=(8, 4))
+    watch = Sparsity(Schedule("sparsify", 20, 80, 10), target={"weight_ih*": 1 / 3}, block=(8, 4), metric="val_loss")
     memory = sinks.Memory()
     with Monitor(gru, optimizer, watches=[watch], sinks=[memory], planned_steps=90, strict=True) as monitor:
-        for _ in range(90):
+        for step in range(90):
             optimizer.zero_grad()
             loss = gru(torch.randn(3, 2, 32))[0].square().mean()
             loss.backward()
             optimizer.step()
             sparsifier.step()
             monitor.step(loss=loss)
-    assert monitor.findings == []
+            if step % 5 == 4:
+                monitor.log({"val_loss": 1.0 + step / 100})
+    (finding,) = monitor.findings  # what it cost, and nothing else
+    assert (finding.code, finding.severity, finding.step) == ("sparsity-cost", "info", 79)
+    assert "was 1.24 at step 24" in finding.message  # the action at count 20 keeps everything yet
+    assert "is 1.79 at step 79" in finding.message
     curve = [r.value for r in memory.records if r.name == "density/blocks" and r.module == "weight_ih_l0"]
     assert len(curve) == 90  # every step, although every=50
     assert curve[-1] == pytest.approx(1 / 3, abs=0.01)

@@ -17,7 +17,21 @@ _NO_MATTER = {"training", "p", "dropout", "drop_prob", "momentum", "inplace", "c
 # Recorded beside the architecture, and different on purpose when a model is trained further.
 _OF_THE_TRAINING = (
     *("lr", "rate_schedule", "decay", "batch", "epoch", "optim", "sched", "seed", "warmup", "dropout", "patience"),
-    *("path", "dir", "file", "name", "worker", "gpu", "device", "precision", "steps", "clip", "version"),
+    *("path", "dir", "root", "file", "name", "worker", "gpu", "device", "precision", "steps", "clip", "version"),
+    *("loss", "freeze", "log_", "strategy", "accumul", "checkpointing", "layerdrop", "mask_time", "mask_feature"),
+    # of Hugging Face's: how it is run and which head sits on top
+    *(
+        "dtype",
+        "cache",
+        "implementation",
+        "output_",
+        "return_",
+        "architectures",
+        "token_id",
+        "label",
+        "task",
+        "problem",
+    ),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding
@@ -43,6 +44,8 @@ class Sparsity:
         target: density in the end, one for all matrices or by pattern of parameter names (`{"gru1.weight_ih*": 1 / 3}`;
             matrices that match none are not judged); None judges no amount.
         block: rows and columns of a block, recorded as `density/blocks`; None records elements only.
+        metric: name of a logged metric, e.g. `"si_sdr_db"`: `sparsity-cost` (info) says what it was before the first zeros
+            and what it is at the first log after the schedule is complete. Needs a schedule.
 
     Raises:
         ValueError: a target outside of [0, 1].
@@ -60,6 +63,7 @@ class Sparsity:
     schedule: Schedule | None = None
     target: float | Mapping[str, float] | None = None
     block: tuple[int, int] | None = None
+    metric: str | None = None
 
     def __post_init__(self) -> None:
         targets = [self.target] if isinstance(self.target, (int, float)) else list((self.target or {}).values())
@@ -73,7 +77,7 @@ class Sparsity:
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"planned": False, "missed": False, "complete": False, "matrices": {}}
+        return {"planned": False, "missed": False, "complete": False, "matrices": {}, "before": None, "told": False}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the densities of one step."""
@@ -82,6 +86,8 @@ class Sparsity:
         step: int | None = None
         lost: dict[str, float] = {}
         for record in records:
+            if record.source == "log" and record.name == self.metric and self.schedule is not None:
+                found += self._cost(state, self.schedule, record)
             if record.phase != "train" or not isinstance(record.value, (int, float)):
                 continue
             if record.name == "plan/steps" and self.schedule is not None and not state["planned"]:
@@ -130,6 +136,38 @@ class Sparsity:
             return False
         matrix["lost"] = True
         return True
+
+    def _cost(self, state: dict[str, Any], schedule: Schedule, record: Record) -> list[Finding]:
+        """The metric before and after: the last value while all was dense, the first one once all is done."""
+        value, count = record.value, record.step + 1
+        if not isinstance(value, (int, float)) or not isfinite(value):
+            return []
+        if schedule.density(count, 0.0) == 1.0:
+            state["before"] = [record.step, value]
+        if count < schedule.stop or state["told"] or state["before"] is None:
+            return []
+        state["told"] = True
+        step, before = state["before"]
+        weights = sum(matrix["weights"] for matrix in state["matrices"].values())
+        kept = sum(matrix["weights"] * matrix["low"] for matrix in state["matrices"].values())
+        return [
+            Finding(
+                "sparsity-cost",
+                "info",
+                f"{record.name} was {before:.4g} at step {step}, before '{schedule.name}' began, and is {value:.4g} at step {record.step}, "
+                f"after it was complete, with {kept / max(weights, 1):.0%} of {weights} weights: a change of {value - before:+.4g}.",
+                "Compare with a dense run of the same length: training on may have brought as much as pruning has cost.",
+                step=record.step,
+                phase=record.phase,
+                evidence={
+                    "metric": record.name,
+                    "before": before,
+                    "after": value,
+                    "weights": weights,
+                    "kept": round(kept),
+                },
+            )
+        ]
 
     def _against_schedule(self, state: State, schedule: Schedule, step: int) -> list[Finding]:
         count = step + 1
