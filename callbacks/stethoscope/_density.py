@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +39,8 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
     """
     buffers = dict(model.named_buffers())
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.layout != torch.strided:
+            continue  # no shape yet; no dense storage to count in
         if parameter.is_floating_point() and sum(length > 1 for length in parameter.shape) > 1:
             if name.endswith("_orig"):
                 plain = name.removesuffix("_orig")

@@ -115,6 +115,14 @@ def test_odd_weights_are_measured():
     assert all(value == 1.0 for (name, _), value in found.items() if name != "density/weights")
 
 
+def test_lazy_modules_are_measured_once_they_have_a_shape():
+    model = nn.LazyLinear(4)
+    attachment = Density().attach(model)
+    assert read(attachment) == {}
+    model(torch.ones(2, 3))
+    assert read(attachment)["density/elements", "weight"] == 1.0
+
+
 def test_what_one_covers():
     assert Density(every=1).covers(Density(every=50))
     assert Density(block=(8, 4)).covers(Density())

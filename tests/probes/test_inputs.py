@@ -101,6 +101,15 @@ def test_unsigned_images_count_and_nan_is_passed_on(model):
     assert math.isnan(read(attachment)["input/rms"])
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+def test_nested_and_sparse_tensors_are_left_out():
+    attachment = Inputs().attach(nn.Identity())
+    attachment.arm(True, "train")
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])
+    attachment.take([("0", nested), ("1", torch.eye(3).to_sparse()), ("2", torch.ones(2, 3))])
+    assert read(attachment)["input/rms"] == 1
+
+
 def test_no_hook_waits_for_the_device():
     with torch.device("meta"):
         model, x = nn.Linear(8, 2), torch.empty(3, 8)

@@ -26,7 +26,9 @@ def plan(
     batch_size: Annotated[int | None, typer.Option(help="Items per batch.")] = None,
     drop_last: Annotated[bool, typer.Option("--drop-last", help="An incomplete last batch is dropped.")] = False,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    max_steps: Annotated[int | None, typer.Option(help="Limit on optimizer steps.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--steps", "--planned-steps", help="Limit on optimizer steps.")
+    ] = None,
     restarted_at: Annotated[int, typer.Option(help="Steps made before the schedule's counter began anew.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:

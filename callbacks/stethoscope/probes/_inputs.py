@@ -101,12 +101,10 @@ class InputsAttachment:
     def take(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Add the tensors of one call."""
         gathered = self._phases.setdefault(self._phase, _Gathered())
-        usable = [(path, x) for path, x in named if x.numel() and x.dim() and x.layout == torch.strided]
+        usable = [(path, x) for path, x in named if _readable(x)]
         with torch.no_grad():
             for i, (path, x) in enumerate(usable[:MAX_TENSORS]):
                 name = f".{path}" if i else ""
-                if x.is_nested or x.is_quantized:
-                    continue
                 if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.uint8):
                     gathered.tokens.add(name)
                 sums, peak = _measure(x)
@@ -147,6 +145,11 @@ class InputsAttachment:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+def _readable(x: Tensor) -> bool:
+    # nested tensors have no common shape to ask for
+    return not (x.is_nested or x.is_quantized) and x.layout == torch.strided and x.dim() > 0 and x.numel() > 0
 
 
 def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
