@@ -24,7 +24,7 @@ LAYERS = {
     "_metrics.py": set(),
     "_transfer.py": {"_protocols", "_record"},
     "probes": {"", "_protocols", "_record", "_tree", "stats", "separation_stats"},
-    "watches": {"", "_protocols", "_record", "probes"},
+    "watches": {"", "_metrics", "_protocols", "_record", "probes"},
     "sinks": {"", "_protocols", "_record"},
     "_diagnosis.py": {"_protocols", "_record"},
 }
@@ -106,7 +106,9 @@ def test_a_wait_is_caught():
 
 def test_the_public_names():
     source = SOURCES["__init__.py"]
-    exported = {alias.asname for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    exported = {
+        alias.asname for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
     values = {"Finding", "Monitor", "Record", "Report"}
     assert exported == values | {"audits", "presets", "probes", "sinks", "testing", "watches"}
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from stethoscope._record import Finding, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
     from stethoscope._protocols import Probe, Watch
+    from stethoscope.watches import MetricSchema
 
 
 def series(steps: Iterable[int] | None = None, **values_by_name: Sequence[float | None]) -> list[Record]:
@@ -108,3 +109,24 @@ def assert_no_sync(probe: Probe, model: nn.Module, x: object, given: Mapping[str
         raise AssertionError(f"{probe!r} waits for the device: {error}") from error
     finally:
         attachment.detach()
+
+
+def assert_metrics(step: Callable[[Any], object], batch: Any, schema: MetricSchema, phase: str = "train") -> None:
+    """Fail unless the metrics of one batch fit their declaration.
+
+    Args:
+        step: called with `batch`; returns a metric dictionary as `Monitor.log` takes it.
+        batch: one batch.
+        schema: what is declared.
+        phase: the phase that the step stands for.
+
+    Raises:
+        AssertionError: it does not fit; the message lists every finding of severity warning and error.
+
+    Example:
+        >>> from stethoscope.watches import MetricSchema
+        >>> assert_metrics(lambda batch: {"loss": sum(batch)}, [1.0, 2.0], MetricSchema({"loss": float}))
+    """
+    report = schema.judge(step(batch), phase)
+    if not report.ok:
+        raise AssertionError(str(report))

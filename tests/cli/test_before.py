@@ -21,6 +21,8 @@ def test_plan_says_what_happens_and_exits_by_it():
     code, text = run("plan", *schedule, "--steps", 1200)
     assert code == 1
     assert "schedule-unreachable" in text
+    assert run("plan", *schedule, "--epochs", 9, "--batches", 1000, "--max-steps", 100)[0] == 1
+    assert run("plan", *schedule, "--planned-steps", 8000)[0] == 0
     code, text = run("plan", *schedule, "--epochs", 75, "--items", 30000, "--batch-size", 128, "--drop-last", "--json")
     assert code == 0
     assert json.loads(text)["verdict"] == "reached"

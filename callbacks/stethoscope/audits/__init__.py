@@ -12,6 +12,7 @@ from stethoscope.audits._checkpoint import checkpoint as checkpoint
 from stethoscope.audits._describe import describe as describe
 from stethoscope.audits._loading import LoadingReport as LoadingReport
 from stethoscope.audits._loading import loading as loading
+from stethoscope.audits._metrics import metrics as metrics
 from stethoscope.audits._plan import PlanReport as PlanReport
 from stethoscope.audits._plan import plan as plan
 from stethoscope.audits._plan import planned_steps as planned_steps

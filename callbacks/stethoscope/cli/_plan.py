@@ -18,7 +18,8 @@ def plan(
     interval: Annotated[int, typer.Option(help="In between it acts at multiples of this.")] = 1,
     name: Annotated[str, typer.Option(help="What it is called.")] = "schedule",
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of the run; or give epochs and what follows.")
+        int | None,
+        typer.Option("--steps", "--planned-steps", help="Optimizer steps of the run; or give epochs and what follows."),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     batches: Annotated[int | None, typer.Option(help="Batches per epoch.")] = None,
@@ -26,9 +27,7 @@ def plan(
     batch_size: Annotated[int | None, typer.Option(help="Items per batch.")] = None,
     drop_last: Annotated[bool, typer.Option("--drop-last", help="An incomplete last batch is dropped.")] = False,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
-    max_steps: Annotated[
-        int | None, typer.Option("--steps", "--planned-steps", help="Limit on optimizer steps.")
-    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Limit on optimizer steps.")] = None,
     restarted_at: Annotated[int, typer.Option(help="Steps made before the schedule's counter began anew.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
