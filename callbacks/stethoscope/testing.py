@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from stethoscope._record import Finding, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
     from stethoscope._protocols import Probe, Watch
+    from stethoscope.watches import MetricSchema
 
 
 def series(steps: Iterable[int] | None = None, **values_by_name: Sequence[float | None]) -> list[Record]:
@@ -108,3 +109,47 @@ def assert_no_sync(probe: Probe, model: nn.Module, x: object, given: Mapping[str
         raise AssertionError(f"{probe!r} waits for the device: {error}") from error
     finally:
         attachment.detach()
+
+
+def assert_metrics(step: Callable[[Any], object], batch: Any, schema: MetricSchema, phase: str = "train") -> None:
+    """Fail unless the metrics of one batch fit their declaration.
+
+    Args:
+        step: called with `batch`; returns a metric dictionary as `Monitor.log` takes it.
+        batch: one batch.
+        schema: what is declared.
+        phase: the phase that the step stands for.
+
+    Raises:
+        AssertionError: it does not fit; the message lists every finding of severity warning and error.
+
+    Example:
+        >>> from stethoscope.watches import MetricSchema
+        >>> assert_metrics(lambda batch: {"loss": sum(batch)}, [1.0, 2.0], MetricSchema({"loss": float}))
+    """
+    report = schema.judge(step(batch), phase)
+    if not report.ok:
+        raise AssertionError(str(report))
+
+
+def assert_causal(model: Any, x: Any, allowed: int = 0, **options: Any) -> None:
+    """Fail unless the model looks ahead by at most `allowed` input steps and nothing leaks across the batch.
+
+    Args:
+        model: see `stethoscope.audits.causality`.
+        x: the same; a batch of two or more.
+        allowed: declared look-ahead in input steps.
+        **options: further arguments of `stethoscope.audits.causality`, e.g. `time_axis=1` or `modes=("eval",)`.
+
+    Raises:
+        AssertionError: with the whole report as its message.
+
+    Example:
+        >>> import torch
+        >>> assert_causal(lambda x: x.cumsum(-1), torch.randn(2, 50))
+    """
+    from stethoscope.audits import causality
+
+    report = causality(model, x, allowed=allowed, **options)
+    if not report.ok:
+        raise AssertionError(str(report))

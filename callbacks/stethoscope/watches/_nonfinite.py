@@ -41,6 +41,9 @@ class NonFinite:
 
     **Cost:** host only, one pass over the records.   **Needs:** one flag per module and per parameter at every step.
 
+    Args:
+        loss: name under which the loss is given to `Monitor.step`.
+
     Example:
         >>> flags = [
         ...     Record("activation/nonfinite", 1.0, 3, module="encoder.1"),
