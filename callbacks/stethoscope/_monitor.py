@@ -127,6 +127,18 @@ class Monitor:
         """What was found and delivered so far; `flush` and `close` deliver everything."""
         return self._delivery.findings
 
+    @property
+    def planned_steps(self) -> int | None:
+        """Optimizer steps that the run will make. To be set before the first step, where it becomes known late."""
+        return self._planned_steps
+
+    @planned_steps.setter
+    def planned_steps(self, steps: int | None) -> None:
+        if steps is not None and steps < 1:
+            raise ValueError(f"planned_steps must be at least 1, or None where unknown, got {steps}.")
+        self._planned_steps = steps
+        self._run = replace(self._run, planned_steps=steps)
+
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
     def observe(self, batch: object = None, **tensors: object) -> None:
