@@ -159,7 +159,7 @@ class Monitor:
         Args:
             batch: see `observe`.
             **tensors: see `observe`. Each tensor of one element and each number is recorded at every step, under its
-                name: `loss=loss`.
+                name: `loss=loss`. A `lr` given here goes before the optimizer's.
 
         Raises:
             RuntimeError: the monitor is closed.
@@ -178,6 +178,8 @@ class Monitor:
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for i, group in enumerate(groups):
             name, rate = f"lr/{i}" if i else "lr", group.get("lr")
+            if name in tensors:
+                continue  # the caller knows better: a scheduler may have moved on since the optimizer's step
             if isinstance(rate, Tensor):
                 scalars[Key(name)] = rate
             elif rate is not None:
