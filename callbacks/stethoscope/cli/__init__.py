@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from stethoscope.cli._demo import demo
+
 app = typer.Typer(
     name="stethoscope",
     help="Sees inside a PyTorch model while it trains.",
@@ -14,6 +16,7 @@ audit = typer.Typer(
     help="Checks that run once, before or beside a training. Exit code 0: fine, 1: findings.", no_args_is_help=True
 )
 app.add_typer(audit, name="audit")
+app.command()(demo)
 
 
 @app.callback()
