@@ -41,7 +41,7 @@ class Layers:
         """Do nothing: the table can be made afterwards as well."""
 
     def table(self, most: int = 20) -> Table:
-        """Return one row per leaf module in call order.
+        """Return one row per module that was called and called no other, in call order.
 
         Args:
             most: rows. Where there are more layers, those with findings are shown and an even choice of the others.
@@ -50,8 +50,9 @@ class Layers:
         from rich.text import Text
 
         rms = self._last.get("activation/rms", {})
-        leaves = [name for name in rms if not any(other.startswith(f"{name}.") for other in self._types if name)]
-        leaves = [name for name in leaves if name or len(self._types) == 1]
+        leaves = [
+            name for name in rms if not any(other.startswith(f"{name}." if name else "") for other in rms if other)
+        ]
         shown = _choose(leaves, self._suspects, most)
         title = "Layers" if len(shown) == len(leaves) else f"Layers ({len(shown)} of {len(leaves)})"
         table = Table(title=f"{title} when last observed", title_justify="left", title_style="bold", pad_edge=False)
@@ -73,9 +74,9 @@ class Layers:
         return table
 
     def _own(self, statistic: str, module: str) -> list[float]:
-        """The values of the parameters that belong to the module itself."""
+        """The values of the parameters of the module and of what it holds without calling it."""
         values = self._last.get(statistic, {})
-        return [value for name, value in values.items() if name and name.rpartition(".")[0] == module]
+        return [value for name, value in values.items() if name and name.startswith(f"{module}." if module else "")]
 
 
 def _choose(names: Sequence[str], wanted: set[str], most: int) -> list[str]:
