@@ -61,9 +61,7 @@ def demo(
     folder = _fresh(out)
     training, validation = _prepare(steps, seed)
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
-    console.print(
-        f"[bold]stethoscope demo[/]: two talkers, {parameters:,} parameters, {steps} steps, seed {seed}, into {folder}"
-    )
+    console.print(f"[bold]stethoscope demo[/]: two talkers, {parameters:,} parameters, {steps} steps, seed {seed}")
     if fault:
         console.print(f"[yellow]planted fault[/] {fault}: {FAULTS[fault].mistake}")
         FAULTS[fault].plant(training)
@@ -72,7 +70,7 @@ def demo(
     outputs: list[Any] = [sinks.Jsonl(folder), sinks.Console(), layers]
     tensorboard = find_spec("tensorboard") is not None
     if tensorboard:
-        outputs.append(sinks.TensorBoard(folder))
+        outputs.append(sinks.TensorBoard(folder, max_series=None))
     with _wandb_run(folder, {"steps": steps, "seed": seed, "fault": fault}, wanted=wandb) as run:
         outputs += [run] if run is not None else []
         monitor = Monitor(
@@ -85,27 +83,25 @@ def demo(
             on_finding=_stop,
         )
         gains: list[float] = []
-        with _findings_once(), monitor:
-            try:
+        try:
+            with _findings_once(), monitor:
                 _train(training, validation, monitor, console, gains)
-            except _Stop:
-                console.print("The demo stops here: what follows would only be NaN.")
-            console.print(layers.table())
-        findings = list(monitor.findings)
+        except _Stop:
+            console.print("The demo stops here: after an error, the rest of the training tells nothing new.")
 
+    console.print(layers.table())
     if gains:
-        console.print(f"SI-SDR improvement on held-out mixtures: first {gains[0]:.1f} dB, last {gains[-1]:.1f} dB")
+        console.print(
+            f"SI-SDR improvement on held-out mixtures: {gains[0]:.1f} dB untrained, {gains[-1]:.1f} dB at the end"
+        )
     _say_where_to_look(console, folder, tensorboard=tensorboard, wandb=wandb)
-    serious = [finding for finding in findings if finding.severity != "info"]
+    serious = [finding for finding in monitor.findings if finding.severity != "info"]
     if serious:
         first = serious[0]
-        again = f"stethoscope demo --steps {steps} --every {every} --seed {seed}" + (
-            f" --fault {fault}" if fault else ""
-        )
+        again = f"stethoscope demo --steps {steps} --every {every} --seed {seed}{f' --fault {fault}' if fault else ''}"
         where = f" in {first.module}" if first.module else ""
-        console.print(
-            f"[bold red]Found[/]: {first.code}{where} at step {first.step}. To see it again: {again}", soft_wrap=True
-        )
+        console.print(f"[bold red]Found[/] {first.code}{where} at step {first.step}. To see it again:", soft_wrap=True)
+        console.print(f"  {again}", soft_wrap=True, markup=False)
         raise typer.Exit(1)
 
 
@@ -136,13 +132,12 @@ def _train(training: Training, validation: Batch, monitor: Monitor, console: Con
         TextColumn("training"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.1f} dB"),
-        TextColumn("SI-SDR {task.fields[gain]:+.1f} dB"),
+        TextColumn("{task.fields[reached]}"),
         TimeElapsedColumn(),
     )
     gains.append(_validate(training, validation, monitor))
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=training.steps, loss=float("nan"), gain=gains[-1])
+        task = progress.add_task("", total=training.steps, reached="")
         for step in range(training.steps):
             mixture, sources = training.batch(step)
             estimates = training.model(mixture)
@@ -154,7 +149,8 @@ def _train(training: Training, validation: Batch, monitor: Monitor, console: Con
             monitor.step(loss=loss, estimates=estimates, references=sources, mixture=mixture)
             if (step + 1) * _VALIDATIONS // training.steps > step * _VALIDATIONS // training.steps:
                 gains.append(_validate(training, validation, monitor))
-            progress.update(task, advance=1, loss=loss.item(), gain=gains[-1])
+            reached = f"loss {loss.item():5.1f} dB  SI-SDRi {gains[-1]:+5.1f} dB"
+            progress.update(task, advance=1, reached=reached)
 
 
 def _validate(training: Training, batch: Batch, monitor: Monitor) -> float:
@@ -213,8 +209,8 @@ def _findings_once() -> Iterator[None]:
 
 
 def _say_where_to_look(console: Console, folder: Path, *, tensorboard: bool, wandb: bool) -> None:
-    console.print(f"Records: {folder / 'records.jsonl'}", soft_wrap=True)
+    console.print(f"Records: {folder / 'records.jsonl'}", soft_wrap=True, markup=False)
     look = f"tensorboard --logdir {folder}" if tensorboard else 'not installed: pip install "stethoscope[tensorboard]"'
     console.print(f"TensorBoard: {look}", soft_wrap=True, markup=False)
     if wandb:
-        console.print(f"W&B: wandb sync {folder / 'wandb' / 'latest-run'}", soft_wrap=True)
+        console.print(f"W&B: wandb sync {folder / 'wandb' / 'latest-run'}", soft_wrap=True, markup=False)

@@ -46,6 +46,7 @@ class Layers:
         Args:
             most: rows. Where there are more layers, those with findings are shown and an even choice of the others.
         """
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
@@ -55,7 +56,13 @@ class Layers:
         ]
         shown = _choose(leaves, self._suspects, most)
         title = "Layers" if len(shown) == len(leaves) else f"Layers ({len(shown)} of {len(leaves)})"
-        table = Table(title=f"{title} when last observed", title_justify="left", title_style="bold", pad_edge=False)
+        table = Table(
+            title=f"{title} when last observed",
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
         table.add_column("layer", overflow="fold")
         table.add_column("type", no_wrap=True)
         for heading in ("rms", "zeros", "gradient", "update"):
