@@ -46,8 +46,8 @@ def test_a_planted_nan_is_found_where_and_when_it_is_born(tmp_path, caplog):
     result = demo("--steps", 8, "--every", 5, "--fault", "nan", "--out", tmp_path / "demo")
     assert result.exit_code == 1
     findings = [finding for delivery in sinks.read(tmp_path / "demo") for finding in delivery.findings]
-    assert [(each.code, each.module, each.step) for each in findings] == [("nonfinite-activation", "masker.norm", 4)]
-    assert "in masker.norm at step 4" in result.output
+    assert [(each.code, each.module, each.step) for each in findings] == [("nonfinite-activation", "masker.norm", 5)]
+    assert "in masker.norm at step 5" in result.output
     assert "stethoscope demo --steps 8 --every 5 --seed 0 --fault nan" in result.output
     assert result.output.count("Try:") == 1
     assert not any(isinstance(each, Finding) for record in caplog.records for each in record.args or ())

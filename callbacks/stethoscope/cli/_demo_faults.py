@@ -50,7 +50,7 @@ class Fault:
 
 def _nan(training: Training) -> None:
     training.model.masker.norm.eps = 0.0
-    recorded, first = training.batch, training.steps // 2
+    recorded, first = training.batch, 2 * training.steps // 3
 
     def batch(step: int) -> Batch:
         mixture, sources = recorded(step)
@@ -64,7 +64,7 @@ def _nan(training: Training) -> None:
 
 FAULTS = {
     "nan": Fault(
-        "masker.norm divides by the standard deviation of a frame without eps, and half-way through the training a "
+        "masker.norm divides by the standard deviation of a frame without eps, and after two thirds of the training a "
         "recording begins with 50 ms of digital silence.",
         _nan,
     ),
