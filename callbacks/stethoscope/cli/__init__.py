@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from stethoscope.cli._causality import causality
 from stethoscope.cli._demo import demo
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ audit = typer.Typer(
     help="Checks that run once, before or beside a training. Exit code 0: fine, 1: findings.", no_args_is_help=True
 )
 app.add_typer(audit, name="audit")
+audit.command()(causality)
 app.command()(demo)
 
 

@@ -3,3 +3,4 @@
 from stethoscope.probes._activations import Activations as Activations
 from stethoscope.probes._gradients import Gradients as Gradients
 from stethoscope.probes._parameters import Parameters as Parameters
+from stethoscope.probes._separation import Separation as Separation
