@@ -8,6 +8,7 @@ from stethoscope.cli._audio import audio
 from stethoscope.cli._causality import causality
 from stethoscope.cli._checkpoint import checkpoint
 from stethoscope.cli._demo import demo
+from stethoscope.cli._explain import explain
 from stethoscope.cli._plan import plan
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ audit.command()(checkpoint)
 audit.command()(audio)
 audit.command()(plan)
 app.command()(demo)
+app.command()(explain)
 
 
 @app.callback()
