@@ -1,10 +1,12 @@
 import csv
+import random
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -267,6 +269,7 @@ def test_an_exception_anywhere_leaves_no_hook_and_delivers_what_was_measured(whe
         fit(model, callback, val=loader(2), val_check_interval=4)
     assert hooks(model) == 0
     assert {r.step for r in memory.records if r.name == "lr"} >= {0, 1, 2}
+    assert ("val" in {r.phase for r in memory.records}) == (where == "validation_step")
     assert callback.monitor.findings == []
 
 
@@ -366,6 +369,20 @@ def test_several_loggers_get_the_numbers_with_our_steps(tmp_path):
     assert any(row.get("stethoscope_val/val/loss") for row in rows)
 
 
+def test_a_second_fit_and_a_test_write_on_through_the_same_logger(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model, callback, logger = Net(), MonitorCallback(every=4), TensorBoardLogger(tmp_path)
+    trainer = fit(model, callback, logger=logger)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, loader())
+    trainer.test(model, loader(2), verbose=False)
+    assert callback.monitor.findings == []
+    events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("stethoscope_step/loss")] == list(range(16))
+    assert [event.step for event in events.Scalars("stethoscope_activation_test/rms/layers.0")] == [15]
+
+
 def test_fast_dev_run_writes_nothing_and_observes_all_the_same():
     model, callback = Net(), MonitorCallback()
     trainer = fit(model, callback, val=loader(2), fast_dev_run=2, logger=True)
@@ -389,7 +406,8 @@ def train(*callbacks):
     L.seed_everything(1, verbose=False)
     model = Net()
     fit(model, *callbacks, train=loader(20, shuffle=True), val=loader(3))
-    return [*model.state_dict().values(), torch.get_rng_state(), torch.tensor(model.raw)]
+    others = torch.tensor([random.random(), np.random.rand()], dtype=torch.float64)  # noqa: NPY002  # what users use
+    return [*model.state_dict().values(), torch.get_rng_state(), torch.tensor(model.raw), others]
 
 
 def test_the_training_is_the_same_bit_for_bit():
