@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -279,7 +279,7 @@ def test_a_fit_after_a_failed_validation_starts_outside_of_the_phase():
             if not self.trainer.sanity_checking:
                 raise RuntimeError("once")
 
-    memory, callback = sinks.Memory(), None
+    memory = sinks.Memory()
     callback = MonitorCallback(sinks=memory, every=1)
     with pytest.raises(RuntimeError, match="once"):
         fit(Fails(), callback, val=loader(2))
@@ -431,6 +431,42 @@ def test_mistakes_are_reported_at_once():
         MonitorCallback(every=0)
     with pytest.raises(TypeError, match="Cannot write"):
         MonitorCallback(sinks=[3])
+
+
+def test_accumulation_that_changes_is_followed_and_has_no_plan():
+    model, memory = Net(), sinks.Memory()
+    changing = GradientAccumulationScheduler({0: 2, 1: 4})
+    fit(model, MonitorCallback(None, sinks=memory), changing, max_epochs=2)
+    windows = [model.raw[i : i + 2] for i in range(0, 8, 2)] + [model.raw[8:12], model.raw[12:]]
+    loss = [r.value for r in memory.records if r.name == "loss" and r.source == "step"]
+    assert loss == pytest.approx([sum(window) / len(window) for window in windows])
+    assert [r for r in memory.records if r.name == "plan/steps"] == []
+
+
+def test_an_optimizer_that_evaluates_the_loss_several_times_makes_one_step_per_batch():
+    class Quasi(Net):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    model, memory = Quasi(), sinks.Memory()
+    fit(model, MonitorCallback(sinks=memory), train=loader(3))
+    assert len(model.raw) > 3
+    assert [(r.name, r.step) for r in memory.records if r.source == "step" and "loss" in r.name] == [
+        ("loss", step) for step in range(3)
+    ]
+
+
+def test_a_training_step_that_returns_none_is_a_step_without_a_loss():
+    class Skips(Net):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 else {"loss": self.loss(batch)}
+
+    memory = sinks.Memory()
+    callback = MonitorCallback(sinks=memory)
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit(Skips(), callback)
+    assert [r.step for r in memory.records if r.name == "loss" and r.source == "step"] == [0, 2, 4, 6]
+    assert callback.state_dict()["step"] == 8
 
 
 def test_a_model_without_known_length_has_no_plan():
