@@ -1,14 +1,16 @@
 import csv
+import random
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -267,6 +269,7 @@ def test_an_exception_anywhere_leaves_no_hook_and_delivers_what_was_measured(whe
         fit(model, callback, val=loader(2), val_check_interval=4)
     assert hooks(model) == 0
     assert {r.step for r in memory.records if r.name == "lr"} >= {0, 1, 2}
+    assert ("val" in {r.phase for r in memory.records}) == (where == "validation_step")
     assert callback.monitor.findings == []
 
 
@@ -276,7 +279,7 @@ def test_a_fit_after_a_failed_validation_starts_outside_of_the_phase():
             if not self.trainer.sanity_checking:
                 raise RuntimeError("once")
 
-    memory, callback = sinks.Memory(), None
+    memory = sinks.Memory()
     callback = MonitorCallback(sinks=memory, every=1)
     with pytest.raises(RuntimeError, match="once"):
         fit(Fails(), callback, val=loader(2))
@@ -366,6 +369,20 @@ def test_several_loggers_get_the_numbers_with_our_steps(tmp_path):
     assert any(row.get("stethoscope_val/val/loss") for row in rows)
 
 
+def test_a_second_fit_and_a_test_write_on_through_the_same_logger(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model, callback, logger = Net(), MonitorCallback(every=4), TensorBoardLogger(tmp_path)
+    trainer = fit(model, callback, logger=logger)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, loader())
+    trainer.test(model, loader(2), verbose=False)
+    assert callback.monitor.findings == []
+    events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("stethoscope_step/loss")] == list(range(16))
+    assert [event.step for event in events.Scalars("stethoscope_activation_test/rms/layers.0")] == [15]
+
+
 def test_fast_dev_run_writes_nothing_and_observes_all_the_same():
     model, callback = Net(), MonitorCallback()
     trainer = fit(model, callback, val=loader(2), fast_dev_run=2, logger=True)
@@ -389,7 +406,8 @@ def train(*callbacks):
     L.seed_everything(1, verbose=False)
     model = Net()
     fit(model, *callbacks, train=loader(20, shuffle=True), val=loader(3))
-    return [*model.state_dict().values(), torch.get_rng_state(), torch.tensor(model.raw)]
+    others = torch.tensor([random.random(), np.random.rand()], dtype=torch.float64)  # noqa: NPY002  # what users use
+    return [*model.state_dict().values(), torch.get_rng_state(), torch.tensor(model.raw), others]
 
 
 def test_the_training_is_the_same_bit_for_bit():
@@ -413,6 +431,42 @@ def test_mistakes_are_reported_at_once():
         MonitorCallback(every=0)
     with pytest.raises(TypeError, match="Cannot write"):
         MonitorCallback(sinks=[3])
+
+
+def test_accumulation_that_changes_is_followed_and_has_no_plan():
+    model, memory = Net(), sinks.Memory()
+    changing = GradientAccumulationScheduler({0: 2, 1: 4})
+    fit(model, MonitorCallback(None, sinks=memory), changing, max_epochs=2)
+    windows = [model.raw[i : i + 2] for i in range(0, 8, 2)] + [model.raw[8:12], model.raw[12:]]
+    loss = [r.value for r in memory.records if r.name == "loss" and r.source == "step"]
+    assert loss == pytest.approx([sum(window) / len(window) for window in windows])
+    assert [r for r in memory.records if r.name == "plan/steps"] == []
+
+
+def test_an_optimizer_that_evaluates_the_loss_several_times_makes_one_step_per_batch():
+    class Quasi(Net):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    model, memory = Quasi(), sinks.Memory()
+    fit(model, MonitorCallback(sinks=memory), train=loader(3))
+    assert len(model.raw) > 3
+    assert [(r.name, r.step) for r in memory.records if r.source == "step" and "loss" in r.name] == [
+        ("loss", step) for step in range(3)
+    ]
+
+
+def test_a_training_step_that_returns_none_is_a_step_without_a_loss():
+    class Skips(Net):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 else {"loss": self.loss(batch)}
+
+    memory = sinks.Memory()
+    callback = MonitorCallback(sinks=memory)
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit(Skips(), callback)
+    assert [r.step for r in memory.records if r.name == "loss" and r.source == "step"] == [0, 2, 4, 6]
+    assert callback.state_dict()["step"] == 8
 
 
 def test_a_model_without_known_length_has_no_plan():

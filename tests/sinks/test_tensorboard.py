@@ -188,6 +188,15 @@ def test_a_writer_that_its_owner_closed_is_an_error_that_says_so(tmp_path):
     sink.close()
 
 
+def test_a_writer_that_was_closed_between_two_runs_is_used_again(tmp_path):
+    # what Lightning does to the writer of its logger after each fit
+    writer = SummaryWriter(tmp_path)
+    for step in (0, 1):
+        write(writer, [(step, series([step], loss=[1.0]), [])])
+        writer.close()
+    assert scalars(load(tmp_path), "stethoscope_step/loss") == [(0, 1.0), (1, 1.0)]
+
+
 def test_a_resumed_run_hides_the_steps_that_it_makes_again(tmp_path):
     write(tmp_path, [(step, series([step], loss=[1.0]), []) for step in range(5)])
     write(tmp_path, [(step, series([step], loss=[2.0]), []) for step in (3, 4)], Run("a", "", resumed_from=2))

@@ -303,9 +303,11 @@ def _loggers(trainer: Trainer) -> list[Any]:
 
 
 def _planned_steps(trainer: Trainer) -> int | None:
+    if any(type(each).__name__ == "GradientAccumulationScheduler" for each in trainer.callbacks):
+        return None  # Lightning's estimate does not know what the next epochs bring
     try:
         steps = trainer.estimated_stepping_batches
-    except Exception:  # Lightning's own, where accumulation changes from epoch to epoch
+    except Exception:  # of Lightning's own; a training without a plan is no less a training
         return None
     return int(steps) if math.isfinite(steps) and steps > 0 else None
 

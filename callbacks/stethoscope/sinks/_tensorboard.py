@@ -90,6 +90,9 @@ class TensorBoard:
         """Create the event file, or take the writer as it is."""
         if not isinstance(self.target, str | Path):
             self._writer, self._prefix, self._laid_out = self.target, FOREIGN, True
+            if self._writer.file_writer is None:
+                # as each of its own methods does; Lightning closes the writer of its logger after every fit
+                self._writer._get_file_writer()  # noqa: SLF001
             return
         try:
             from torch.utils.tensorboard import SummaryWriter
