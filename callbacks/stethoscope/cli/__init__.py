@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from stethoscope.cli._audio import audio
 from stethoscope.cli._causality import causality
 from stethoscope.cli._demo import demo
+from stethoscope.cli._checkpoint import checkpoint
+from stethoscope.cli._plan import plan
 
 app = typer.Typer(
     name="stethoscope",
@@ -19,6 +22,9 @@ audit = typer.Typer(
 app.add_typer(audit, name="audit")
 audit.command()(causality)
 app.command()(demo)
+audit.command()(checkpoint)
+audit.command()(audio)
+audit.command()(plan)
 
 
 @app.callback()

@@ -1,6 +1,7 @@
 """Watches decide: pure folds over records that return findings. No torch in here."""
 
 from stethoscope.watches._assignment import Assignment as Assignment
+from stethoscope.watches._inputdrift import InputDrift as InputDrift
 from stethoscope.watches._jumps import Jumps as Jumps
 from stethoscope.watches._metric_field import Field as Field
 from stethoscope.watches._metric_monitors import unknown_monitors as unknown_monitors
@@ -10,3 +11,4 @@ from stethoscope.watches._metric_schema import MetricSchema as MetricSchema
 from stethoscope.watches._nonfinite import NonFinite as NonFinite
 from stethoscope.watches._output_collapse import OutputCollapse as OutputCollapse
 from stethoscope.watches._plateau import Plateau as Plateau
+from stethoscope.watches._sparsity import Sparsity as Sparsity
