@@ -6,8 +6,8 @@ import typer
 
 from stethoscope.cli._audio import audio
 from stethoscope.cli._causality import causality
-from stethoscope.cli._demo import demo
 from stethoscope.cli._checkpoint import checkpoint
+from stethoscope.cli._demo import demo
 from stethoscope.cli._plan import plan
 
 app = typer.Typer(
