@@ -21,10 +21,10 @@ audit = typer.Typer(
 )
 app.add_typer(audit, name="audit")
 audit.command()(causality)
-app.command()(demo)
 audit.command()(checkpoint)
 audit.command()(audio)
 audit.command()(plan)
+app.command()(demo)
 
 
 @app.callback()
