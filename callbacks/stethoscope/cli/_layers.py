@@ -24,6 +24,7 @@ class Layers:
 
     _types: dict[str, str] = field(default_factory=dict[str, str], init=False)
     _last: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]], init=False)
+    _step: int = field(default=0, init=False)
     _suspects: set[str] = field(default_factory=set[str], init=False)
 
     def open(self, run: Run) -> None:
@@ -35,6 +36,7 @@ class Layers:
         for record in records:
             if record.phase == "train" and record.source == "probe" and isinstance(record.value, float):
                 self._last.setdefault(record.name, {})[record.module] = record.value
+                self._step = step if record.name == "activation/rms" else self._step
         self._suspects |= {finding.module for finding in findings}
 
     def close(self) -> None:
@@ -57,7 +59,7 @@ class Layers:
         shown = _choose(leaves, self._suspects, most)
         title = "Layers" if len(shown) == len(leaves) else f"Layers ({len(shown)} of {len(leaves)})"
         table = Table(
-            title=f"{title} when last observed",
+            title=f"{title} at step {self._step}, the last that was observed",
             title_justify="left",
             title_style="bold",
             box=SIMPLE_HEAD,
