@@ -264,6 +264,11 @@ def test_a_leak_across_the_batch_alone_is_told_from_one_over_time():
     assert not report.ok
 
 
+def test_a_single_item_is_taken_twice_to_see_leaks_across_the_batch():
+    assert causality(nn.BatchNorm1d(4), noise(1, 4, 50), modes=("train",)).batch_leak
+    assert causality(CausalConv(), noise(1, 4, 50)).ok
+
+
 def test_dependence_on_padding_beyond_lengths_is_reported():
     class Sums(nn.Module):
         def forward(self, x, lengths):
