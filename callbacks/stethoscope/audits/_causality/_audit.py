@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from stethoscope.audits._causality._setup import Plan
 
-_LEAST = 24
+_LEAST = 8
 _MODES = ("eval", "train")
 
 
@@ -58,7 +58,7 @@ def causality(
         output: which part of the output to judge: a key, an index, a tuple of those, or a callable. None: all of it.
         lengths: `(batch,)` valid steps per item, passed as the last argument; then padding is examined too.
         sample_rate: input steps per second, to report milliseconds.
-        budget: largest number of forward passes, at least 24 per mode; what is left over buys more positions to look at.
+        budget: largest number of forward passes, at least 8 per mode; what is left over buys more positions to look at.
             None: 12 positions.
 
     Returns:
@@ -85,7 +85,7 @@ def causality(
         with runs.guard():
             with runs.mode(distinct[0]):
                 setup = plan(runs, inputs, out_time_axis, output)
-            per_mode = _examined(runs, setup, distinct, allowed)
+            per_mode = _examined(runs, setup, distinct, allowed, budget)
     except BudgetError as error:
         raise ValueError(
             f"{error} Finding out how the output follows the input took most of it: give a larger budget."
@@ -95,12 +95,15 @@ def causality(
     return report(name, per_mode, distinct, setup.notes, setup.inputs.steps, sample_rate, runs.passes)
 
 
-def _examined(runs: Runs, setup: Plan, modes: Sequence[str], allowed: int) -> dict[str, ModeVerdict]:
+def _examined(
+    runs: Runs, setup: Plan, modes: Sequence[str], allowed: int, budget: int | None
+) -> dict[str, ModeVerdict]:
     per_mode: dict[str, ModeVerdict] = {}
     first: dict[str, Tensor] | None = None
     for turn, mode in enumerate(modes):
-        later = len(modes) - turn - 1
-        share = 0 if runs.limit is None else int(runs.left * later / (later + 1))
+        if budget is not None:
+            # What a mode leaves over is for the next ones.
+            runs.limit = runs.passes + (budget - runs.passes) // (len(modes) - turn)
         before = runs.passes
         with runs.mode(mode):
             base = repeats(runs, setup, mode)
@@ -108,7 +111,7 @@ def _examined(runs: Runs, setup: Plan, modes: Sequence[str], allowed: int) -> di
             same = first is not None and all(torch.equal(base[slot], first[slot]) for slot in base)
             known = [v.position for v in per_mode.values() if v.position is not None] if same else []
             first = base
-            verdict = Examiner(runs, setup, allowed, share, known, briefly=same).examine(base)
+            verdict = Examiner(runs, setup, allowed, known, briefly=same).examine(base)
         per_mode[mode] = replace(verdict, passes=runs.passes - before)
     return per_mode
 

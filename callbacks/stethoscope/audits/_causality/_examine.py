@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 _POSITIONS = 12
 _FEWER = 2
 _OVERHEAD = 40
+_AGAIN = 8  # passes without which a second look is not worth it
 
 
 class Examiner:
     """Decides one mode."""
 
-    def __init__(self, runs: Runs, setup: Plan, allowed: int, share: int, known: list[int], *, briefly: bool) -> None:
+    def __init__(self, runs: Runs, setup: Plan, allowed: int, known: list[int], *, briefly: bool) -> None:
         self.runs = runs
         self.setup = setup
         self.allowed = allowed
-        self.reserve = share
         self.known = known
         self.briefly = briefly
 
@@ -45,14 +45,14 @@ class Examiner:
         short = dtype in (torch.float16, torch.bfloat16)
         if (exact <= max(reach, self.allowed) and not short) or dtype in (torch.float64, torch.complex128):
             return self._verdict(scan, ())
-        verdict = self._verdict_in_float64() if self.runs.widens else None
+        verdict = self._verdict_in_float64() if self.runs.widens and self.runs.left >= _AGAIN else None
         if verdict is not None:
             return verdict
-        if max((moved.strong for moved in scan.seen), default=-inf) <= self.allowed:
+        if max((moved.strong for moved in scan.seen), default=-inf) <= self.allowed and self.runs.left >= _AGAIN:
             # Perturbations that change the level let norms blow up rounding: only noise of the input's own level is left.
             level = replace(self.setup, inputs=replace(self.setup.inputs, kinds=("unit",)))
             scan = self._scanned(level, base, scan.tolerance)
-        note = f"Changes near rounding were seen; the model does not run in float64, so up to {scan.tolerance:.0e} of the largest change counts as rounding."
+        note = f"Changes near rounding were seen; they could not be looked at in float64, so up to {scan.tolerance:.0e} of the largest change counts as rounding."
         return self._verdict(scan, (note,))
 
     def _verdict_in_float64(self) -> ModeVerdict | None:
@@ -71,17 +71,23 @@ class Examiner:
 
     def _scanned(self, setup: Plan, base: dict[str, Tensor], tolerance: float) -> Scan:
         scan = Scan(self.runs, setup.inputs, setup.tracks, base, tolerance, setup.pick)
+        # What batch, opinions and culprit need; where that is not there, half of what is.
+        kept = min(12, int(min(self.runs.left, 24)) // 2)
         count = _FEWER if self.briefly else _POSITIONS
         if self.runs.limit is not None and not self.briefly:
             # Whoever grants more passes gets more positions.
-            count = max(count, int(self.runs.left) - self.reserve - _OVERHEAD)
+            count = max(count, int(self.runs.left) - _OVERHEAD)
         positions = scan.positions(count)
-        scan.scan([*dict.fromkeys((*self.known, *positions))], 1 if self.briefly else 2, self.reserve + 12)
-        scan.climb(self.reserve + 10)
+        scan.scan([*dict.fromkeys((*self.known, *positions))], 1 if self.briefly else 2, kept)
+        scan.climb(kept)
         return scan
 
     def _verdict(self, scan: Scan, notes: tuple[str, ...]) -> ModeVerdict:
         best = scan.furthest()
+        if not scan.seen:
+            raise BudgetError(
+                f"The budget of {self.runs.limit} forward passes was spent before anything was perturbed."
+            )
         if best is None:
             raise ValueError(
                 f"No perturbation of x along axis {scan.inputs.time_axis} moved any output: nothing can be said about time. "
@@ -128,7 +134,7 @@ class Examiner:
             return None
         tries = ((0, 0), (scan.inputs.items - 1, 1))
         for item, kind in tries[:1] if self.briefly else tries:
-            if self.runs.left <= self.reserve:
+            if self.runs.left < 1:
                 return None
             other = scan.outputs(scan.inputs.perturbed(0, kind, item=item))
             for track in scan.tracks:
@@ -144,7 +150,7 @@ class Examiner:
     def _padding_leak(self, scan: Scan) -> bool | None:
         """Change what lies beyond `lengths` and look at what lies before."""
         inputs = scan.inputs
-        if inputs.lengths is None or inputs.batch_axis is None or self.runs.left <= self.reserve + 2:
+        if inputs.lengths is None or inputs.batch_axis is None or self.runs.left <= 2:
             return None
         lengths = inputs.lengths
         if int(lengths.min()) >= inputs.steps:
@@ -164,7 +170,7 @@ class Examiner:
         return False
 
     def _opinions(self, scan: Scan, best: Moved, *, leaks: bool) -> tuple[bool | None, bool | None]:
-        if self.runs.left <= self.reserve + 2 or (self.briefly and not leaks):
+        if self.runs.left <= 2 or (self.briefly and not leaks):
             return None, None
         start = best.start if best.ahead > 0 else scan.inputs.steps // 2
         return nan_leaks(scan, start, self.allowed), gradient_leaks(scan, start, self.allowed)
@@ -174,7 +180,7 @@ class Examiner:
         rows = []
         steps = scan.inputs.steps
         for start in sorted({steps * k // 8 for k in ((1, 4, 7) if leaks else (2, 6))}):
-            if self.runs.left <= self.reserve:
+            if self.runs.left < 1:
                 break
             moved = scan.look(start, 0, stop=start + 1)
             if moved.moved:

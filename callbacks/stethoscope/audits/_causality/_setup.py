@@ -99,11 +99,12 @@ def plan(runs: Runs, inputs: Inputs, out_time_axis: int | None, output: Any) -> 
             f"No output follows time: x has shape {shape}, {inputs.steps} steps along axis {inputs.time_axis}; got {found}.{taken} "
             "Is time_axis right? Give the output's time axis as out_time_axis where it is fixed, or pick an output along time with output=."
         )
-    notes = (
-        ()
-        if inputs.batch_axis is not None
-        else ("No batch axis was found, so leaks across the batch were not examined.",)
-    )
+    notes: tuple[str, ...] = ()
+    if inputs.batch_axis is None:
+        notes = ("No batch axis was found, so leaks across the batch were not examined.",)
+    elif inputs.items == 1:
+        inputs = inputs.one_more(inputs.batch_axis)
+        notes = ("x has one item; it was taken twice, so that leaks across the batch show.",)
     return Plan(inputs, tuple(tracks), pick, second.steps if second is not None else None, notes)
 
 
