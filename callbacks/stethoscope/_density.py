@@ -53,7 +53,7 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
                 yield Matrix(name, parameter, None)
 
 
-def nonzero(matrix: Tensor) -> Tensor:
+def filled(matrix: Tensor) -> Tensor:
     """Number of elements that are not zero, 0-d. NaN counts as not zero."""
     return torch.count_nonzero(matrix)
 
@@ -65,14 +65,14 @@ def pruned_density(matrix: Tensor) -> Tensor:
     slices to zero (LoRA's second factor, new input channels, padding rows); and 1 with at most one such element per row
     or column, as in an identity.
     """
-    filled = matrix != 0
-    number = torch.count_nonzero(filled)
-    corner = torch.count_nonzero(filled.any(0)) * torch.count_nonzero(filled.any(1))
+    there = matrix != 0
+    number = torch.count_nonzero(there)
+    corner = torch.count_nonzero(there.any(0)) * torch.count_nonzero(there.any(1))
     sparse = number > max(matrix.shape)
     return torch.where(sparse, number / corner.clamp(min=1), torch.ones_like(number, dtype=torch.float32))
 
 
-def nonzero_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor | None:
+def filled_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor | None:
     """Number of blocks (rows, columns) with an element that is not zero, 0-d; None where they do not tile the matrix."""
     rows, columns = block
     if not matrix.numel() or matrix.shape[0] % rows or matrix.shape[1] % columns:
