@@ -19,13 +19,11 @@ LAYERS = {
     "_record.py": set(),
     "_protocols.py": {"_record"},
     "_tree.py": set(),
-    "_density.py": set(),
-    "_schedule.py": {"_record"},
     "stats.py": set(),
     "_parts.py": {"_record"},
     "_metrics.py": set(),
     "_transfer.py": {"_protocols", "_record"},
-    "probes": {"", "_density", "_protocols", "_record", "_tree", "stats", "separation_stats"},
+    "probes": {"", "_protocols", "_record", "_density", "_tree", "stats", "separation_stats"},
     "watches": {
         "",
         "_metrics",
@@ -36,6 +34,8 @@ LAYERS = {
     },  # _metrics names tensors in annotations only
     "sinks": {"", "_protocols", "_record"},
     "_diagnosis.py": {"_protocols", "_record"},
+    "_schedule.py": {"_record"},
+    "_density.py": set(),
 }
 
 
@@ -80,7 +80,7 @@ def test_imports_follow_the_layers():
 
 
 def test_only_the_transfer_fetches_values_from_the_device():
-    device_side = [name for name in SOURCES if name.startswith("probes/") or name.endswith(("stats.py", "_density.py"))]
+    device_side = [name for name in SOURCES if name.startswith("probes/") or name.endswith("stats.py")]
     assert device_side
     assert {name: waits(SOURCES[name]) for name in device_side if waits(SOURCES[name])} == {}
     assert waits(SOURCES["_transfer.py"])
@@ -88,9 +88,7 @@ def test_only_the_transfer_fetches_values_from_the_device():
 
 def test_watches_sinks_and_types_know_no_torch():
     names = [
-        name
-        for name in SOURCES
-        if name.split("/")[0] in {"watches", "_record.py", "_protocols.py", "_diagnosis.py", "_schedule.py"}
+        name for name in SOURCES if name.split("/")[0] in {"watches", "_record.py", "_protocols.py", "_diagnosis.py"}
     ]
     for name in names:
         for node in ast.parse(SOURCES[name]).body:
