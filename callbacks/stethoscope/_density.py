@@ -53,9 +53,9 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
                 yield Matrix(name, parameter, None)
 
 
-def count_nonzero(matrix: Tensor) -> Tensor:
-    """Number of elements that are not zero, 0-d. NaN counts as not zero."""
-    return torch.count_nonzero(matrix)
+def filled(matrix: Tensor) -> Tensor:
+    """Which elements are not zero; NaN is not. `bool()` takes a fifth of the time of `!= 0`."""
+    return matrix.bool()
 
 
 def pruned_density(matrix: Tensor) -> Tensor:
@@ -65,18 +65,23 @@ def pruned_density(matrix: Tensor) -> Tensor:
     slices to zero (LoRA's second factor, new input channels, padding rows); and 1 with at most one such element per row
     or column, as in an identity.
     """
-    filled = matrix != 0
-    number = torch.count_nonzero(filled)
-    corner = torch.count_nonzero(filled.any(0)) * torch.count_nonzero(filled.any(1))
+    there = filled(matrix)
+    number = torch.count_nonzero(there)
+    corner = torch.count_nonzero(there.any(0)) * torch.count_nonzero(there.any(1))
     sparse = number > max(matrix.shape)
     return torch.where(sparse, number / corner.clamp(min=1), torch.ones_like(number, dtype=torch.float32))
 
 
-def nonzero_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor | None:
-    """Number of blocks (rows, columns) with an element that is not zero, 0-d; None where they do not tile the matrix."""
+def filled_blocks(there: Tensor, block: tuple[int, int]) -> Tensor | None:
+    """Number of blocks (rows, columns) with an element that is not zero, 0-d; None where they do not tile the matrix.
+
+    Args:
+        there: from `filled`.
+        block: rows and columns.
+    """
     rows, columns = block
-    if not matrix.numel() or matrix.shape[0] % rows or matrix.shape[1] % columns:
+    if not there.numel() or there.shape[0] % rows or there.shape[1] % columns:
         return None
-    # rows first, in bytes: whole rows are compared at once, twice as fast as `any` on bools
-    bands = (matrix != 0).view(torch.uint8).reshape(-1, rows, matrix.shape[1]).amax(1)
+    # rows first, in bytes: whole rows are compared at once
+    bands = there.contiguous().view(torch.uint8).reshape(-1, rows, there.shape[1]).amax(1)
     return torch.count_nonzero(bands.view(-1, columns).amax(1))

@@ -131,12 +131,13 @@ def _target_of(name: str, target: float | Mapping[str, float] | None) -> float |
 
 def _examine(name: str, weight: Tensor, block: tuple[int, int] | None, target: float | None) -> MatrixDensity:
     shape = (weight.shape[0], weight.shape[1])
-    nonzero = int(_density.count_nonzero(weight))
+    there = _density.filled(weight)
+    nonzero = int(there.sum())
     density = nonzero / max(weight.numel(), 1)
     shapes = [block] if block is not None else [(rows, columns) for rows in _LENGTHS for columns in _LENGTHS]
     best, blocks = (1, 1), nonzero
     for rows, columns in sorted(shapes, key=lambda pair: pair[0] * pair[1], reverse=True) if 0 < density < 0.98 else []:
-        counted = _density.nonzero_blocks(weight, (rows, columns))
+        counted = _density.filled_blocks(there, (rows, columns))
         if counted is None:
             continue
         area, number = rows * columns, int(counted)

@@ -22,7 +22,7 @@ def make(factory: str, arguments: str = "{}") -> nn.Module:
 
     path, separator, name = factory.partition(":")
     if not (separator and path and name):
-        raise ValueError(f"--model {factory!r} is not of the form package.module:name.")
+        raise ValueError(f"{factory!r} is not of the form package.module:name.")
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's own code lies where they stand
     try:
         found: Any = importlib.import_module(path)
