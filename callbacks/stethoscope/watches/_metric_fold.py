@@ -61,7 +61,7 @@ def update(contract: Contract, state: State, records: Sequence[Record]) -> tuple
 
 
 def fields(state: State) -> dict[str, Field]:
-    """Return declarations of the numbers that a state has learned. Counts, times and what never had a value are left out."""
+    """Return declarations of the numbers that a state has learned, without counts and times."""
     declared: dict[str, Field] = {}
     phases = state["phases"]
     for of in phases.values():
