@@ -138,7 +138,10 @@ def _row(value: Tensor, weight: float | Tensor) -> Tensor:
     """Return total, weight, batches, and of non-finite ones batches and weight: all of them add up."""
     number = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
     finite = torch.isfinite(number)
-    by = torch.as_tensor(weight, dtype=number.dtype, device=number.device).reshape(())
+    if isinstance(weight, torch.Tensor):
+        by = weight.detach().to(number.device, number.dtype).reshape(())
+    else:  # filled on the device: a copy from the host would wait
+        by = torch.full((), weight, dtype=number.dtype, device=number.device)
     # where and not a product: 0 * NaN is NaN
     total = torch.where(finite, number * by, 0.0)
     return torch.stack([total, by * finite, finite.to(by.dtype), (~finite).to(by.dtype), by * ~finite])

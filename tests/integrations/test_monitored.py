@@ -74,6 +74,12 @@ class Module(lightning.LightningModule):
         }
 
 
+class OnlyInTrain(Module):
+    def training_step(self, batch, batch_idx):
+        self.log("train_ctc", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
 class Late(Module):
     def on_train_epoch_end(self):
         self.log("train_late", 1.0)
@@ -109,6 +115,13 @@ def test_a_healthy_lightning_run_has_nothing_to_say(loaders, tmp_path):
     listening = fit(Module(plateau), loaders=loaders, tmp_path=tmp_path)
     assert listening.follower.found == []
     assert listening.unknown == []
+
+
+def test_the_first_training_batch_is_compared_with_the_sanity_check(tmp_path):
+    listening = fit(OnlyInTrain(), tmp_path=tmp_path)
+    (found,) = listening.follower.found
+    assert (found.code, found.severity, found.step) == ("metric-phase-mismatch", "warning", 1)
+    assert found.evidence["metric"] == "train_ctc"
 
 
 def test_every_key_that_nothing_logs_is_said_after_the_first_batch(tmp_path):
