@@ -479,3 +479,37 @@ def test_series_and_replay_bring_together_what_belongs_together():
     assert [f.message for f in replay(Sizes(), records)] == ["2", "2", "1"]
     with pytest.raises(ValueError, match="as long as the steps"):
         series(a=[1.0], b=[1.0, 2.0])
+
+
+@pytest.fixture
+def restored():
+    """Process-wide settings of torch as they were."""
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.set_default_device("meta"),
+        lambda: torch.use_deterministic_algorithms(mode=True),
+    ],
+)
+@pytest.mark.usefixtures("restored")
+def test_process_wide_settings_of_torch_do_not_matter(setting):
+    model, optimizer = make()
+    batches = [torch.randn(8, 6) for _ in range(4)]
+    memory = sinks.Memory()
+    setting()
+    with Monitor(model, optimizer, **presets.first_aid(), every=2, sinks=[memory], strict=True) as monitor:
+        for x in batches:
+            for _ in range(2):
+                model(x).square().mean().backward()
+            optimizer.step()
+            monitor.step(loss=np.float32(1.0))
+    assert not memory.findings
+    assert {r.step for r in memory.records if r.name == "activation/rms"} == {0, 2}
+    assert [r.value for r in memory.records if r.name == "loss"] == [1.0] * 4

@@ -130,3 +130,26 @@ def assert_metrics(step: Callable[[Any], object], batch: Any, schema: MetricSche
     report = schema.judge(step(batch), phase)
     if not report.ok:
         raise AssertionError(str(report))
+
+
+def assert_causal(model: Any, x: Any, allowed: int = 0, **options: Any) -> None:
+    """Fail unless the model looks ahead by at most `allowed` input steps and nothing leaks across the batch.
+
+    Args:
+        model: see `stethoscope.audits.causality`.
+        x: the same; a batch of two or more.
+        allowed: declared look-ahead in input steps.
+        **options: further arguments of `stethoscope.audits.causality`, e.g. `time_axis=1` or `modes=("eval",)`.
+
+    Raises:
+        AssertionError: with the whole report as its message.
+
+    Example:
+        >>> import torch
+        >>> assert_causal(lambda x: x.cumsum(-1), torch.randn(2, 50))
+    """
+    from stethoscope.audits import causality
+
+    report = causality(model, x, allowed=allowed, **options)
+    if not report.ok:
+        raise AssertionError(str(report))
