@@ -90,26 +90,30 @@ def largest_pair(cosines: Tensor) -> Tensor:
     return cosines.abs().masked_fill(own, 0.0).amax((1, 2))
 
 
-def largest_pair_delayed(signals: Tensor, max_delay: int) -> Tensor:
+def largest_pair_delayed(signals: Tensor, scale: Tensor, max_delay: int) -> Tensor:
     """Largest |cos| over pairs and over delays of -max_delay .. max_delay samples, (B, S, T) mean-free -> (B,).
 
     Blocks of one signal times longer blocks of the other give all lags at once as sums along diagonals of one matrix
-    product: `O(T max_delay)` per pair, at the speed of a matrix product. Energies are those of the whole signals.
+    product: `O(T max_delay)` per pair, at the speed of a matrix product.
+
+    Args:
+        signals: (B, S, T), mean-free.
+        scale: (B, S), the inverse 2-norm of each signal, or 0 to leave it out.
+        max_delay: in samples, above 0.
     """
     batch, sources, size = signals.shape
-    block = max(2 * max_delay, 1)
+    block = 2 * max_delay
     frames = -(-size // block)
-    padded = torch.nn.functional.pad(signals, (0, frames * block - size))
-    wide = torch.nn.functional.pad(padded, (max_delay, max_delay)).unfold(-1, block + 2 * max_delay, block)
-    narrow = padded.reshape(batch, sources, frames, block).transpose(-1, -2)
-    energy = signals.square().sum(-1).clamp(min=1e-30).sqrt()
+    padded = torch.nn.functional.pad(signals, (max_delay, frames * block - size + max_delay))
     best = []
-    for i in range(sources):
-        for j in range(i + 1, sources):
-            products = torch.bmm(narrow[:, i], wide[:, j])
+    for j in range(1, sources):
+        wide = padded[:, j].unfold(-1, block + 2 * max_delay, block)
+        for i in range(j):
+            narrow = padded[:, i, max_delay:-max_delay].reshape(batch, frames, block)
+            products = torch.bmm(narrow.transpose(1, 2), wide)
             height, width = products.shape[1:]
             lags = products.as_strided((batch, height, 2 * max_delay + 1), (height * width, width + 1, 1)).sum(1)
-            best.append(lags.abs().amax(-1) / energy[:, i] / energy[:, j])
+            best.append(lags.abs().amax(-1) * scale[:, i] * scale[:, j])
     return torch.stack(best).amax(0).clamp(max=1.0)
 
 

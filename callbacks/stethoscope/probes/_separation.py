@@ -170,6 +170,7 @@ class _Attached:
         out: dict[str, Tensor] = {}
         outputs, references = batch.outputs, batch.references
         delay = min(self._spec.max_delay, batch.estimates.shape[-1] // 8)
+        scale = batch.products.diagonal(dim1=1, dim2=2).clamp(min=1e-30).rsqrt()
         ref_cos = ref_delay = None
         if references is not None and references.shape[1] > 1:
             ref_cos = stats.largest_pair(cos[:, batch.reference_rows, batch.reference_rows])
@@ -181,10 +182,10 @@ class _Attached:
             out["out_cos"] = stats.mean_over(out_cos, finite)
             flag = stats.alike(out_cos, ref_cos)
             if delay:
-                out_delay = stats.largest_pair_delayed(batch.estimates * heard, delay)
+                out_delay = stats.largest_pair_delayed(batch.estimates, scale[:, :outputs] * heard[..., 0], delay)
                 out["out_delay_cos"] = stats.mean_over(out_delay, finite)
                 if references is not None and references.shape[1] > 1:
-                    ref_delay = stats.largest_pair_delayed(references, delay)
+                    ref_delay = stats.largest_pair_delayed(references, scale[:, batch.reference_rows], delay)
                     out["ref_delay_cos"] = stats.mean_over(ref_delay, torch.isfinite(ref_delay))
                 flag = flag | stats.alike(out_delay, ref_delay)
             out["alike_fraction"] = stats.mean_over(flag.float(), finite)
