@@ -122,6 +122,25 @@ class MetricSchema:
         """Return what is wrong with one dictionary by itself, whatever `on_mismatch` says. Waits for the device."""
         return Report(title=f"{phase} metrics", findings=tuple(self._findings(_read(metrics, phase), phase)))
 
+    def compare(self, known: Mapping[str, Iterable[str]], step: int | None = None) -> list[Finding]:
+        """Judge names alone, before there are values: against the declaration, and one phase against the other.
+
+        Args:
+            known: phase to names, e.g. of a sanity check and of a first training batch.
+            step: for the findings.
+
+        Example:
+            >>> MetricSchema().compare({"val": ["val_loss"], "train": ["train_loss", "train_acc"]})[0].evidence["metric"]
+            'train_acc'
+        """
+        state, found = fold.init(), list[Finding]()
+        for phase in sorted(known, key=lambda name: names.phase(name) == "train"):
+            records = [Record(name, 1.0, 0, phase=phase, source="log") for name in known[phase]]
+            state, said = fold.update(self._contract, state, records)
+            found += [replace(finding, step=step) for finding in said]
+        of_names = {"metric-missing", "metric-unexpected", "metric-phase-mismatch"}
+        return [finding for finding in found if finding.code in of_names]
+
     def _findings(self, records: list[Record], phase: str) -> list[Finding]:
         """Judge one dictionary by itself; unlike in the loop, an empty one is a fault."""
         _, found = fold.update(self._contract, fold.init(), records)
