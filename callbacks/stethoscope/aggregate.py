@@ -21,7 +21,8 @@ class Mean:
     """The weighted mean of metric dictionaries, kept where the metrics are; adding waits for nothing.
 
     Sum and weight start at 0, None counts for neither, and a batch that is not finite either makes the mean NaN or is
-    left out of both sum and weight, and counted. For anything but means (F1, AUROC, corpus WER) use torchmetrics: they are no means of batches.
+    left out of both sum and weight, and counted. For anything but means (F1, AUROC, corpus WER) use torchmetrics: they
+    are no means of batches.
 
     Args:
         nonfinite: `"propagate"`: one NaN batch makes the mean NaN; `"skip"`: it is left out, see `skipped`.
@@ -57,9 +58,9 @@ class Mean:
                 self._rows[name] = before + row.to(before.device)
 
     def result(self) -> dict[str, Tensor | None]:
-        """Return name -> mean, a 0-d tensor where the metrics were, float64 (float32 on MPS); None where no batch had a value.
+        """Return name -> mean, a 0-d tensor where the metrics were; None where no batch had a value.
 
-        Waits for nothing. With `"skip"`, NaN where no batch was finite.
+        float64, float32 on MPS. Waits for nothing. With `"skip"`, NaN where no batch was finite.
         """
         means: dict[str, Tensor | None] = {}
         for name, row in self._rows.items():
@@ -106,7 +107,8 @@ def updates(optimizer: Optimizer, steps: int) -> Report:
     """Compare the updates that an optimizer made with the steps that were counted.
 
     A step that is skipped for a NaN gradient, by a loop or by `GradScaler`, does not advance the optimizer, while the
-    scheduler and the step counter may go on: the learning rate is then decayed for updates that were never made. Waits for the device.
+    scheduler and the step counter may go on: the learning rate is then decayed for updates that were never made. Waits
+    for the device.
 
     Args:
         optimizer: one that counts its steps in its state (Adam and its relatives); SGD does not, which is said.
@@ -136,7 +138,10 @@ def _row(value: Tensor, weight: float | Tensor) -> Tensor:
     """Return total, weight, batches, and of non-finite ones batches and weight: all of them add up."""
     number = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
     finite = torch.isfinite(number)
-    by = torch.as_tensor(weight, dtype=number.dtype, device=number.device).reshape(())
+    if isinstance(weight, torch.Tensor):
+        by = weight.detach().to(number.device, number.dtype).reshape(())
+    else:  # filled on the device: a copy from the host would wait
+        by = torch.full((), weight, dtype=number.dtype, device=number.device)
     # where and not a product: 0 * NaN is NaN
     total = torch.where(finite, number * by, 0.0)
     return torch.stack([total, by * finite, finite.to(by.dtype), (~finite).to(by.dtype), by * ~finite])

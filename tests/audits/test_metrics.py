@@ -1,4 +1,4 @@
-"""`audits.metrics` on code of the shape of wenet-e2e/wenet: a model whose forward returns a dictionary, an executor that reads it."""
+"""`audits.metrics` on code of the shape of wenet-e2e/wenet: a forward that returns a dictionary, an executor that reads it."""
 
 import functools
 import random

@@ -1,5 +1,7 @@
 """Metric dictionaries and monitored keys as the real trainers of Lightning and Hugging Face give them."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -33,11 +35,14 @@ class Listening(lightning.Callback):
     def __init__(self):
         self.follower = Follower()
         self.unknown = None
+        self.early = None
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.follower.log(dict(trainer.callback_metrics), "train", trainer.global_step)
         if self.unknown is None:
-            self.unknown = unknown_monitors(_monitored.lightning(trainer), _monitored.lightning_known(trainer))
+            known = _monitored.lightning_known(trainer)
+            self.unknown = unknown_monitors(_monitored.lightning(trainer), known)
+            self.early = self.follower.schema.compare(known, trainer.global_step)
 
     def on_validation_end(self, trainer, module):
         self.follower.log(dict(trainer.callback_metrics), "val", trainer.global_step)
@@ -74,6 +79,12 @@ class Module(lightning.LightningModule):
         }
 
 
+class OnlyInTrain(Module):
+    def training_step(self, batch, batch_idx):
+        self.log("train_ctc", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
 class Late(Module):
     def on_train_epoch_end(self):
         self.log("train_late", 1.0)
@@ -108,7 +119,15 @@ def test_a_healthy_lightning_run_has_nothing_to_say(loaders, tmp_path):
     plateau = "val_loss" if loaders == 1 else "val_loss/dataloader_idx_1"
     listening = fit(Module(plateau), loaders=loaders, tmp_path=tmp_path)
     assert listening.follower.found == []
-    assert listening.unknown == []
+    assert listening.unknown == listening.early == []
+
+
+def test_the_first_training_batch_is_compared_with_the_sanity_check(tmp_path):
+    listening = fit(OnlyInTrain(), tmp_path=tmp_path)
+    (found,) = listening.follower.found
+    assert (found.code, found.severity, found.step) == ("metric-phase-mismatch", "warning", 1)
+    assert found.evidence["metric"] == "train_ctc"
+    assert listening.early == [dataclasses.replace(found, phase="train", evidence=listening.early[0].evidence)]
 
 
 def test_every_key_that_nothing_logs_is_said_after_the_first_batch(tmp_path):

@@ -195,6 +195,15 @@ def test_the_first_training_batch_is_compared_with_the_sanity_check():
     assert (found.code, found.severity, found.evidence["metric"]) == ("metric-phase-mismatch", "warning", "train_acc")
 
 
+def test_names_are_compared_before_there_are_values():
+    known = {"train": ["train_loss", "train_acc", "lr"], "val": ["val_loss", "val_wer"]}
+    (found,) = MetricSchema().compare(known, step=0)
+    assert (found.code, found.step, found.evidence["metric"]) == ("metric-phase-mismatch", 0, "train_acc")
+    assert MetricSchema().compare({"train": known["train"]}) == []
+    declared = MetricSchema({"loss": Field(float, le=0.5), "wer": Field(phases=("val",)), "th_accuracy": float})
+    assert codes(declared.compare(known)) == [("metric-missing", "th_accuracy")]
+
+
 def test_bookkeeping_of_training_is_not_missed_in_validation():
     stream = log(
         loss=[1.0], lr=[0.1], grad_norm=[2.0], epoch=[1.0], tokens_per_second=[3.0], gpu_mem=[1.0], num_utts=[8.0]

@@ -249,6 +249,14 @@ def test_history_5_a_float_among_tensors():
     assert (found.code, found.severity, found.evidence["metric"]) == ("metric-type", "error", "th_accuracy")
 
 
+def test_history_5_where_only_validation_has_the_float():
+    train = [("train", {"loss": torch.tensor(3.0), "loss_ctc": torch.tensor(3.0), "acc": torch.tensor(0.5)})] * 3
+    (found,) = follow([*train, ("cv", {"loss": 3.0, "loss_ctc": torch.tensor(3.0), "acc": torch.tensor(0.5)})])
+    assert (found.code, found.phase, found.evidence["metric"]) == ("metric-type", "cv", "loss")
+    assert follow([*train, ("cv", {"loss": 3.0, "loss_ctc": 3.0, "acc": 0.5})]) == []
+    assert follow([*train, ("cv", {"loss": torch.tensor(3.0), "loss_ctc": torch.tensor(3.0), "acc": 0.5})]) == []
+
+
 def test_none_missing_and_zero_are_three_things():
     train = [("train", {"loss": 1.0})] * 3
     with_none = follow([*train, ("val", {"loss": 1.0, "acc": None})])

@@ -32,7 +32,8 @@ class MetricsReport(Report):
     Args:
         train: the metrics of the training step, name to kind (see `Monitor.log`).
         val: those of the validation step.
-        schema: the schema given, with what it has learned here. `report.schema.write_lock("schema.lock.json")` keeps it.
+        schema: the schema given, with what it has learned here. `report.schema.write_lock("schema.lock.json")` keeps
+        it.
     """
 
     train: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -49,10 +50,11 @@ def metrics(
 ) -> MetricsReport:
     """Run one batch of both phases and compare the metrics, so that a KeyError comes now and not after an epoch.
 
-    Validation runs under `torch.no_grad()` with all modules in eval mode. Where a model returns a plain dictionary, reads of keys
-    that it does not hold are noticed, also those that a default (`.get("th_accuracy", 0.0)`) would hide. Parameters, buffers,
-    gradients, training flags, optimizer states and random states are put back afterwards, also after an exception, as far
-    as they are reached through closures, bound objects and globals of the two functions. An exception of a step becomes a finding.
+    Validation runs under `torch.no_grad()` with all modules in eval mode. Where a model returns a plain dictionary,
+    reads of keys that it does not hold are noticed, also those that a default (`.get("th_accuracy", 0.0)`) would hide.
+    Parameters, buffers, gradients, training flags, optimizer states and random states are put back afterwards, also
+    after an exception, as far as they are reached through closures, bound objects and globals of the two functions. An
+    exception of a step becomes a finding.
 
     Under `torch.distributed` the names are gathered from all ranks once, so call it on every rank or on none.
 

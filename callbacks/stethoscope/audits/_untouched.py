@@ -44,9 +44,10 @@ def untouched(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
         for tensor in tensors.values()
         if tensor.is_leaf
     ]
-    buffers = [(module, dict(module._buffers), module.training) for module in modules.values()]  # noqa: SLF001 - the same tensor objects are put back
+    # The same tensor objects are put back, and the global random states are what user code draws from.
+    buffers = [(module, dict(module._buffers), module.training) for module in modules.values()]  # noqa: SLF001
     states = [(thing, copy.deepcopy(thing.state_dict())) for thing in stateful]
-    seeds = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the global state is what user code draws from
+    seeds = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     inner = {id(child) for module in modules.values() for child in module.children()}
     try:
@@ -60,12 +61,12 @@ def untouched(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
                 if gradient is not None and before is not None:
                     gradient.copy_(before)
         for module, held, training in buffers:
-            module._buffers.update(held)  # noqa: SLF001 - see above
+            module._buffers.update(held)  # noqa: SLF001
             module.training = training
         for thing, state in states:
             thing.load_state_dict(state)
         random.setstate(seeds[0])
-        np.random.set_state(seeds[1])  # noqa: NPY002 - see above
+        np.random.set_state(seeds[1])  # noqa: NPY002
         torch.set_rng_state(seeds[2])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)

@@ -20,8 +20,8 @@ _ALWAYS = frozenset({"epoch", "step", "global_step"})
 def lightning(trainer: Any) -> list[tuple[str, str]]:
     """Return (who, key) for every key that a Lightning trainer's callbacks and schedulers ask for.
 
-    These are `monitor` of EarlyStopping, ModelCheckpoint and their like, the placeholders of a checkpoint's `filename`, and
-    `monitor` of a ReduceLROnPlateau, which is known once `fit` has set up the optimizers.
+    These are `monitor` of EarlyStopping, ModelCheckpoint and their like, the placeholders of a checkpoint's `filename`,
+    and `monitor` of a ReduceLROnPlateau, which is known once `fit` has set up the optimizers.
     """
     asked: list[tuple[str, str]] = []
     for callback in getattr(trainer, "callbacks", ()):
@@ -42,7 +42,8 @@ def lightning_known(trainer: Any) -> dict[str, set[str]]:
     """Return phase -> names that a Lightning run has logged, or has begun to gather for the end of its epoch.
 
     Call it after the first training batch: validation has run once then in the sanity check. A name in quotes in
-    the source of the module or of a callback counts as logged, since hooks such as `on_train_epoch_end` have not run yet.
+    the source of the module or of a callback counts as logged, since hooks such as `on_train_epoch_end` have not run
+    yet.
     """
     held = set(getattr(trainer, "callback_metrics", {})) | set(getattr(trainer, "logged_metrics", {}))
     loop = getattr(trainer, "fit_loop", None)

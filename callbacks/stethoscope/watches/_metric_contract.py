@@ -1,4 +1,4 @@
-"""The declared metrics, compiled: which declaration an entry of a dictionary falls under, and what a phase must hold."""
+"""The declared metrics, compiled: which declaration an entry falls under, and what a phase must hold."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Field:
         le: largest legal value.
         lt: the value that it must be below.
         unit: e.g. `"dB"`, for messages and documentation.
-        phases: phases in which it is given, `"val"` standing for valid, dev, cv and eval as well; empty means every one.
+        phases: phases in which it is given; `"val"` is valid, dev, cv and eval as well; empty means every one.
         aliases: other names for the same metric.
         better: `"higher"` or `"lower"`.
         mean_of: name of the metric, logged once per batch, whose mean over an epoch this one claims to be.

@@ -61,7 +61,7 @@ def update(contract: Contract, state: State, records: Sequence[Record]) -> tuple
 
 
 def fields(state: State) -> dict[str, Field]:
-    """Return declarations of the numbers that a state has learned. Counts, times and what never had a value are left out."""
+    """Return declarations of the numbers that a state has learned, without counts and times."""
     declared: dict[str, Field] = {}
     phases = state["phases"]
     for of in phases.values():
@@ -136,6 +136,8 @@ class _Dictionary:
                 if kind == "tensor-grad":
                     usual = names.loss(slot.bare) and self.plan.phase == "train"
                     self._say("metric-grad", "" if usual else slot.bare, findings.graph, slot.raw, usual=usual)
+            if of == "number" and entry["tensor"] is None and kind in _NUMBERS and self._tensor_in_training(slot.bare):
+                flipped.append(slot)
             if of == "number" and entry["tensor"] is not (kind in _TENSORS):
                 if entry["tensor"] and not entry["mixed"] and numbers(entry, self.after) > LEARN:
                     flipped.append(slot)
@@ -147,6 +149,14 @@ class _Dictionary:
                 self._say("metric-type", slot.bare, findings.wrong_kind, slot.raw, "float", rule)
         self._names()
         return self._close()
+
+    def _tensor_in_training(self, bare: str) -> bool:
+        """Whether a loss that is a number in another phase has always been a tensor in training."""
+        train = self.state["phases"].get("train", {"keys": {}})
+        entry = train["keys"].get(bare)
+        if self.plan.phase == "train" or entry is None or not names.loss(bare):
+            return False  # an accuracy is often counted on the host in validation
+        return entry["tensor"] is True and not entry["mixed"] and numbers(entry, train) >= LEARN
 
     def _say(self, code: str, bare: str, make: Callable[..., Finding], *args: Any, **more: Any) -> None:
         self.problems[f"{code}|{bare}"] = lambda: make(self.at, *args, **more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from stethoscope.watches._metric_contract import Contract
 
 TOLERANCE = 1e-4
-"""Largest honest error of a mean, relative to the largest batch: sums in float32 over 1000 batches are off by up to 6e-5."""
+"""Largest honest error of a mean, relative to the largest batch: float32 sums over 1000 batches are off by up to 6e-5."""
 
 
 class Tally(NamedTuple):
@@ -56,16 +57,16 @@ class Tally(NamedTuple):
         )
 
     def disagreement(self, shown: float) -> str:
-        """Return how a mean that was shown differs from the batches, and why if one known fault explains it; `""` if it agrees.
+        """Return how a mean that was shown differs from the batches, and why if a known fault explains it; `""` if not.
 
-        With weights it must be the weighted mean to `TOLERANCE`. Without them batches may be of any size, so it must only lie between the
-        smallest and the largest, and must not be what a known fault would give.
+        With weights it must be the weighted mean to `TOLERANCE`. Without them batches may be of any size, so it must
+        only lie between the smallest and the largest, and must not be what a known fault would give.
         """
         if not self.batches or not self.weight:
             return ""
         allowed = TOLERANCE * max(abs(self.low), abs(self.high), 1e-30)
         mean = self.total / self.weight
-        if abs(shown - mean) <= allowed or (self.lost and shown != shown):  # noqa: PLR0124 - NaN batches make a NaN mean
+        if abs(shown - mean) <= allowed or (self.lost and math.isnan(shown)):
             return ""
         both = self.weight + self.lost_weight
         faults = {
@@ -87,7 +88,7 @@ class Tally(NamedTuple):
 
 
 def update(contract: Contract, state: State, records: Sequence[Record]) -> tuple[State, list[Finding]]:
-    """Take in batches and compare the means that are declared with `mean_of`; a mean that was shown begins a new epoch."""
+    """Take in batches and compare means that are declared with `mean_of`; a mean that was shown begins a new epoch."""
     logged = [record for record in records if record.source == "log" and isinstance(record.value, float)]
     found: list[Finding] = []
     tallies = dict(state.get("means", {}))

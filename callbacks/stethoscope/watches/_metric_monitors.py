@@ -16,8 +16,8 @@ def unknown_monitors(
 ) -> list[Finding]:
     """Return one finding per key that is asked for and was not logged, with the nearest name.
 
-    A key is judged once its phase has logged something: one that says val, after validation has (Lightning's sanity check counts); one
-    that says no phase, after train and val both have.
+    A key is judged once its phase has logged something: one that says val, after validation has (Lightning's sanity
+    check counts); one that says no phase, after train and val both have.
 
     Args:
         asked: who asks for which key, e.g. `("EarlyStopping", "val/loss")`.

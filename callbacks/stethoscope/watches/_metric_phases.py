@@ -99,6 +99,6 @@ def _together(shapes: list[str], present: Collection[str], contract: Contract) -
     found: set[str] = set()
     for shape in shapes:
         bares = {names.split(raw).bare for raw in shape.split("\n")}
-        if any(_in(contract, bare, dict.fromkeys(bares)) for bare in present):
+        if not bares.isdisjoint(present) or any(_in(contract, bare, dict.fromkeys(bares)) for bare in present):
             found |= bares
     return found

@@ -38,10 +38,11 @@ class MetricSchema:
     Args:
         fields: what is declared: a mapping of names to types or `Field`, a TypedDict, a dataclass or a pydantic model.
             None learns the keys of each phase from its dictionaries; after two of a phase what it holds is the rule.
-        lock: path of a lock file, read here if it exists. It stands in for `fields` where they are None, and is compared with them
-            where they are given. `write_lock` writes it.
-        aliases: other names of metrics, `{"acc": "th_accuracy"}`. Prefixes (train, val, valid, dev, cv, eval, test, with `_`
-            or `/`), the suffixes `_step`, `_epoch`, `/dataloader_idx_N`, and acc for accuracy or th_accuracy need none.
+        lock: path of a lock file, read here if it exists. It stands in for `fields` where they are None, and is
+            compared with them where they are given. `write_lock` writes it.
+        aliases: other names of metrics, `{"acc": "th_accuracy"}`. Prefixes (train, val, valid, dev, cv, eval, test,
+            with `_` or `/`), the suffixes `_step`, `_epoch`, `/dataloader_idx_N`, and acc for accuracy or th_accuracy
+            need none.
         on_mismatch: what `validate` does with a warning or an error: `"raise"`, `"warn"`, or only `"fill"` with None.
             The training loop is never stopped by it.
 
@@ -91,7 +92,7 @@ class MetricSchema:
         return new, found
 
     def validate(self, metrics: object, phase: str = "train") -> dict[str, float | None]:
-        """Return a plain dictionary of floats and None that holds every declared key. Reads tensors: it waits for the device.
+        """Return a plain dictionary of floats and None that holds every declared key. Waits for the device.
 
         A key that is missing and a value that is None or no scalar are both None; no number is ever made up. Findings
         tell them apart; `on_mismatch` decides what becomes of warnings and errors.
@@ -113,12 +114,32 @@ class MetricSchema:
         values: dict[str, float | None] = dict.fromkeys(self._contract.fields)
         for record in records:
             usual = names.split(record.name).phase or names.phase(phase)
-            values[self._contract.find(record.name, usual) or record.name] = record.value  # type: ignore[assignment]  # no histogram is logged
+            name = self._contract.find(record.name, usual) or record.name
+            values[name] = record.value  # type: ignore[assignment]  # no histogram is logged
         return values
 
     def judge(self, metrics: object, phase: str = "train") -> Report:
         """Return what is wrong with one dictionary by itself, whatever `on_mismatch` says. Waits for the device."""
         return Report(title=f"{phase} metrics", findings=tuple(self._findings(_read(metrics, phase), phase)))
+
+    def compare(self, known: Mapping[str, Iterable[str]], step: int | None = None) -> list[Finding]:
+        """Judge names alone, before there are values: against the declaration, and one phase against the other.
+
+        Args:
+            known: phase to names, e.g. of a sanity check and of a first training batch.
+            step: for the findings.
+
+        Example:
+            >>> MetricSchema().compare({"val": ["val_loss"], "train": ["train_loss", "train_acc"]})[0].evidence["metric"]
+            'train_acc'
+        """
+        state, found = fold.init(), list[Finding]()
+        for phase in sorted(known, key=lambda name: names.phase(name) == "train"):
+            records = [Record(name, 1.0, 0, phase=phase, source="log") for name in known[phase]]
+            state, said = fold.update(self._contract, state, records)
+            found += [replace(finding, step=step) for finding in said]
+        of_names = {"metric-missing", "metric-unexpected", "metric-phase-mismatch"}
+        return [finding for finding in found if finding.code in of_names]
 
     def _findings(self, records: list[Record], phase: str) -> list[Finding]:
         """Judge one dictionary by itself; unlike in the loop, an empty one is a fault."""
