@@ -267,7 +267,7 @@ def test_a_watch_whose_records_never_come_is_starved_and_one_of_a_preset_is_only
 def test_idle_parts_of_a_preset_do_not_warn():
     with Monitor(nn.Linear(2, 2), **presets.first_aid()) as monitor:
         monitor.step()
-    assert {f.code for f in monitor.findings} == {"probe-read-nothing"}
+    assert {f.code for f in monitor.findings} == {"probe-read-nothing", "watch-starved"}
     assert {f.severity for f in monitor.findings} == {"info"}
 
 

@@ -168,6 +168,19 @@ def test_validation_is_judged_on_its_own():
     assert [(finding.phase, finding.module) for finding in monitor.findings] == [("val", "")]
 
 
+def test_a_bad_weight_is_named_in_validation_too():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].bias.data[0] = torch.nan
+    with Monitor(model, watches=[NonFinite()], strict=True) as monitor:
+        monitor.step(loss=model(torch.ones(3, 2))[:, 1].sum())
+        with monitor.phase("val"):
+            model(torch.ones(3, 2))
+    assert [(f.code, f.phase, f.module) for f in monitor.findings] == [
+        ("nonfinite-parameter", "train", "1"),
+        ("nonfinite-parameter", "val", "1"),
+    ]
+
+
 RECORDS = st.lists(
     st.builds(
         Record,

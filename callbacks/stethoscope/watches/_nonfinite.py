@@ -88,7 +88,8 @@ class NonFinite:
                 "loss": str(losses[0]) if losses else None,
                 "modules": len({r.module for r in flags if r.name == "activation/nonfinite"}),
             }
-            culprit = _reached(weights, origin)
+            # weights are looked at while training; in other phases the last look counts
+            culprit = _reached(weights if phase == "train" else known, origin)
             findings.append(_explain(origin, first_nan, culprit, losses, severity, place, evidence))
         elif weights and not known and not severity:
             findings.append(_waiting(weights, place))
