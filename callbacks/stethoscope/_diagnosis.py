@@ -1,27 +1,241 @@
-"""Relates findings with one cause."""
+"""Relates findings with one cause: a table of rules, and the fold that applies it.
+
+A new rule is one row of `RULES`. A row either points from findings to a code that explains them, or adds that code as a
+finding of its own once everything it is `drawn_from` was seen and the numbers agree.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from stethoscope._record import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from stethoscope._protocols import State
-    from stethoscope._record import Finding, Record
+    from stethoscope._record import Record
+
+CLEAR_DB = 3.0  # margin of an assignment that is beyond doubt
+UNCLEAR_DB = 1.0  # margin at which assignments count as ties
+APART = 0.9  # |cos| below which outputs are apart
+ALIKE = 0.95  # |cos| above which they are one
+MEMORY = 1000  # steps, or half the run, for which a finding is taken to last
+KEEP = 0.8  # of the running means of the numbers below
+
+NUMBERS = ("separation/margin_db", "separation/out_cos", "separation/ref_cos", "gradient/norm", "lr")
+"""Records of the whole model whose running means the rules may look at."""
+
+Numbers: TypeAlias = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table.
+
+    Args:
+        code: what explains.
+        explains: codes that get it as their `cause`.
+        drawn_from: codes of warnings or errors that must have been seen before `code` is added as a finding; empty where
+            `code` is found by a watch or an audit.
+        holds: what the numbers must say, too.
+        says: message and advice of the finding that is added.
+    """
+
+    code: str
+    explains: tuple[str, ...]
+    drawn_from: tuple[str, ...] = ()
+    holds: Callable[[Numbers], bool] = lambda _: True
+    says: Callable[[Numbers], tuple[str, str]] = lambda _: ("", "")
+
+
+def _clear(now: Numbers) -> bool:
+    apart = now.get("separation/out_cos", 0.0) < APART
+    return apart and now.get("separation/margin_db", -math.inf) > CLEAR_DB
+
+
+def _ambiguous(now: Numbers) -> bool:
+    alike = now.get("separation/out_cos", 0.0) > ALIKE
+    return alike and now.get("separation/margin_db", math.inf) < UNCLEAR_DB
+
+
+def _gradients_flow(now: Numbers) -> bool:
+    return now.get("gradient/norm", 0.0) > 0 and now.get("lr", 1.0) > 0
+
+
+def _cosines(now: Numbers) -> str:
+    parts = [f"output |cos| {now.get('separation/out_cos', math.nan):.2f}"]
+    if "separation/ref_cos" in now:
+        parts.append(f"reference |cos| {now['separation/ref_cos']:.2f}")
+    parts.append(f"margin {now.get('separation/margin_db', math.nan):.1f} dB")
+    return ", ".join(parts)
+
+
+def _optimisation(now: Numbers) -> tuple[str, str]:
+    rate = f" The learning rate is {now['lr']:.2g}." if "lr" in now else ""
+    message = (
+        f"The loss is flat although the outputs are apart and the assignment is clear ({_cosines(now)}): this is the "
+        f"optimisation or the capacity of the model, not the separation.{rate}"
+    )
+    advice = (
+        "Look at the learning rate first (a scheduler that has cut it too early?), then at gradient clipping, capacity and "
+        "data; the loss wiring is fine."
+    )
+    return message, advice
+
+
+def _assignment(now: Numbers) -> tuple[str, str]:
+    message = (
+        f"The loss is flat, the outputs are alike and the assignment is a tie ({_cosines(now)}): the loss does not reward "
+        "telling the sources apart."
+    )
+    advice = (
+        "Check the wiring of the loss: the minimum over permutations of the mean over sources, per item; references in one "
+        "order, not shuffled; every output in the loss."
+    )
+    return message, advice
+
+
+def _owner(now: Numbers) -> tuple[str, str]:
+    message = (
+        f"Nothing learns although gradients flow (norm {now.get('gradient/norm', math.nan):.3g}) and the learning rate is "
+        f"{now.get('lr', math.nan):.2g}: the optimizer owns other parameters than this model's."
+    )
+    advice = (
+        "Build the optimizer after moving, wrapping or replacing modules, from this model's parameters(): "
+        "audits.training(optimizer, model) lists what is missing."
+    )
+    return message, advice
+
+
+RULES: tuple[Rule, ...] = (
+    # What is not finite comes first: it spoils everything that is measured after it.
+    Rule(
+        code="nonfinite-parameter",
+        explains=("nonfinite-activation", "nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
+    ),
+    Rule(
+        code="nonfinite-activation",
+        explains=("nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
+    ),
+    Rule(code="nonfinite-gradient", explains=("loss-diverged",)),
+    Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
+    # Why a loss does not move, from the most specific reason to the least.
+    Rule(
+        code="optimizer-owns-others",
+        explains=("loss-plateau", "stalled-from-start", "parameter-unchanged"),
+        drawn_from=("loss-plateau", "parameter-unchanged"),
+        holds=_gradients_flow,
+        says=_owner,
+    ),
+    Rule(code="output-silent", explains=("loss-plateau", "loss-at-80-db", "assignment-ambiguous")),
+    Rule(code="references-alike", explains=("loss-plateau", "output-collapse", "assignment-ambiguous")),
+    Rule(code="stalled-from-start", explains=("loss-plateau", "assignment-ambiguous")),
+    Rule(
+        code="stalled-assignment",
+        explains=("loss-plateau", "output-collapse", "assignment-ambiguous"),
+        drawn_from=("loss-plateau", "output-collapse"),
+        holds=_ambiguous,
+        says=_assignment,
+    ),
+    Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
+    Rule(code="loss-diverged", explains=("loss-plateau", "loss-spike")),
+    Rule(
+        code="stalled-optimisation",
+        explains=("loss-plateau",),
+        drawn_from=("loss-plateau",),
+        holds=_clear,
+        says=_optimisation,
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Relate:
-    """Placeholder until the rules land."""
+    """Sets `cause` on findings that another one explains, and adds the one that explains several.
+
+    A finding is taken to last for 1000 steps or half of the run, whichever is more. Phases are kept apart. A finding
+    that was delivered before its cause was known stays as it is. Host only; memory is one number per code and phase.
+
+    Example:
+        >>> flat = Finding("loss-plateau", "warning", "Flat.", "", step=500)
+        >>> silent = Finding("output-silent", "error", "Silent.", "", step=500)
+        >>> relate = Relate()
+        >>> [finding.cause for finding in relate.update(relate.init(), (), (flat, silent))[1]]
+        ['output-silent', '']
+    """
+
+    rules: tuple[Rule, ...] = RULES
 
     def init(self) -> State:
-        """See `Diagnosis`."""
-        return {}
+        """Nothing known."""
+        return {"numbers": {}, "seen": {}}
 
     def update(
         self, state: State, records: Sequence[Record], findings: Sequence[Finding]
     ) -> tuple[State, Sequence[Finding]]:
-        """See `Diagnosis`."""
-        return state, findings
+        """Take in one delivery; return what to deliver: the same findings, with causes, and those that were added."""
+        state = {**state, "numbers": _follow(state["numbers"], records)}
+        if not findings:
+            return state, findings
+        out: list[Finding] = []
+        seen = state["seen"]
+        for phase in dict.fromkeys(finding.phase for finding in findings):
+            of_phase = [finding for finding in findings if finding.phase == phase]
+            step = max((finding.step or 0) for finding in of_phase)
+            known = {code: [at, severity] for code, (at, severity) in seen.get(phase, {}).items() if _lasts(at, step)}
+            known |= {finding.code: [step, finding.severity] for finding in of_phase}
+            added = self._draw(known, {f.code for f in of_phase}, _of(state["numbers"], phase), step, phase)
+            known |= {finding.code: [step, finding.severity] for finding in added}
+            out += [self._explain(finding, known) for finding in [*of_phase, *added]]
+            seen = {**seen, phase: known}
+        return {**state, "seen": seen}, out
+
+    def _draw(
+        self, known: Mapping[str, list[object]], fresh: set[str], now: Numbers, step: int, phase: str
+    ) -> list[Finding]:
+        """Add at most one finding: the first rule all of whose premises were seen, one of them just now."""
+        for rule in self.rules:
+            told = rule.code in known or any(known.get(code) for code in self._above(rule))
+            serious = all(known.get(code, [0, "info"])[1] != "info" for code in rule.drawn_from)
+            if rule.drawn_from and fresh & set(rule.drawn_from) and serious and not told and rule.holds(now):
+                message, advice = rule.says(now)
+                evidence = {"drawn_from": list(rule.drawn_from), **now}
+                return [Finding(rule.code, "warning", message, advice, step, phase=phase, evidence=evidence)]
+        return []
+
+    def _above(self, rule: Rule) -> list[str]:
+        """Causes in earlier rows that explain all that this one is drawn from: then there is nothing to add."""
+        rows = self.rules[: self.rules.index(rule)]
+        return [row.code for row in rows if set(rule.drawn_from) <= set(row.explains)]
+
+    def _explain(self, finding: Finding, known: Mapping[str, list[object]]) -> Finding:
+        if finding.cause:
+            return finding
+        causes = (rule.code for rule in self.rules if finding.code in rule.explains and rule.code in known)
+        return replace(finding, cause=next(causes, ""))
+
+
+def _lasts(at: int, step: int) -> bool:
+    return step - at <= max(MEMORY, step / 2)
+
+
+def _follow(numbers: Mapping[str, float], records: Sequence[Record]) -> Mapping[str, float]:
+    fresh = {}
+    for record in records:
+        value = record.value
+        if record.name in NUMBERS and not record.module and isinstance(value, (int, float)) and math.isfinite(value):
+            key = f"{record.phase}:{record.name}"
+            before = numbers.get(key, value)
+            fresh[key] = float(value) if record.name == "lr" else KEEP * before + (1 - KEEP) * value
+    return {**numbers, **fresh} if fresh else numbers
+
+
+def _of(numbers: Mapping[str, float], phase: str) -> Numbers:
+    """The numbers of a phase; the learning rate and gradients are known from training."""
+    train = {name: numbers[f"train:{name}"] for name in ("lr", "gradient/norm") if f"train:{name}" in numbers}
+    prefix = f"{phase}:"
+    return train | {key.removeprefix(prefix): value for key, value in numbers.items() if key.startswith(prefix)}

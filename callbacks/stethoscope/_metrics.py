@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -91,10 +92,10 @@ def _scalar(given: object) -> tuple[float | Tensor | None, str]:
         return _number(given, kind)
     if given is None:
         return None, "none"
-    if isinstance(given, str | bytes):
-        return None, "str"
     if hasattr(given, "requires_grad"):
         return _tensor(given)
+    if isinstance(given, str | bytes):
+        return None, "str"
     if isinstance(given, numbers.Integral):
         return _number(given, "int")
     if isinstance(given, numbers.Real):
@@ -116,14 +117,23 @@ def _number(given: Any, kind: str) -> tuple[float | None, str]:
 def _tensor(given: Any) -> tuple[Tensor | None, str]:
     # Nested and other exotic tensors raise on the simplest questions; they are no scalars either way.
     try:
-        if given.numel() != 1 or given.is_complex() or given.is_meta or given.is_nested:
+        if given.is_meta or given.is_nested or not _plain(given.dtype, given.layout):
             return None, "other"
-        if given.is_quantized or str(given.layout) != "torch.strided":
+        if given.dim() == 0:
+            scalar = given
+        elif given.numel() == 1:
+            scalar = given.reshape(())
+        else:
             return None, "other"
-        scalar = given if given.dim() == 0 else given.reshape(())
         return (scalar.detach(), "tensor-grad") if given.requires_grad else (scalar, "tensor")
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return None, "other"
+
+
+@lru_cache(maxsize=256)
+def _plain(dtype: Any, layout: Any) -> bool:
+    """Whether elements are real numbers, one after the other."""
+    return not dtype.is_complex and not str(dtype).startswith("torch.q") and str(layout) == "torch.strided"
 
 
 def _sequence(given: list[object] | tuple[object, ...]) -> tuple[float | Tensor | None, str]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -166,10 +167,10 @@ class Monitor:
         """
         if self._closed:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
-        self.observe(batch, **{name: value for name, value in tensors.items() if not isinstance(value, (int, float))})
+        self.observe(batch, **{name: value for name, value in tensors.items() if not isinstance(value, Real)})
         step, given = self._step, self._given
         stamp = Record("", None, step, rank=self._run.rank, source="step")
-        ready = [stamp._replace(name=n, value=float(v)) for n, v in tensors.items() if isinstance(v, (int, float))]
+        ready = [stamp._replace(name=n, value=float(v)) for n, v in tensors.items() if isinstance(v, Real)]
         scalars = {
             Key(name): value
             for name, value in given.items()

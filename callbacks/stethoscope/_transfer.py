@@ -70,7 +70,7 @@ class Transfer:
         for place, pieces in flat.items():
             packed = torch.cat(pieces)
             if place[0].type == "cuda":
-                host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+                host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
                 packed = host.copy_(packed, non_blocking=True)
                 arrivals.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
                 arrivals[-1].record(torch.cuda.current_stream(place[0]))
@@ -92,11 +92,6 @@ class Transfer:
                 arrival.synchronize()
             self._pending.popleft()
             yield _unpack(packet)
-
-
-def scalar(tensor: Tensor) -> float:
-    """Return the only value of a tensor, waiting for its device. For what users ask for themselves."""
-    return float(tensor.detach().reshape(()).to("cpu", torch.float64))
 
 
 def _class_of(dtype: torch.dtype) -> torch.dtype:

@@ -6,9 +6,13 @@ Probes run these inside of hooks, so each function is a handful of tensor operat
 from __future__ import annotations
 
 from math import gcd
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LOWEST, HIGHEST = -24, 16
 _OCTAVES = HIGHEST - LOWEST
@@ -130,8 +134,7 @@ def nonfinite_level(low: Tensor, high: Tensor) -> Tensor:
         low: smallest values, any shape; NaN where any value is NaN, as `aminmax` has it.
         high: largest values, same shape.
     """
-    bound = high - low
-    return (~bound.isfinite()).float() + (low.isnan() | high.isnan())
+    return (~(low.isfinite() & high.isfinite())).float() + (low.isnan() | high.isnan())
 
 
 def nonfinite_count(x: Tensor) -> Tensor:
@@ -152,6 +155,8 @@ def central_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return squared.sum(), (squared * squared).sum()
 
 
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Return a host tensor's copy on the device without waiting for it (through pinned memory on CUDA)."""
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers of the host as a tensor on the device, without waiting for it (through pinned memory on CUDA)."""
+    # said outright, since users set other default devices
+    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from stethoscope._record import Finding, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from stethoscope._protocols import Watch
+    from torch import nn
+
+    from stethoscope._protocols import Probe, Watch
+    from stethoscope.watches import MetricSchema
 
 
 def series(steps: Iterable[int] | None = None, **values_by_name: Sequence[float | None]) -> list[Record]:
@@ -58,3 +63,93 @@ def replay(watch: Watch, records: Iterable[Record]) -> list[Finding]:
         state, findings = watch.update(state, tuple(together))
         found += findings
     return found
+
+
+def assert_no_sync(probe: Probe, model: nn.Module, x: object, given: Mapping[str, Tensor] | None = None) -> None:
+    """Check that a probe never waits for the device: run it on the meta device, where every such operation raises.
+
+    Operations whose result has a fixed shape but that still synchronise on CUDA are not seen (such as `histc` without
+    a range); `torch.cuda.set_sync_debug_mode("error")` sees those.
+
+    Args:
+        probe: the probe.
+        model: runs forward on `x` and, where its output has a gradient, backward; a copy of it is moved to meta.
+        x: one argument of the model, a tensor or nested tensors.
+        given: what `Monitor.observe` would have been given.
+
+    Raises:
+        AssertionError: the probe read a value, or it measured nothing.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> from stethoscope.probes import Activations
+        >>> assert_no_sync(Activations(), nn.Linear(4, 2), ones(8, 4))
+    """
+    import copy
+
+    from torch.utils._pytree import tree_map_only
+
+    from stethoscope._tree import tensors
+
+    copied = copy.deepcopy(model).to("meta").train()
+    attachment = probe.attach(copied)
+    try:
+        for _ in range(2):
+            attachment.arm(True, "train")
+            outputs = [out for _, out in tensors(copied(tree_map_only(Tensor, lambda t: t.to("meta"), x)))]
+            total = sum(out.abs().sum() for out in outputs if out.requires_grad)
+            if isinstance(total, Tensor):
+                total.backward()  # type: ignore[no-untyped-call]
+            moved = {name: tensor.to("meta") for name, tensor in (given or {}).items()}
+            readings = attachment.read(moved)
+            assert len(readings), f"{probe!r} has read nothing."
+            for key in readings:
+                assert readings[key].is_meta, f"{key} has left the device."
+    except (NotImplementedError, RuntimeError) as error:
+        raise AssertionError(f"{probe!r} waits for the device: {error}") from error
+    finally:
+        attachment.detach()
+
+
+def assert_metrics(step: Callable[[Any], object], batch: Any, schema: MetricSchema, phase: str = "train") -> None:
+    """Fail unless the metrics of one batch fit their declaration.
+
+    Args:
+        step: called with `batch`; returns a metric dictionary as `Monitor.log` takes it.
+        batch: one batch.
+        schema: what is declared.
+        phase: the phase that the step stands for.
+
+    Raises:
+        AssertionError: it does not fit; the message lists every finding of severity warning and error.
+
+    Example:
+        >>> from stethoscope.watches import MetricSchema
+        >>> assert_metrics(lambda batch: {"loss": sum(batch)}, [1.0, 2.0], MetricSchema({"loss": float}))
+    """
+    report = schema.judge(step(batch), phase)
+    if not report.ok:
+        raise AssertionError(str(report))
+
+
+def assert_causal(model: Any, x: Any, allowed: int = 0, **options: Any) -> None:
+    """Fail unless the model looks ahead by at most `allowed` input steps and nothing leaks across the batch.
+
+    Args:
+        model: see `stethoscope.audits.causality`.
+        x: the same; a batch of two or more.
+        allowed: declared look-ahead in input steps.
+        **options: further arguments of `stethoscope.audits.causality`, e.g. `time_axis=1` or `modes=("eval",)`.
+
+    Raises:
+        AssertionError: with the whole report as its message.
+
+    Example:
+        >>> import torch
+        >>> assert_causal(lambda x: x.cumsum(-1), torch.randn(2, 50))
+    """
+    from stethoscope.audits import causality
+
+    report = causality(model, x, allowed=allowed, **options)
+    if not report.ok:
+        raise AssertionError(str(report))

@@ -406,7 +406,7 @@ def train(*callbacks):
     L.seed_everything(1, verbose=False)
     model = Net()
     fit(model, *callbacks, train=loader(20, shuffle=True), val=loader(3))
-    others = torch.tensor([random.random(), np.random.rand()], dtype=torch.float64)  # noqa: NPY002  # what users use
+    others = torch.tensor([random.random(), np.random.rand()], dtype=torch.float64)  # what users use
     return [*model.state_dict().values(), torch.get_rng_state(), torch.tensor(model.raw), others]
 
 

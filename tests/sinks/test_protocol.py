@@ -34,7 +34,7 @@ MAKE = {
 
 
 def numpy_state():
-    return np.random.get_state()[1].tolist()  # noqa: NPY002  the generator that trainings use
+    return np.random.get_state()[1].tolist()
 
 
 def test_every_sink_of_the_package_is_checked_here():

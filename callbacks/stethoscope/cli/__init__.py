@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import typer
 
+from stethoscope.cli._audio import audio
+from stethoscope.cli._causality import causality
+from stethoscope.cli._checkpoint import checkpoint
+from stethoscope.cli._demo import demo
+from stethoscope.cli._explain import explain
+from stethoscope.cli._plan import plan
+
 app = typer.Typer(
     name="stethoscope",
     help="Sees inside a PyTorch model while it trains.",
@@ -14,6 +21,12 @@ audit = typer.Typer(
     help="Checks that run once, before or beside a training. Exit code 0: fine, 1: findings.", no_args_is_help=True
 )
 app.add_typer(audit, name="audit")
+audit.command()(causality)
+audit.command()(checkpoint)
+audit.command()(audio)
+audit.command()(plan)
+app.command()(demo)
+app.command()(explain)
 
 
 @app.callback()

@@ -45,7 +45,7 @@ class _Tape:
 
     def grow(self) -> None:
         with torch.inference_mode(mode=False):
-            chunk = torch.zeros(_CHUNK, 2, device=self.device)
+            chunk = torch.zeros(_CHUNK, 2, dtype=torch.float32, device=self.device)
         self.chunks.append(chunk)
         self.rows += zip(chunk[:, 0].unbind(), chunk[:, 1].unbind(), strict=True)
 
@@ -97,7 +97,9 @@ class _Column(NamedTuple):
         if self.join is None:
             return Columns(self.keys, level, self.rows, self.sparse)
         rows, keys = self.join
-        joined = torch.zeros(len(self.keys), device=level.device).scatter_reduce_(0, keys, level[rows], "amax")
+        joined = torch.zeros(len(self.keys), dtype=level.dtype, device=level.device).scatter_reduce_(
+            0, keys, level[rows], "amax"
+        )
         return Columns(self.keys, joined, range(len(self.keys)), self.sparse)
 
 
@@ -259,7 +261,7 @@ class _Naming:
         join = None
         if len(rows) > len(self.places):
             keys = [i for i, several in enumerate(self.places.values()) for _ in several]
-            join = upload(torch.tensor(rows), device), upload(torch.tensor(keys), device)
+            join = upload(rows, torch.int64, device), upload(keys, torch.int64, device)
         return _Column(self.masked, list(self.places), rows, join, self.sparse)
 
 

@@ -245,8 +245,9 @@ class _Group:
     def owners(self, values: Sequence[Tensor]) -> Tensor:
         """For each value of the sample, the index of its parameter."""
         if self._owners is None:
-            sizes = torch.tensor([stats.sample(value, SAMPLE).numel() for value in values])
-            self._owners = stats.upload(torch.repeat_interleave(sizes), values[0].device)
+            sizes = [stats.sample(value, SAMPLE).numel() for value in values]
+            owners = [i for i, size in enumerate(sizes) for _ in range(size)]
+            self._owners = stats.upload(owners, torch.int64, values[0].device)
         return self._owners
 
 

@@ -52,7 +52,7 @@ class Jsonl:
         >>> from stethoscope._protocols import Run
         >>> from stethoscope.sinks import read
         >>> from stethoscope.testing import series
-        >>> folder = getfixture("tmp_path")
+        >>> folder = "runs/today"
         >>> sink = Jsonl(folder)
         >>> sink.open(Run("a", "2026-01-01T00:00:00+00:00"))
         >>> sink.write(0, series(loss=[2.0]), [])

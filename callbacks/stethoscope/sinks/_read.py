@@ -47,7 +47,7 @@ def read(path: str | Path, *, rank: int = 0) -> Iterator[Delivery]:
         >>> from stethoscope._protocols import Run
         >>> from stethoscope.sinks import Jsonl
         >>> from stethoscope.testing import series
-        >>> file = getfixture("tmp_path") / "a.jsonl"
+        >>> file = "today.jsonl"
         >>> sink = Jsonl(file)
         >>> sink.open(Run("a", "2026-01-01T00:00:00+00:00"))
         >>> sink.write(7, series([7], loss=[0.5]), [])

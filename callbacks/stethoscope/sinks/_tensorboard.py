@@ -62,7 +62,7 @@ class TensorBoard:
     Example:
         >>> from stethoscope._protocols import Run
         >>> from stethoscope.testing import series
-        >>> sink = TensorBoard(getfixture("tmp_path"))
+        >>> sink = TensorBoard("runs/today")
         >>> sink.open(Run("a", "2026-01-01T00:00:00+00:00"))
         >>> sink.write(0, series(loss=[2.0]), [])
         >>> sink.close()

@@ -1,3 +1,14 @@
 """Watches decide: pure folds over records that return findings. No torch in here."""
 
+from stethoscope.watches._assignment import Assignment as Assignment
+from stethoscope.watches._inputdrift import InputDrift as InputDrift
+from stethoscope.watches._jumps import Jumps as Jumps
+from stethoscope.watches._metric_field import Field as Field
+from stethoscope.watches._metric_monitors import unknown_monitors as unknown_monitors
+from stethoscope.watches._metric_ranks import names_by_rank as names_by_rank
+from stethoscope.watches._metric_ranks import rank_differences as rank_differences
+from stethoscope.watches._metric_schema import MetricSchema as MetricSchema
 from stethoscope.watches._nonfinite import NonFinite as NonFinite
+from stethoscope.watches._output_collapse import OutputCollapse as OutputCollapse
+from stethoscope.watches._plateau import Plateau as Plateau
+from stethoscope.watches._sparsity import Sparsity as Sparsity

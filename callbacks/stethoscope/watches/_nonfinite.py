@@ -41,6 +41,9 @@ class NonFinite:
 
     **Cost:** host only, one pass over the records.   **Needs:** one flag per module and per parameter at every step.
 
+    Args:
+        loss: name under which the loss is given to `Monitor.step`.
+
     Example:
         >>> flags = [
         ...     Record("activation/nonfinite", 1.0, 3, module="encoder.1"),
@@ -106,7 +109,8 @@ def _first(flags: Sequence[Record], level: float) -> _Origin | None:
     """The first output in call order that is that bad, and whether the inputs of its module were finite."""
     dirty = {(flag.module, flag.call) for flag in flags if flag.name.startswith("activation/input_nonfinite")}
     for flag in flags:
-        if flag.name.startswith("activation/nonfinite") and isinstance(flag.value, float) and flag.value >= level:
+        output = flag.name == "activation/nonfinite" or flag.name.startswith("activation/nonfinite.")
+        if output and isinstance(flag.value, float) and flag.value >= level:
             return _Origin(flag.module, (flag.module, flag.call) not in dirty)
     return None
 

@@ -1,0 +1,138 @@
+"""What the name of a metric says: its phase, its bare name, whether it is bookkeeping, which other name is meant."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PHASES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "cv", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Every spelling of a phase and the one that is used here."""
+
+SYNONYMS = (("acc", "accuracy", "th_acc", "th_accuracy"), ("ppl", "perplexity"))
+"""Bare names that toolkits use for one thing; WeNet calls `th_accuracy` `acc` in validation."""
+
+_ANY_PHASE = "|".join(PHASES)
+_PREFIX = re.compile(rf"(?P<phase>{_ANY_PHASE})[_/](?:batch_)?(?P<rest>.+)", re.IGNORECASE)
+_SUFFIX = re.compile(rf"(?P<rest>.+)/(?P<phase>{_ANY_PHASE})", re.IGNORECASE)
+_LOADER = re.compile(r"/dataloader_idx_\d+$")
+_REDUCED = re.compile(r"(?<=[^_])_(?:step|epoch)$")
+_TOKEN = re.compile(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*|\d+")
+
+_COUNTED = re.compile(
+    r"lrs?|times?|timing|runtime|seconds?|secs?|speed|throughput|memory|mem|vram|gpu|cpu|counts?|num|denom|numerator|"
+    r"denominator|flops?|flos|samples|tokens|utts|frames|eta|elapsed|iters?|iterations?|epochs|momentum"
+)
+_COUNTED_PAIR = re.compile(
+    r"(learning_rate|(grad|gradient)_norm|batch_size|per_(second|sec)|(global|optimizer)_steps?|current_epoch|"
+    r"(loss|grad)_scale)"
+)
+_COUNTED_ALONE = re.compile(r"epoch|steps?|weights?|n|its?|total")
+_RATE = re.compile(r"acc|accuracy|accuracies|f1|auc|auroc|iou|dice|bleu|recall|top[15]")
+_LOSS = re.compile(r"loss|losses|nll|kl|elbo|objective|cost|penalty")
+
+
+class Name(NamedTuple):
+    """A metric's name taken apart.
+
+    Args:
+        bare: the name without phase, `_step`, `_epoch` and `/dataloader_idx_N`.
+        phase: `train`, `val` or `test` if the name says so, else `""`.
+    """
+
+    bare: str
+    phase: str
+
+
+@lru_cache(maxsize=4096)
+def split(name: str) -> Name:
+    """Take a name apart.
+
+    Example:
+        >>> split("valid_loss_epoch/dataloader_idx_1")
+        Name(bare='loss', phase='val')
+        >>> split("Loss/train"), split("epoch")
+        (Name(bare='Loss', phase='train'), Name(bare='epoch', phase=''))
+    """
+    bare = _LOADER.sub("", name)
+    phase = ""
+    if found := _PREFIX.fullmatch(bare) or _SUFFIX.fullmatch(bare):
+        bare, phase = found["rest"], PHASES[found["phase"].lower()]
+    return Name(bare if _COUNTED_PAIR.fullmatch("_".join(tokens(bare))) else _REDUCED.sub("", bare), phase)
+
+
+def phase(given: str) -> str:
+    """Return the usual spelling of a phase: `"cv"` is `"val"`; an unknown one stays as it is."""
+    return PHASES.get(given.lower(), given)
+
+
+def tokens(name: str) -> tuple[str, ...]:
+    """Return the words of a name in lower case: `"th_accuracy"` and `"thAccuracy"` are `("th", "accuracy")`."""
+    return tuple(token.lower() for token in _TOKEN.findall(name))
+
+
+@lru_cache(maxsize=4096)
+def bookkeeping(name: str) -> bool:
+    """Whether a name stands for a count, a time, a speed, memory or a rate of learning: no result of the model.
+
+    Example:
+        >>> [name for name in ("lr-AdamW", "val_wer_num", "grad_norm", "per_second", "loss") if bookkeeping(name)]
+        ['lr-AdamW', 'val_wer_num', 'grad_norm', 'per_second']
+    """
+    words = tokens(name)
+    pairs = pairwise(words)
+    return (
+        any(map(_COUNTED.fullmatch, words))
+        or any(_COUNTED_PAIR.fullmatch(f"{one}_{two}") for one, two in pairs)
+        or _COUNTED_ALONE.fullmatch("_".join(words)) is not None
+    )
+
+
+@lru_cache(maxsize=4096)
+def rate(name: str) -> bool:
+    """Whether a name stands for an accuracy or a relative of it: higher is better, 0 is the worst value."""
+    words = tokens(name)
+    return any(map(_RATE.fullmatch, words)) and "grad" not in words and "loss" not in words
+
+
+@lru_cache(maxsize=4096)
+def loss(name: str) -> bool:
+    """Whether a name stands for a loss or a term of it, which has a gradient by design."""
+    return any(map(_LOSS.fullmatch, tokens(name)))
+
+
+def synonyms(bare: str) -> tuple[str, ...]:
+    """Return all bare names under which toolkits give the same metric; `()` if there is only this one."""
+    return next((group for group in SYNONYMS if bare.lower() in group), ())
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the name in `known` that was most likely meant, None if none is near.
+
+    In this order: a synonym, the same words in another order or case, a spelling at least 0.7 alike (the ratio of
+    `difflib`: twice the matching characters over all characters; one typing error in four letters is 0.75).
+
+    Example:
+        >>> nearest("th_acuracy", ["loss", "th_accuracy"]), nearest("bleu", ["loss"])
+        ('th_accuracy', None)
+    """
+    by_bare = {split(other).bare: other for other in known if other != name}
+    bare = split(name).bare
+    for other, full in by_bare.items():
+        if other.lower() in synonyms(bare):
+            return full
+    words = sorted(tokens(bare))
+    for other, full in by_bare.items():
+        if sorted(tokens(other)) == words:
+            return full
+    close = get_close_matches(bare, by_bare, n=1, cutoff=0.7)
+    return by_bare[close[0]] if close else None

@@ -1,0 +1,248 @@
+"""`Plateau`: a loss that has stopped falling."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
+
+from stethoscope._record import Finding
+from stethoscope.watches import _trend
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stethoscope._protocols import Probe, State
+    from stethoscope._record import Record
+
+GROW = 0.5  # share of the steps since the last restart that the window covers: log-time, so power laws are not flagged
+CONFIRM = 3  # closed blocks in a row: one block more or less must not decide
+SHARE_OF_DROP = 0.02  # gain per patience below which a run of ten patiences adds less than a fifth to what it reached
+SHARE_OF_NOISE = 0.1  # in standard deviations of one step: what is smaller nobody sees, and stuck runs have no drop
+DECIBELS = 0.5  # per patience, for unit="dB"
+BLOCKS = 20  # per patience
+FEWEST = 8  # blocks that a verdict needs
+UNPLANNED = 1000  # steps of patience where the length of the run is unknown
+SHORTEST = 20  # steps of patience in a planned run
+LR_CHANGE = 2.0  # factor
+LEFT = 0.2  # share of the planned run that must be ahead for a warning
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Reports a loss that has stopped falling, once it is confident of that.
+
+    **What it decides:** the loss gains less than `min_improvement` per `patience` steps: a line is fitted to robust
+    block means over the last `max(patience, half the run)`, and the upper confidence bound of its gain lies below
+    `min_improvement` three blocks in a row; where the last half alone is undecided, the whole run is asked. Between "improving" and "stalled" there is "undecided", which says
+    nothing. A learning rate that changes by a factor of two and a planned step of `schedule` start the window anew.
+    Adding a constant to the loss or scaling it changes nothing (unless `min_improvement` is given in its units), so
+    negative losses are fine; NaN and missing steps are left out.
+    **Finding:** `loss-plateau`; a warning, but info where at most 20 % of the planned run or a step of `schedule`
+    lies ahead: a converged run is as flat as a stuck one. **Cost:** host only, O(1) time and memory per step.
+    **Needs:** no probe.
+
+    Args:
+        name: record to follow, a loss: lower is better.
+        phase: `"train"`, `"val"`, ...; use one instance per phase.
+        patience: steps, or a share of the planned steps such as `"10%"` (at least 20 steps). Where the plan is
+            unknown, a share means `max(1000, share of the steps so far)`.
+        min_improvement: smallest gain per patience that counts as improving, in units of the loss. None: 0.5 for
+            `unit="dB"`, else the larger of 2 % of the drop since the first half patience and 0.1 standard
+            deviations of a single step.
+        unit: of the loss, for messages; `"dB"` also sets `min_improvement`.
+        confidence: of the one-sided bound, in (0.5, 1).
+        schedule: steps at which something is planned to change (learning rate, data, curriculum).
+
+    Raises:
+        ValueError: a patience that is neither steps nor a share, or a number out of its range.
+
+    Example:
+        >>> from stethoscope.testing import replay, series
+        >>> stuck = series(loss=[max(-10.0, 5.0 - step) for step in range(1000)])
+        >>> print(replay(Plateau(unit="dB", patience=100), stuck)[0].message)
+        loss gains 0 dB per 100 steps (95 % upper bound 0 dB < 0.5 dB), level -10 dB.
+
+    References:
+        Equivalence testing instead of "slope not significant": Schuirmann 1987, J. Pharmacokin. Biopharm. 15(6).
+    """
+
+    name: str = "loss"
+    _: KW_ONLY
+    phase: str = "train"
+    patience: int | str = "10%"
+    min_improvement: float | None = None
+    unit: str = ""
+    confidence: float = 0.95
+    schedule: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _share(self.patience)
+        if self.min_improvement is not None and not self.min_improvement > 0:
+            raise ValueError(f"min_improvement must be positive or None, not {self.min_improvement!r}.")
+        if not 0.5 < self.confidence < 1:
+            raise ValueError(f"confidence must lie in (0.5, 1), not {self.confidence!r}.")
+        object.__setattr__(self, "schedule", tuple(sorted(self.schedule)))
+
+    @property
+    def needs(self) -> tuple[Probe, ...]:
+        """No probe."""
+        return ()
+
+    def init(self) -> State:
+        """An empty run."""
+        return {
+            "plan": None,
+            "lr": None,
+            "last": None,
+            "previous": None,
+            "noise": None,
+            "series": None,
+            "began": None,
+            "head": [0.0, 0],
+            "best": None,
+            "lr_began": None,
+            "flat": 0,
+            "stalled": None,
+        }
+
+    def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
+        """Take in the records of one step; judge whenever a block is full."""
+        for record in records:
+            if record.name == "plan/steps" and isinstance(record.value, (int, float)):
+                if record.value > 0 and record.value != state["plan"]:  # a resumed run says it again
+                    state = {**state, "plan": record.value, "series": None}
+            elif record.name == "lr" and isinstance(record.value, (int, float)):
+                state = {**state, "lr": record.value}
+        for record in records:
+            if record.name != self.name or record.phase != self.phase or not isinstance(record.value, (int, float)):
+                continue
+            if not math.isfinite(record.value) or (state["last"] is not None and record.step <= state["last"]):
+                continue
+            return self._take(state, record.step, float(record.value))
+        return state, ()
+
+    def _take(self, state: State, step: int, value: float) -> tuple[State, Sequence[Finding]]:
+        state = self._restart(state, step)
+        noise = state["noise"]
+        if state["previous"] is not None:
+            # 0.886 E|difference| is the standard deviation of independent normal steps.
+            jump = 0.886 * abs(value - state["previous"])
+            noise = jump if noise is None else noise + 0.02 * (min(jump, 5 * noise + 1e-12) - noise)
+        series, closed = _trend.push(state["series"], step, value)
+        state = {**state, "last": step, "previous": value, "noise": noise, "series": series}
+        return self._judge(state, step) if closed else (state, ())
+
+    def _restart(self, state: State, step: int) -> State:
+        lr, before = state["lr"], state["lr_began"]
+        fresh = state["series"] is None
+        changed = lr is not None and before is not None and not before / LR_CHANGE < lr < before * LR_CHANGE
+        planned = not fresh and any(state["last"] < at <= step for at in self.schedule)
+        if fresh or changed or planned:
+            return {**self._fresh(state, step), "stalled": None if planned else state["stalled"]}
+        return state if before is not None else {**state, "lr_began": lr}
+
+    def _fresh(self, state: State, step: int) -> State:
+        width = self._patience(state, step) // BLOCKS
+        return {**state, "series": _trend.start(width), "began": step, "lr_began": state["lr"], "flat": 0}
+
+    def _patience(self, state: State, step: int) -> int:
+        share = _share(self.patience)
+        if share is None:
+            return int(self.patience)
+        if state["plan"] is None:
+            return max(UNPLANNED, int(share * step))
+        return max(SHORTEST, int(share * state["plan"]))
+
+    def _judge(self, state: State, step: int) -> tuple[State, Sequence[Finding]]:
+        patience = self._patience(state, step)
+        blocks = state["series"]["blocks"]
+        at, level = blocks[-1]
+        head, best = state["head"], state["best"]
+        if not head[1] or at < patience / 2:
+            head = [head[0] + level, head[1] + 1]
+        best = level if best is None else min(best, level)
+        state = {**state, "head": head, "best": best}
+        age = step - state["began"]
+        if age < patience or len(blocks) < FEWEST:
+            return state, ()
+        seen = _trend.window(blocks, step - max(patience, GROW * age), FEWEST)
+        trend = _trend.trend(seen, self.confidence)
+        gain, high = -trend.slope * patience, -trend.low * patience
+        drop = max(0.0, head[0] / head[1] - best)
+        enough = self._enough(drop, state["noise"] or 0.0)
+        rounding = 1e-12 * max(abs(level), abs(best))
+        if state["stalled"] is not None:
+            recent = _trend.window(blocks, step - patience, FEWEST)
+            left = self._left(recent, state["stalled"], patience, enough + rounding)
+            return ({**self._fresh(state, step), "stalled": None} if left else state), ()
+        if high >= enough + rounding > gain:
+            # Undecided: a run that has been flat ever since the restart shows it sooner over all of its blocks.
+            seen = blocks
+            high = -_trend.trend(seen, self.confidence).low * patience
+        flat = state["flat"] + 1 if high < enough + rounding else 0
+        if flat < CONFIRM:
+            return {**state, "flat": flat}, ()
+        state = {**state, "flat": 0, "stalled": sum(value for _, value in seen) / len(seen)}
+        numbers = {
+            "gain": gain,
+            "upper_bound": high,
+            "min_improvement": enough,
+            "patience": patience,
+            "window": round(step - seen[0][0]),
+            "level": level,
+            "drop": drop,
+            "noise": state["noise"] or 0.0,
+            "lr": state["lr"],
+        }
+        return state, (self._finding(state, step, numbers),)
+
+    def _left(self, recent: Sequence[Sequence[float]], level: float, patience: int, enough: float) -> bool:
+        """Whether the last patience lies clearly below the level of the alarm and gains enough by itself.
+
+        Both, since a slope over one patience is noisy and a tail that creeps passes any level in the end.
+        """
+        mean = sum(value for _, value in recent) / len(recent)
+        return mean < level - 1.5 * enough and -_trend.trend(recent, self.confidence).slope * patience >= enough
+
+    def _enough(self, drop: float, noise: float) -> float:
+        if self.min_improvement is not None:
+            return self.min_improvement
+        return DECIBELS if self.unit == "dB" else max(SHARE_OF_DROP * drop, SHARE_OF_NOISE * noise)
+
+    def _finding(self, state: State, step: int, numbers: dict[str, float]) -> Finding:
+        def show(value: float) -> str:
+            return f"{value:.3g} {self.unit}".rstrip()
+
+        message = (
+            f"{self.name} gains {show(numbers['gain'] + 0.0)} per {numbers['patience']:,} steps "
+            f"({self.confidence:.0%} upper bound {show(numbers['upper_bound'] + 0.0)} < "
+            f"{show(numbers['min_improvement'])}), level {show(numbers['level'])}.".replace("% upper", " % upper")
+        )
+        left = None if state["plan"] is None else max(0.0, 1 - (step + 1) / state["plan"])
+        ahead = next((at for at in self.schedule if at > step), None)
+        advice = (
+            "If it should be lower: change the learning rate, check that every parameter gets gradients and is owned by "
+            "the optimizer, and look at the outputs. If this is as good as expected, stop here."
+        )
+        if ahead is not None:
+            message += f" A planned change lies ahead, at step {ahead}."
+            advice = "Wait for the planned change, or bring it forward."
+        elif left is not None and left <= LEFT:
+            message += f" {left:.0%} of the run is left: it may simply have converged.".replace("%", " %")
+        soft = ahead is not None or (left is not None and left <= LEFT)
+        return Finding(
+            "loss-plateau", "info" if soft else "warning", message, advice, step, phase=self.phase, evidence=numbers
+        )
+
+
+def _share(patience: int | str) -> float | None:
+    """The share that `patience` means, None for steps."""
+    if isinstance(patience, int) and not isinstance(patience, bool) and patience >= 1:
+        return None
+    if isinstance(patience, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", patience)
+        if match and 0 < float(match[1]) <= 100:
+            return float(match[1]) / 100
+    raise ValueError(f"patience must be steps (a positive int) or a share such as '10%', not {patience!r}.")

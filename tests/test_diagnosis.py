@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stethoscope import Finding, Record
+from stethoscope._diagnosis import RULES, Relate
+
+
+def finding(code: str, step: int = 1000, severity: str = "warning", phase: str = "train") -> Finding:
+    return Finding(code, severity, f"{code}.", "", step, phase=phase)
+
+
+def numbers(step: int = 0, **values: float) -> list[Record]:
+    names = {"margin": "separation/margin_db", "out_cos": "separation/out_cos", "norm": "gradient/norm", "lr": "lr"}
+    return [Record(names[name], value, step) for name, value in values.items()]
+
+
+def told(*deliveries) -> list[tuple[str, str]]:
+    """Codes and causes of all that is delivered; the state goes through JSON each time."""
+    relate, out = Relate(), []
+    state = relate.init()
+    for records, found in deliveries:
+        state, delivered = relate.update(json.loads(json.dumps(state, allow_nan=False)), records, found)
+        assert [f.code for f in found] == [f.code for f in delivered][: len(found)]
+        out += [(f.code, f.cause) for f in delivered]
+    return out
+
+
+def test_flat_with_outputs_apart_and_a_clear_margin_is_the_optimisation():
+    assert told((numbers(margin=20, out_cos=0.2, lr=1e-7), []), ([], [finding("loss-plateau")])) == [
+        ("loss-plateau", "stalled-optimisation"),
+        ("stalled-optimisation", ""),
+    ]
+
+
+def test_flat_alike_and_without_margin_is_the_assignment_and_explains_what_follows():
+    history = told(
+        (numbers(margin=0.3, out_cos=0.99), [finding("loss-plateau", 500)]),
+        (numbers(margin=0.3, out_cos=0.99), [finding("output-collapse", 800)]),
+        ([], [finding("assignment-ambiguous", 900)]),
+        ([], [finding("loss-plateau", 1500)]),
+    )
+    assert history == [
+        ("loss-plateau", ""),
+        ("output-collapse", "stalled-assignment"),
+        ("stalled-assignment", ""),
+        ("assignment-ambiguous", "stalled-assignment"),
+        ("loss-plateau", "stalled-assignment"),
+    ]
+
+
+@pytest.mark.parametrize("cause", ["output-silent", "references-alike", "stalled-from-start", "loss-diverged"])
+def test_specific_reason_explains_the_plateau_and_nothing_is_added(cause):
+    clear = numbers(margin=20, out_cos=0.2) if cause == "loss-diverged" else []
+    history = told((clear, [finding(cause)]), (clear, [finding("loss-plateau", 1100)]))
+    assert history[:2] == [(cause, ""), ("loss-plateau", cause)]
+    assert len(history) == 2
+
+
+def test_nothing_learns_although_gradients_flow_is_the_optimizer():
+    both = [finding("loss-plateau"), finding("parameter-unchanged")]
+    assert ("optimizer-owns-others", "") in told((numbers(norm=300.0, lr=1e-3), both))
+    assert told((numbers(norm=300.0, lr=0.0), both)) == [("loss-plateau", ""), ("parameter-unchanged", "")]
+    assert told((numbers(norm=0.0, lr=1e-3), both)) == [("loss-plateau", ""), ("parameter-unchanged", "")]
+
+
+def test_converged_run_gets_no_diagnosis():
+    history = told((numbers(margin=20, out_cos=0.2), [finding("loss-plateau", severity="info")]))
+    assert history == [("loss-plateau", "")]
+
+
+def test_without_separation_records_a_plateau_stays_alone():
+    assert told((numbers(lr=1e-3), [finding("loss-plateau")])) == [("loss-plateau", "")]
+
+
+def test_diagnosis_is_said_once_while_it_lasts():
+    flat = (numbers(margin=20, out_cos=0.2), [finding("loss-plateau")])
+    codes = [code for code, _ in told(flat, (flat[0], [finding("loss-plateau", 1500)]))]
+    assert codes.count("stalled-optimisation") == 1
+    late = told(flat, (flat[0], [finding("loss-plateau", 9000)]))
+    assert [code for code, _ in late].count("stalled-optimisation") == 2
+
+
+def test_phases_are_kept_apart():
+    assert told(([], [finding("output-silent"), finding("loss-plateau", phase="val")])) == [
+        ("output-silent", ""),
+        ("loss-plateau", ""),
+    ]
+
+
+def test_cause_that_is_set_already_is_kept():
+    set_before = Finding("loss-plateau", "warning", "", "", 5, cause="elsewhere")
+    assert told(([], [finding("output-silent", 5), set_before]))[1] == ("loss-plateau", "elsewhere")
+
+
+def test_parameter_explains_what_became_nonfinite_after_it():
+    codes = ["nonfinite-parameter", "nonfinite-activation", "nonfinite-loss", "loss-diverged"]
+    assert [cause for _, cause in told(([], [finding(code) for code in codes]))] == ["", *3 * ["nonfinite-parameter"]]
+
+
+def test_no_rule_explains_itself():
+    assert all(rule.code not in rule.explains for rule in RULES)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stethoscope.testing import replay, series
+from stethoscope.watches import Jumps
+
+
+def healthy(size: int = 1500, seed: int = 0, sd: float = 0.3) -> list[float]:
+    """A loss in dB: from +5 towards -12."""
+    rng = random.Random(seed)
+    return [17 * math.exp(-i / 300) - 12 + rng.gauss(0, sd) for i in range(size)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_healthy_loss_is_left_alone(seed):
+    assert replay(Jumps(), series(loss=healthy(seed=seed))) == []
+
+
+def test_single_spike_is_an_info_with_its_value():
+    values = healthy()
+    values[700] = 20.0
+    (found,) = replay(Jumps(), series(loss=values))
+    assert (found.code, found.severity, found.step) == ("loss-spike", "info", 700)
+    assert "leaps to 20" in found.message
+
+
+def test_many_spikes_warn_once():
+    values = healthy()
+    for at in range(600, 1400, 60):
+        values[at] = 20.0
+    found = replay(Jumps(), series(loss=values))
+    assert [f.severity for f in found].count("warning") == 1
+    assert "more than 5 spikes within 1,000 steps" in next(f.message for f in found if f.severity == "warning")
+    assert len(found) <= 5
+
+
+def test_climb_is_diverged_and_names_a_curriculum_as_the_way_out():
+    values = healthy()
+    values[800:] = [v + 12 for v in values[800:]]
+    found = [f for f in replay(Jumps(), series(loss=values)) if f.code == "loss-diverged"]
+    assert [f.severity for f in found] == ["warning"]
+    assert 850 <= found[0].step <= 950
+    assert "It began with a spike at step 800." in found[0].message
+    assert "curriculum" in found[0].advice
+    assert [f for f in replay(Jumps(schedule=(800,)), series(loss=values)) if f.code == "loss-diverged"] == []
+
+
+def test_three_nonfinite_values_in_a_row_diverge_one_does_not():
+    values = healthy(200)
+    values[100] = math.nan
+    assert replay(Jumps(), series(loss=values)) == []
+    values[150:] = [math.inf] * 50
+    (found,) = replay(Jumps(), series(loss=values))
+    assert (found.code, found.severity, found.step) == ("loss-diverged", "error", 152)
+    assert found.evidence["since"] == 150
+
+
+def test_eighty_decibels_are_named_and_a_loss_passing_eighty_is_not():
+    dead = replay(Jumps(), series(loss=[*healthy(300), *[80.0] * 50]))
+    assert next(f.step for f in dead if f.code == "loss-at-80-db") == 302
+    passing = series(loss=[100 - 0.1 * i for i in range(500)])
+    assert replay(Jumps(), passing) == []
+
+
+def test_constant_loss_has_no_spikes():
+    assert replay(Jumps(), series(loss=[1.0] * 300)) == []
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.125, 1024.0]), st.integers(-500, 500))
+def test_verdict_does_not_depend_on_scale_and_shift(seed, scale, shift):
+    values = healthy(400, seed)
+    values[200] = 30.0
+    values[300:] = [v + 15 for v in values[300:]]
+    told = [(f.code, f.step) for f in replay(Jumps(), series(loss=values))]
+    assert told
+    assert told == [(f.code, f.step) for f in replay(Jumps(), series(loss=[scale * v + shift for v in values]))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=200))
+def test_any_numbers_are_survived_and_state_is_json_at_any_moment(values):
+    watch, state = Jumps(), Jumps().init()
+    for record in series(loss=values):
+        state, found = watch.update(json.loads(json.dumps(state, allow_nan=False)), (record,))
+        assert all(finding.step == record.step for finding in found)
+
+
+def test_phases_are_kept_apart():
+    records = [record._replace(phase="val") for record in series(loss=[1.0] * 30 + [math.nan] * 5)]
+    assert replay(Jumps(), records) == []
+    assert [f.phase for f in replay(Jumps(phase="val"), records)] == ["val"]

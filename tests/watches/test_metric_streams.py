@@ -1,0 +1,288 @@
+"""Streams of metric dictionaries as seven toolkits hand them over, and the five histories of wenet-e2e/wenet#2336."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from stethoscope import Monitor, Record
+from stethoscope._metrics import normalise
+from stethoscope.watches import Field, MetricSchema
+
+
+def follow(stream, schema=None):
+    """Run a schema over (phase, dictionary) pairs as the monitor would; the state goes through JSON on its way."""
+    schema = schema or MetricSchema()
+    state, found = schema.init(), []
+    for step, (phase, metrics) in enumerate(stream):
+        records = tuple(
+            Record(name, None if value is None else float(value), step, phase=phase, source="log", kind=kind)
+            for name, value, kind in normalise(metrics)
+        )
+        before = json.dumps(state)
+        new, findings = schema.update(state, records)
+        assert json.dumps(state) == before, "the fold changed its argument"
+        state = json.loads(json.dumps(new))
+        found += findings
+    return found
+
+
+def loss(rng, step):
+    return 30.0 / (1 + step / 40) + rng.gauss(0, 0.3)
+
+
+def wenet(rng, epochs=3, steps=30):
+    step = 0
+    for _ in range(epochs):
+        for _ in range(steps):
+            step += 1
+            value = loss(rng, step)
+            tensors = {
+                "loss": torch.tensor(value, requires_grad=False),
+                "loss_att": torch.tensor(value * 1.1),
+                "loss_ctc": torch.tensor(value * 0.9),
+                "loss_rnnt": None,
+                "th_accuracy": torch.tensor(min(0.9, step / 100)),
+            }
+            yield "train", tensors
+            yield "train", {name: None if item is None else item.item() for name, item in tensors.items()} | {"lr": 0.1}
+        for _ in range(5):
+            value = loss(rng, step)
+            yield "cv", {"loss": value, "loss_att": value, "loss_ctc": torch.tensor(value), "acc": 0.5}
+
+
+def espnet(rng, epochs=3, steps=30):
+    for epoch in range(epochs):
+        for step in range(steps):
+            value = torch.tensor(loss(rng, epoch * steps + step), requires_grad=True)
+            stats = {"loss_ctc": value.detach().view(1), "acc": torch.rand(1), "cer": None, "wer": None}
+            yield "train", (value, stats, torch.tensor([8.0]))
+        for _ in range(4):
+            value = torch.tensor(loss(rng, (epoch + 1) * steps))
+            stats = {"loss_ctc": value.view(1), "acc": torch.rand(1), "cer": torch.rand(1), "wer": torch.rand(1)}
+            yield "valid", (value, stats, torch.tensor([5.0]))
+
+
+def funasr(rng, epochs=3, steps=30):
+    for epoch in range(epochs):
+        for phase, many in (("train", steps), ("val", 4)):
+            for step in range(many):
+                value = torch.tensor(loss(rng, epoch * steps + step), requires_grad=phase == "train")
+                stats = {
+                    "loss": value.detach().clone(),
+                    "acc": torch.tensor(rng.random()),
+                    "batch_size": rng.randint(1, 9),
+                }
+                yield phase, (value, stats, torch.tensor(8))
+
+
+def speechbrain(rng, epochs=6, steps=30):
+    for epoch in range(epochs):
+        train = {"loss": loss(rng, epoch * steps), "per_batch": [loss(rng, epoch * steps + i) for i in range(steps)]}
+        valid = {"loss": loss(rng, epoch * steps), "per_batch": [1.0, 2.0], "PER": 20.0 / (epoch + 1)}
+        yield "train", {"epoch": epoch, "lr": 1e-3, "train": train, "valid": valid}
+
+
+def nemo(rng, epochs=3, steps=30):
+    for epoch in range(epochs):
+        for step in range(steps):
+            metrics = {"train_loss": torch.tensor(loss(rng, epoch * steps + step)), "learning_rate": 1e-3}
+            if step % 10 == 9:
+                metrics["training_batch_wer"] = torch.tensor(rng.random())
+            yield "train", metrics | {"global_step": epoch * steps + step, "train_step_timing in s": 0.3}
+        for _ in range(4):
+            yield (
+                "val",
+                {"val_loss": torch.tensor(3.0), "val_wer_num": torch.tensor(7), "val_wer_denom": torch.tensor(90)},
+            )
+        yield "val", {"val_loss": torch.tensor(3.0), "val_wer": torch.tensor(7 / 90)}
+    yield "test", {"test_loss": torch.tensor(3.0), "test_wer": torch.tensor(0.1)}
+
+
+def lightning(rng, epochs=3, steps=30):
+    """`callback_metrics` at every step: empty in the sanity check, old keys stay."""
+    held = {}
+    yield "val", {}
+    yield "val", {"val_loss/dataloader_idx_0": torch.tensor(9.0), "val_acc/dataloader_idx_1": torch.tensor(0.1)}
+    for epoch in range(epochs):
+        for step in range(steps):
+            value = torch.tensor(loss(rng, epoch * steps + step))
+            held |= {"train_loss": value, "train_loss_step": value}
+            yield "train", dict(held)
+        held |= {"val_loss/dataloader_idx_0": torch.tensor(3.0), "val_acc/dataloader_idx_1": torch.tensor(0.4)}
+        yield "val", dict(held)
+        held |= {"train_loss_epoch": torch.tensor(3.0), "train_acc": torch.tensor(0.5)}
+        yield "train", dict(held)
+
+
+def huggingface(rng, epochs=3, steps=30):
+    for epoch in range(epochs):
+        for step in range(steps):
+            logs = {"loss": loss(rng, epoch * steps + step), "grad_norm": float("inf") if step == 3 else 1.0}
+            yield "train", logs | {"learning_rate": 1e-4, "epoch": epoch + step / steps}
+        logs = {
+            "eval_loss": 3.0,
+            "eval_accuracy": np.float64(0.5),
+            "eval_runtime": 1.2,
+            "eval_samples_per_second": 88.0,
+        }
+        yield "train", logs | {"epoch": epoch + 1.0}
+        yield "eval", logs
+    yield (
+        "train",
+        {"train_runtime": 9.0, "train_samples_per_second": 30.0, "total_flos": 1e12, "train_loss": 8.0, "epoch": 3.0},
+    )
+
+
+TOOLKITS = [wenet, espnet, funasr, speechbrain, nemo, lightning, huggingface]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("toolkit", TOOLKITS, ids=lambda toolkit: toolkit.__name__)
+def test_a_healthy_stream_gives_no_finding(toolkit, seed):
+    torch.manual_seed(seed)
+    found = follow(toolkit(random.Random(seed)))
+    if toolkit is wenet:  # a model without RNN-T says None for ever: true, and no more than an info
+        (none,) = found
+        assert (none.code, none.severity, none.evidence["metric"]) == ("metric-always-none", "info", "loss_rnnt")
+        found = []
+    assert found == []
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS, ids=lambda toolkit: toolkit.__name__)
+def test_a_healthy_stream_fits_what_was_learned_from_its_first_third(toolkit):
+    stream = list(toolkit(random.Random(0)))
+    learned = MetricSchema.learn(
+        [metrics for phase, metrics in stream[:70] if phase == "train"],
+        [metrics for phase, metrics in stream[:70] if phase != "train"],
+    )
+    assert not [finding for finding in follow(stream, learned) if finding.severity == "error"]
+
+
+def cadences(rng):
+    """Each metric comes at steps of its own, in one dictionary or in several; validation is logged whole or in pieces."""
+    names = rng.sample(["loss", "loss_ctc", "loss_att", "acc", "wer", "si_sdr_db", "kl"], rng.randint(2, 5))
+    every = {name: rng.choice([1, 1, 1, 2, 5, 10, 50]) for name in names}
+    offset = {name: rng.choice([0, every[name] - 1]) for name in names}
+    prefix, pieces = rng.choice(["", "val_", "valid/"]), rng.random() < 0.3
+    for epoch in range(rng.choice([1, 3, 6])):
+        for step in range(epoch * 60, epoch * 60 + 60):
+            held = {name: rng.random() for name in names if step % every[name] == offset[name]}
+            yield from [("train", {name: held[name]}) for name in held] if pieces else [("train", held)]
+        held = {prefix + name: rng.random() for name in names}
+        yield from [("val", {name: held[name]}) for name in held] if pieces else [("val", held)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_metrics_at_any_cadence_give_no_warning(seed):
+    assert [finding for finding in follow(cadences(random.Random(seed))) if finding.severity != "info"] == []
+
+
+def rnnt(rng, *, accuracy, steps=20):
+    """Training of a pure RNN-T: what its forward returns for `th_accuracy` is the history."""
+    for step in range(steps):
+        value = torch.tensor(loss(rng, step))
+        yield "train", {"loss": value, "loss_rnnt": value} | accuracy
+
+
+def codes(found):
+    return [(finding.code, finding.evidence.get("metric")) for finding in found]
+
+
+def test_history_1_a_tuple_in_place_of_a_loss():
+    value = torch.tensor(3.0, requires_grad=True)
+    stream = [("train", {"loss": value.detach(), "loss_ctc": (value, torch.zeros(4, 9, 30))})] * 5
+    (found,) = follow(stream)
+    assert (found.code, found.severity, found.evidence["metric"]) == ("metric-type", "warning", "loss_ctc")
+    assert "tuple" in found.message
+
+
+def test_history_2_the_accuracy_is_missing():
+    schema = MetricSchema({"loss": float, "th_accuracy": Field(float, ge=0, le=1), "loss_rnnt": Field(required=False)})
+    found = follow(rnnt(random.Random(0), accuracy={}), schema)
+    assert codes(found) == [("metric-missing", "th_accuracy")]
+    assert found[0].step == 0
+    # Another model of the same code base has it in training; validation of this one does not.
+    stream = [("train", {"loss": 3.0, "th_accuracy": 0.1})] * 3 + [("cv", {"loss": 2.0})]
+    (found,) = follow(stream)
+    assert (found.code, found.severity, found.phase) == ("metric-phase-mismatch", "warning", "cv")
+    assert found.evidence["metric"] == "th_accuracy"
+    assert found.evidence["val"] == "missing"
+
+
+def test_history_3_none_in_training_becomes_zero_in_validation():
+    stream = [*rnnt(random.Random(0), accuracy={"th_accuracy": None})]
+    stream += [("cv", {"loss": 2.0, "loss_rnnt": 2.0, "acc": 0.0})] * 3
+    (found,) = follow(stream)
+    assert (found.code, found.severity) == ("metric-phase-mismatch", "warning")
+    assert (found.evidence["train"], found.evidence["val"]) == ("none", 0.0)
+
+
+def test_history_3_also_where_none_is_declared_or_the_name_says_its_phase():
+    declared = MetricSchema({"loss": float, "loss_rnnt": float, "th_accuracy": float | None})
+    stream = [*rnnt(random.Random(0), accuracy={"th_accuracy": None})]
+    cv = {"loss": 2.0, "loss_rnnt": 2.0}
+    for name, schema in (("acc", declared), ("val_acc", declared), ("valid/accuracy", MetricSchema())):
+        (found,) = follow([*stream, ("cv", cv | {name: 0.0})], schema)
+        assert (found.code, found.severity, found.evidence["train"]) == ("metric-phase-mismatch", "warning", "none")
+        assert follow([*stream, ("cv", cv | {name: 0.5})], schema) == []
+
+
+def test_history_4_missing_in_training_becomes_zero_in_validation():
+    stream = [*rnnt(random.Random(0), accuracy={})]
+    stream += [("cv", {"loss": 2.0, "loss_rnnt": 2.0, "acc": 0.0})] * 3
+    at_once, after_three = follow(stream)
+    assert (at_once.code, at_once.severity) == ("metric-phase-mismatch", "info")
+    assert (after_three.code, after_three.severity) == ("metric-phase-mismatch", "warning")
+    assert (after_three.evidence["train"], after_three.evidence["val"]) == ("missing", 0.0)
+
+
+def test_history_5_a_float_among_tensors():
+    stream = [("train", {"loss": torch.tensor(3.0), "th_accuracy": torch.tensor(0.5)})] * 3
+    stream += [("train", {"loss": torch.tensor(3.0), "th_accuracy": 0.5})] * 3
+    (found,) = follow(stream)
+    assert (found.code, found.evidence["metric"], found.evidence["kind"]) == ("metric-type", "th_accuracy", "float")
+    declared = MetricSchema({"loss": torch.Tensor, "th_accuracy": torch.Tensor})
+    (found,) = follow(stream[3:], declared)
+    assert (found.code, found.severity, found.evidence["metric"]) == ("metric-type", "error", "th_accuracy")
+
+
+def test_history_5_where_only_validation_has_the_float():
+    train = [("train", {"loss": torch.tensor(3.0), "loss_ctc": torch.tensor(3.0), "acc": torch.tensor(0.5)})] * 3
+    (found,) = follow([*train, ("cv", {"loss": 3.0, "loss_ctc": torch.tensor(3.0), "acc": torch.tensor(0.5)})])
+    assert (found.code, found.phase, found.evidence["metric"]) == ("metric-type", "cv", "loss")
+    assert follow([*train, ("cv", {"loss": 3.0, "loss_ctc": 3.0, "acc": 0.5})]) == []
+    assert follow([*train, ("cv", {"loss": torch.tensor(3.0), "loss_ctc": torch.tensor(3.0), "acc": 0.5})]) == []
+
+
+def test_none_missing_and_zero_are_three_things():
+    train = [("train", {"loss": 1.0})] * 3
+    with_none = follow([*train, ("val", {"loss": 1.0, "acc": None})])
+    missing = follow([*train, ("val", {"loss": 1.0})])
+    zero = follow([*train, ("val", {"loss": 1.0, "acc": 0.0})])
+    assert (codes(with_none), codes(missing)) == ([], [])
+    assert codes(zero) == [("metric-phase-mismatch", "acc")]
+
+
+@pytest.mark.parametrize("toolkit", TOOLKITS, ids=lambda toolkit: toolkit.__name__)
+def test_the_monitor_finds_what_the_records_say(toolkit):
+    """Tensors come late and in an order of their own; the verdict is the same."""
+    stream = list(toolkit(random.Random(0)))
+    broken = [*stream, ("train", {"loss": float("nan")}), ("val", {"surprise": torch.tensor(float("inf"))})]
+    with Monitor(torch.nn.Linear(1, 1), watches=[MetricSchema()], strict=True) as monitor:
+        for phase, metrics in broken:
+            monitor.log(metrics, phase)
+    assert sorted(codes(monitor.findings)) == sorted(codes(follow(broken)))
+    assert "metric-nonfinite" in {finding.code for finding in monitor.findings}
+
+
+def test_history_2_through_the_monitor():
+    with Monitor(torch.nn.Linear(1, 1), watches=[MetricSchema()], strict=True) as monitor:
+        for _ in range(5):
+            monitor.step(loss=torch.tensor(1.0))
+            monitor.log({"loss": torch.tensor(1.0), "th_accuracy": torch.tensor(0.5)}, phase="train")
+        monitor.log({"loss": torch.tensor(1.0)}, phase="cv")
+    (found,) = monitor.findings
+    assert (found.code, found.step, found.phase) == ("metric-phase-mismatch", 4, "cv")

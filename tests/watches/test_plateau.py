@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stethoscope import Record
+from stethoscope.testing import replay, series
+from stethoscope.watches import Plateau
+
+STEPS = 3000
+
+
+def noise(size: int = STEPS, sd: float = 1.0, seed: int = 0) -> list[float]:
+    rng = random.Random(seed)
+    return [rng.gauss(0, sd) for _ in range(size)]
+
+
+def falls_then_stays(at: int = 1000, size: int = STEPS, sd: float = 0.5, seed: int = 0) -> list[float]:
+    """An SI-SDR loss: from +5 to -10 dB by `at`, then flat."""
+    return [max(-10.0, 5 - 15 * i / at) + e for i, e in enumerate(noise(size, sd, seed))]
+
+
+def test_stall_of_a_negative_loss_is_reported_with_its_numbers():
+    found = replay(Plateau(patience=200, unit="dB"), series(loss=falls_then_stays()))
+    assert [finding.code for finding in found] == ["loss-plateau"]
+    assert found[0].severity == "warning"
+    assert 1200 <= found[0].step <= 2000
+    assert "per 200 steps (95 % upper bound" in found[0].message
+    assert "< 0.5 dB), level -10" in found[0].message
+    assert found[0].evidence["upper_bound"] < 0.5 == found[0].evidence["min_improvement"]
+    assert math.isclose(found[0].evidence["level"], -10, abs_tol=0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "level",
+    [
+        pytest.param(lambda i: 5 - 15 * i / STEPS, id="line"),
+        pytest.param(lambda i: 40 * (i + 10) ** -0.3, id="power law"),
+        pytest.param(lambda i: -i / 1000, id="drift of a tenth of the noise per 100 steps"),
+        pytest.param(lambda i: -8 * math.log10(1 + i / 50), id="logarithm"),
+    ],
+)
+def test_slow_but_steady_progress_in_heavy_noise_is_left_alone(level, seed):
+    values = [level(i) + e for i, e in enumerate(noise(seed=seed))]
+    assert replay(Plateau(patience=300), series(loss=values)) == []
+
+
+def test_undecided_says_nothing_before_one_patience():
+    assert replay(Plateau(patience=1000), series(loss=noise(1000))) == []
+
+
+def test_run_that_never_left_its_start_is_reported():
+    found = replay(Plateau(patience=200), series(loss=[28 + e for e in noise(sd=0.5)]))
+    assert [finding.code for finding in found] == ["loss-plateau"]
+    assert found[0].evidence["drop"] < 5 * found[0].evidence["noise"]
+
+
+def test_constant_loss_is_a_plateau():
+    assert len(replay(Plateau(patience=100), series(loss=[0.1] * 500))) == 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.125, 1, 1024]), st.integers(-1000, 1000))
+def test_verdict_does_not_depend_on_scale_and_shift(seed, scale, shift):
+    values = falls_then_stays(400, 1200, seed=seed)
+    watch = Plateau(patience=100)
+    steps = [f.step for f in replay(watch, series(loss=values))]
+    assert steps == [f.step for f in replay(watch, series(loss=[scale * v + shift for v in values]))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=300), st.integers(1, 40))
+def test_any_numbers_are_survived_and_state_is_json_at_any_moment(values, patience):
+    watch, state = Plateau(patience=patience), Plateau(patience=patience).init()
+    for record in series(loss=values):
+        state, found = watch.update(json.loads(json.dumps(state, allow_nan=False)), (record,))
+        assert all(finding.step == record.step for finding in found)
+
+
+def test_resume_from_json_changes_nothing():
+    records = series(loss=falls_then_stays(), lr=[1e-3] * STEPS)
+    watch, state, found = Plateau(patience=200), Plateau(patience=200).init(), []
+    for i in range(0, len(records), 2):
+        state = json.loads(json.dumps(state))
+        state, more = watch.update(state, records[i : i + 2])
+        found += more
+    assert found == replay(watch, records)
+
+
+def test_nan_outliers_and_missing_steps_do_not_move_the_verdict_far():
+    values = falls_then_stays()
+    clean = replay(Plateau(patience=200), series(loss=values))[0].step
+    rng = random.Random(1)
+    dirty = [math.nan if (u := rng.random()) < 0.05 else v + 25 if u < 0.06 else v for v in values]
+    kept = [i for i in range(STEPS) if rng.random() < 0.5]
+    assert abs(replay(Plateau(patience=200), series(loss=dirty))[0].step - clean) <= 200
+    gaps = series(kept, loss=[values[i] for i in kept])
+    assert abs(replay(Plateau(patience=200), gaps)[0].step - clean) <= 200
+
+
+def test_memory_does_not_grow():
+    watch, state, sizes = Plateau(patience=100), Plateau().init(), []
+    for i in range(30_000):
+        state, _ = watch.update(state, (Record("loss", 1 / (i + 1), i, source="step"),))
+        if i in (8_000, 29_999):
+            sizes.append(len(json.dumps(state)))
+    assert sizes[1] < 1.5 * sizes[0] < 6000
+
+
+def test_learning_rate_cut_restarts_the_window_and_so_finds_the_stall_sooner():
+    values = falls_then_stays(2000, 4000)
+    lr = [1e-3 if i < 2000 else 1e-7 for i in range(4000)]
+    blind = replay(Plateau(patience=200), series(loss=values))[0].step
+    told = replay(Plateau(patience=200), series(loss=values, lr=lr))[0].step
+    assert told + 200 < blind
+
+
+def test_share_of_the_plan_sets_patience_and_what_is_left_sets_severity():
+    plan = Record("plan/steps", STEPS, 0, source="step")
+    early = replay(Plateau(unit="dB"), [plan, *series(loss=falls_then_stays())])[0]
+    assert early.evidence["patience"] == 300
+    assert early.severity == "warning"
+    late = replay(Plateau(unit="dB"), [plan, *series(loss=falls_then_stays(2500))])
+    assert [f.severity for f in late] in ([], ["info"])
+    short = replay(
+        Plateau(unit="dB"), [Record("plan/steps", 1500, 0, source="step"), *series(loss=falls_then_stays(1000))]
+    )
+    assert short[0].severity == "info"
+    assert "of the run is left" in short[0].message
+
+
+def test_plan_that_is_said_again_by_a_resumed_run_changes_nothing():
+    plan = [Record("plan/steps", STEPS, 0, source="step")]
+    values = series(loss=falls_then_stays())
+    again = [*plan, *values[:1100], plan[0]._replace(step=1100), *values[1100:]]
+    assert replay(Plateau(unit="dB"), again) == replay(Plateau(unit="dB"), plan + values)
+
+
+def test_without_a_plan_a_share_means_a_thousand_steps_at_least():
+    found = replay(Plateau(unit="dB"), series(loss=falls_then_stays()))
+    assert found[0].evidence["patience"] == 1000
+
+
+def test_planned_change_ahead_softens_and_once_passed_the_stall_is_told_again():
+    found = replay(Plateau(patience=200, unit="dB", schedule=(2200,)), series(loss=falls_then_stays()))
+    assert [f.severity for f in found] == ["info", "warning"]
+    assert "planned change lies ahead, at step 2200" in found[0].message
+    assert found[1].step > 2200
+
+
+def test_stall_is_told_again_only_after_it_was_left():
+    values = [max(-10.0, 5 - i / 40) if i < 2000 else max(-20.0, -10 - (i - 2000) / 40) for i in range(4000)]
+    found = replay(Plateau(patience=200), series(loss=[v + e for v, e in zip(values, noise(4000, 0.2), strict=True)]))
+    assert len(found) == 2
+    assert found[0].step < 2000 < 2400 < found[1].step
+
+
+def test_phases_and_names_are_kept_apart():
+    records = [Record("loss", 1.0, i, phase="val", source="log") for i in range(0, 3000, 30)]
+    assert replay(Plateau(patience=200), records) == []
+    found = replay(Plateau(patience=200, phase="val"), records)
+    assert [f.phase for f in found] == ["val"]
+    assert replay(Plateau("loss/pit", patience=200), series(loss=[1.0] * 600)) == []
+
+
+def test_loss_given_to_step_and_logged_again_counts_once():
+    records = series(loss=falls_then_stays())
+    twice = [both for r in records for both in (r, r._replace(source="log", value=r.value + 3))]
+    assert replay(Plateau(patience=200), twice) == replay(Plateau(patience=200), records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patience": 0}, "patience must be steps"),
+        ({"patience": "10"}, "such as '10%', not '10'"),
+        ({"patience": "120%"}, "patience must be"),
+        ({"min_improvement": 0}, "min_improvement must be positive"),
+        ({"confidence": 95}, r"confidence must lie in \(0.5, 1\), not 95"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Plateau(**arguments)
+
+
+@pytest.mark.parametrize("every", [200, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_validation_losses_far_apart_are_judged_in_steps(every, seed):
+    """A run of 20,000 steps, one value per `every` steps, -10 dB reached at step 4000 or approached to the end."""
+    plan = Record("plan/steps", 20_000, 0, source="step")
+    steps = range(every, 20_000, every)
+
+    def validated(level):
+        values = zip(steps, noise(len(steps), 0.15, seed), strict=True)
+        return [plan, *(Record("loss", level(s) + e, s, phase="val", source="log") for s, e in values)]
+
+    healthy = validated(lambda step: -12 * (1 - math.exp(-step / 6000)))
+    stuck = validated(lambda step: -10 * (1 - math.exp(-min(step, 4000) / 2000)))
+    assert replay(Plateau(phase="val"), healthy) == []
+    (found,) = replay(Plateau(phase="val"), stuck)
+    assert 6000 < found.step <= 16_000
