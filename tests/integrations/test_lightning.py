@@ -480,6 +480,38 @@ def test_a_model_without_known_length_has_no_plan():
     assert len([r for r in memory.records if r.name == "loss" and r.source == "step"]) == 8
 
 
+class Flat(Net):
+    """Calls its layers one by one, as many do, and never itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Linear(6, 4)
+        self.more = nn.ModuleList([nn.Linear(4, 1)])
+
+    def loss(self, batch):
+        return (self.more[0](self.layers(batch[0])) - batch[1]).square().mean()
+
+
+def test_a_module_that_is_never_called_itself_is_observed_through_its_layers():
+    callback = MonitorCallback()
+    fit(Flat(), callback)
+    assert callback.monitor.findings == []
+
+
+@pytest.mark.parametrize("layer", ["layers", "more.0"])
+def test_a_bad_weight_is_found_where_only_layers_are_called(layer):
+    class Breaks(Flat):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 3:
+                self.get_submodule(layer).weight.data[0, 0] = float("nan")
+
+    callback = MonitorCallback()
+    fit(Breaks(), callback)
+    first = callback.monitor.findings[0]
+    assert (first.code, first.step) == ("nonfinite-parameter", 3)
+    assert first.module.startswith(layer)
+
+
 class Count(Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         assert hooks(pl_module) > 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-    from stethoscope._protocols import Probe
+    from stethoscope._protocols import Attachment, Probe
 
 STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant")
 
@@ -51,7 +51,7 @@ class Inputs:
 
     every: int | None = None
 
-    def attach(self, model: nn.Module) -> InputsAttachment:
+    def attach(self, model: nn.Module) -> Attachment:
         """Hook the model as a whole."""
         return InputsAttachment(model)
 

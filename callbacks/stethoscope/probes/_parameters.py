@@ -96,11 +96,7 @@ class ParameterReader:
         self._flags: list[Columns] | None = None
         self._handles: list[RemovableHandle] = []
         if "nonfinite" in spec.statistics:
-            # without a forward of its own, the model is entered through whatever module is called first
-            rootless = type(model).forward is nn.Module.forward
-            for module in model.modules():
-                if rootless or module is model or next(module.children(), None) is not None:
-                    self._handles.append(module.register_forward_pre_hook(_Enters(self)))
+            self._handles = [each.register_forward_pre_hook(_Enters(self)) for each in _entrances(model)]
         self.failure: Exception | None = None
         self._sorted: list[_Group] = []
         self._ends: list[tuple[torch.device, torch.dtype]] = []
@@ -176,6 +172,20 @@ class ParameterReader:
             handle.remove()
         self._handles.clear()
         self._sorted.clear()
+
+
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """Modules of which one is called before any weight is used, without most leaves."""
+    if _has_no_forward(model):
+        return list(model.modules())
+    found = [module for module in model.modules() if module is model or next(module.children(), None) is not None]
+    # Lightning's training_step calls the model's layers, not the model, although there is a forward
+    passed_by = [model, *filter(_has_no_forward, model.modules())]
+    return list(dict.fromkeys([*found, *(child for each in passed_by for child in each.children())]))
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward
 
 
 class _Enters(Hook):
