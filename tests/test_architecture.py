@@ -23,10 +23,19 @@ LAYERS = {
     "_parts.py": {"_record"},
     "_metrics.py": set(),
     "_transfer.py": {"_protocols", "_record"},
-    "probes": {"", "_protocols", "_record", "_tree", "stats", "separation_stats"},
-    "watches": {"", "_metrics", "_protocols", "_record", "probes"},  # _metrics names tensors in annotations only
+    "probes": {"", "_protocols", "_record", "_density", "_tree", "stats", "separation_stats"},
+    "watches": {
+        "",
+        "_metrics",
+        "_protocols",
+        "_record",
+        "_schedule",
+        "probes",
+    },  # _metrics names tensors in annotations only
     "sinks": {"", "_protocols", "_record"},
     "_diagnosis.py": {"_protocols", "_record"},
+    "_schedule.py": {"_record"},
+    "_density.py": set(),
 }
 
 

@@ -53,7 +53,7 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
                 yield Matrix(name, parameter, None)
 
 
-def nonzero(matrix: Tensor) -> Tensor:
+def count_nonzero(matrix: Tensor) -> Tensor:
     """Number of elements that are not zero, 0-d. NaN counts as not zero."""
     return torch.count_nonzero(matrix)
 

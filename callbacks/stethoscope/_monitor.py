@@ -128,6 +128,18 @@ class Monitor:
         """What was found and delivered so far; `flush` and `close` deliver everything."""
         return self._delivery.findings
 
+    @property
+    def planned_steps(self) -> int | None:
+        """Optimizer steps that the run will make. To be set before the first step, where it becomes known late."""
+        return self._planned_steps
+
+    @planned_steps.setter
+    def planned_steps(self, steps: int | None) -> None:
+        if steps is not None and steps < 1:
+            raise ValueError(f"planned_steps must be at least 1, or None where unknown, got {steps}.")
+        self._planned_steps = steps
+        self._run = replace(self._run, planned_steps=steps)
+
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
     def observe(self, batch: object = None, **tensors: object) -> None:
@@ -148,7 +160,7 @@ class Monitor:
         Args:
             batch: see `observe`.
             **tensors: see `observe`. Each tensor of one element and each number is recorded at every step, under its
-                name: `loss=loss`.
+                name: `loss=loss`. A `lr` given here goes before the optimizer's.
 
         Raises:
             RuntimeError: the monitor is closed.
@@ -167,6 +179,8 @@ class Monitor:
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for i, group in enumerate(groups):
             name, rate = f"lr/{i}" if i else "lr", group.get("lr")
+            if name in tensors:
+                continue  # the caller knows better: a scheduler may have moved on since the optimizer's step
             if isinstance(rate, Tensor):
                 scalars[Key(name)] = rate
             elif rate is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypedDict
 
 from stethoscope._parts import mark_preset
-from stethoscope.probes import Activations, Gradients, Parameters
-from stethoscope.watches import NonFinite
+from stethoscope.probes import Activations, Gradients, Inputs, Parameters, Separation
+from stethoscope.watches import Assignment, InputDrift, Jumps, MetricSchema, NonFinite, OutputCollapse, Plateau
 
 if TYPE_CHECKING:
     from stethoscope._protocols import Probe, Watch
@@ -20,13 +20,43 @@ class Preset(TypedDict):
 
 
 def first_aid() -> Preset:
-    """For any model: statistics of activations, gradients and weights, and where NaN and Inf come from.
+    """For any model: what activations, gradients and weights look like, where NaN comes from, what the loss does.
+
+    Returns:
+        Probes `Activations`, `Gradients`, `Parameters`; watches `NonFinite`, `Jumps` and `Plateau` on the train loss.
 
     Example:
         >>> sorted(first_aid())
         ['probes', 'watches']
     """
-    return _marked((Activations(), Gradients(), Parameters()), (NonFinite(),))
+    return _marked((Activations(), Gradients(), Parameters()), (NonFinite(), Jumps(), Plateau()))
+
+
+def separation() -> Preset:
+    """For source separation: `first_aid` and whether outputs collapse or the assignment (PIT) is ambiguous.
+
+    Give the tensors to the monitor: `monitor.step(loss=loss, estimates=..., references=..., mixture=...)`, each of
+    shape (batch, sources, time), the mixture without sources.
+
+    Example:
+        >>> len(separation()["probes"]) - len(first_aid()["probes"])
+        1
+    """
+    base = first_aid()
+    return _marked((*base["probes"], Separation()), (*base["watches"], OutputCollapse(), Assignment()))
+
+
+def full() -> Preset:
+    """Everything: `separation`, the batches given to `step`, and the metric dictionaries given to `log`.
+
+    What has nothing to look at stays silent.
+
+    Example:
+        >>> len(full()["watches"]) > len(separation()["watches"])
+        True
+    """
+    base = separation()
+    return _marked((*base["probes"], Inputs()), (*base["watches"], InputDrift(), MetricSchema()))
 
 
 def _marked(probes: tuple[Probe, ...], watches: tuple[Watch, ...]) -> Preset:

@@ -104,3 +104,31 @@ def test_close_may_come_twice_and_a_write_after_it_is_an_error():
     assert file.getvalue() == printed
     with pytest.raises(RuntimeError, match="Console is not open"):
         sink.write(1, [], [])
+
+
+def test_a_long_message_is_indented_as_a_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    sink, file = opened()
+    sink.write(0, [], [Finding("a", "error", "many words " * 9, "some advice")])
+    lines = file.getvalue().splitlines()
+    assert len(lines) > 4
+    assert all(line.startswith("  ") and len(line) <= 30 for line in lines[1:])
+
+
+def test_findings_come_above_a_progress_bar_and_do_not_break_it(monkeypatch):
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress
+
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    sink = Console()
+    sink.open(RUN)
+    console = RichConsole(force_terminal=True, width=80)
+    with Progress(console=console, auto_refresh=False) as progress:
+        progress.add_task("bar")
+        progress.refresh()
+        before = len(terminal.getvalue())
+        sink.write(40, [], [FINDING])
+    after = terminal.getvalue()[before:]
+    erase_line = "\x1b[2K"
+    assert 0 <= after.index(erase_line) < after.index("nonfinite-activation") < after.index("bar")

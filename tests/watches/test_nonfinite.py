@@ -67,7 +67,7 @@ def poison_weight(model, x):
 
 
 def poison_absurd(model, x):
-    model.blocks[1].fc.weight.data[0, 0] = 3e38
+    model.blocks[1].fc.weight.data.fill_(3e38)
 
 
 def poison_input(model, x):

@@ -131,7 +131,7 @@ def _target_of(name: str, target: float | Mapping[str, float] | None) -> float |
 
 def _examine(name: str, weight: Tensor, block: tuple[int, int] | None, target: float | None) -> MatrixDensity:
     shape = (weight.shape[0], weight.shape[1])
-    nonzero = int(_density.nonzero(weight))
+    nonzero = int(_density.count_nonzero(weight))
     density = nonzero / max(weight.numel(), 1)
     shapes = [block] if block is not None else [(rows, columns) for rows in _LENGTHS for columns in _LENGTHS]
     best, blocks = (1, 1), nonzero

@@ -7,6 +7,8 @@ import typer
 from stethoscope.cli._audio import audio
 from stethoscope.cli._causality import causality
 from stethoscope.cli._checkpoint import checkpoint
+from stethoscope.cli._demo import demo
+from stethoscope.cli._explain import explain
 from stethoscope.cli._plan import plan
 
 app = typer.Typer(
@@ -23,6 +25,8 @@ audit.command()(causality)
 audit.command()(checkpoint)
 audit.command()(audio)
 audit.command()(plan)
+app.command()(demo)
+app.command()(explain)
 
 
 @app.callback()

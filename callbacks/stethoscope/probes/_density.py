@@ -99,7 +99,7 @@ class DensityAttachment:
         for matrix in self._matrices():
             weight = matrix.effective()
             number = max(weight.numel(), 1)
-            measured.append((Key("density/elements", matrix.name), _density.nonzero(weight) / number))
+            measured.append((Key("density/elements", matrix.name), _density.count_nonzero(weight) / number))
             blocks = _density.nonzero_blocks(weight, self._probe.block) if self._probe.block else None
             if blocks is not None and self._probe.block:
                 area = self._probe.block[0] * self._probe.block[1]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-    from stethoscope._protocols import Probe
+    from stethoscope._protocols import Attachment, Probe
 
 KNOWN = ("norm", "nonfinite")
 
@@ -61,7 +61,7 @@ class Gradients:
         if unknown or not self.statistics:
             raise ValueError(f"Unknown gradient statistics {unknown}. Known: {list(KNOWN)}.")
 
-    def attach(self, model: nn.Module) -> GradientHooks:
+    def attach(self, model: nn.Module) -> Attachment:
         """Choose the parameters of `model`; they are hooked while armed."""
         return GradientHooks(self, model)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-    from stethoscope._protocols import Probe
+    from stethoscope._protocols import Attachment, Probe
 
 KNOWN = ("norm", "update_ratio", "unchanged", "nonfinite")
 
@@ -71,7 +71,7 @@ class Parameters:
         if unknown or not self.statistics:
             raise ValueError(f"Unknown parameter statistics {unknown}. Known: {list(KNOWN)}.")
 
-    def attach(self, model: nn.Module) -> ParameterReader:
+    def attach(self, model: nn.Module) -> Attachment:
         """Choose the parameters of `model`."""
         return ParameterReader(self, model)
 

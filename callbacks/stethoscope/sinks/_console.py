@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING
@@ -68,14 +69,22 @@ class Console:
                 self._loss = record.value
         for finding in findings:
             self._findings[finding.code].append(finding)
-            self._console.print(_finding(finding))
+            self._print(self._console, _finding(finding, self._console.width))
 
     def close(self) -> None:
         """Print the summary."""
         console, self._console = self._console, None
         if console is not None and (self._steps is not None or self._findings):
             for line in self._summary():
-                console.print(line)
+                self._print(console, line)
+
+    def _print(self, console: RichConsole, text: Text) -> None:
+        # A progress bar of rich puts itself in place of sys.stdout, to print above itself; RichConsole goes around it.
+        with console.capture() as printed:
+            console.print(text)
+        file = self.file or sys.stdout
+        file.write(printed.get())
+        file.flush()
 
     def _summary(self) -> list[Text]:
         from rich.text import Text
@@ -94,7 +103,9 @@ class Console:
         return lines
 
 
-def _finding(finding: Finding) -> Text:
+def _finding(finding: Finding, width: int) -> Text:
+    from textwrap import wrap
+
     from rich.text import Text
 
     where = [f"step {finding.step}"] if finding.step is not None else []
@@ -107,7 +118,8 @@ def _finding(finding: Finding) -> Text:
     advice = f"Try: {finding.advice}" if finding.advice else ""
     for line in (finding.message, cause, advice):
         if line:
-            text.append("".join(f"\n  {_plain(part)}" for part in line.splitlines()), style="not bold default")
+            parts = [part for whole in line.splitlines() for part in wrap(_plain(whole), max(width - 2, 20))]
+            text.append("".join(f"\n  {part}" for part in parts), style="not bold default")
     return text
 
 

@@ -59,7 +59,7 @@ def causality(
         lengths: `(batch,)` valid steps per item, passed as the last argument; then padding is examined too.
         sample_rate: input steps per second, to report milliseconds.
         budget: largest number of forward passes, at least 24 per mode; what is left over buys more positions to look at.
-            None: 16 positions.
+            None: 12 positions.
 
     Returns:
         A report; `.ok` is whether the look-ahead is at most `allowed` and nothing leaks across the batch.

@@ -18,8 +18,8 @@ from stethoscope.audits._causality._report import ModeVerdict
 if TYPE_CHECKING:
     from stethoscope.audits._causality._setup import Plan
 
-_POSITIONS = 16
-_FEWER = 3
+_POSITIONS = 12
+_FEWER = 2
 _OVERHEAD = 40
 
 
@@ -117,7 +117,7 @@ class Examiner:
             nan_leak=nan,
             gradient_leak=gradient,
             notes=(*notes, *disagreements(nan, gradient, leaks=leaks)),
-            picture=() if self.briefly and not leaks else self._picture(scan),
+            picture=() if self.briefly and not leaks else self._picture(scan, leaks=leaks),
             blame=blame,
             batch_blame=batch_blame,
         )
@@ -126,7 +126,8 @@ class Examiner:
         """Change one item everywhere and look at the others."""
         if scan.inputs.items < 2:
             return None
-        for item, kind in ((0, 0), (scan.inputs.items - 1, 1)):
+        tries = ((0, 0), (scan.inputs.items - 1, 1))
+        for item, kind in tries[:1] if self.briefly else tries:
             if self.runs.left <= self.reserve:
                 return None
             other = scan.outputs(scan.inputs.perturbed(0, kind, item=item))
@@ -168,11 +169,11 @@ class Examiner:
         start = best.start if best.ahead > 0 else scan.inputs.steps // 2
         return nan_leaks(scan, start, self.allowed), gradient_leaks(scan, start, self.allowed)
 
-    def _picture(self, scan: Scan) -> tuple[tuple[int, tuple[bool, ...]], ...]:
+    def _picture(self, scan: Scan, *, leaks: bool) -> tuple[tuple[int, tuple[bool, ...]], ...]:
         """Change single steps, to show what each of them moves."""
         rows = []
         steps = scan.inputs.steps
-        for start in sorted({steps * k // 8 for k in (1, 4, 7)}):
+        for start in sorted({steps * k // 8 for k in ((1, 4, 7) if leaks else (2, 6))}):
             if self.runs.left <= self.reserve:
                 break
             moved = scan.look(start, 0, stop=start + 1)

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from stethoscope.cli import app
+from stethoscope.cli._explain import pages
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["explain", *arguments])
+
+
+def test_every_code_is_listed_and_has_a_page_to_print():
+    assert run().output.split() == sorted(pages())
+    for code in ("nonfinite-activation", "part-disabled"):
+        assert "What to try" in run(code).output
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"), [("nonfinite-activations", "Did you mean nonfinite-activation?"), ("x", "lists all")]
+)
+def test_an_unknown_code_is_told_with_the_nearest_one(code, hint):
+    result = run(code)
+    assert result.exit_code == 2
+    assert hint in result.output
