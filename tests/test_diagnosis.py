@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from torch import nn
 
-from stethoscope import Finding, Record
+from stethoscope import Finding, Monitor, Record, watches
 from stethoscope._diagnosis import RULES, Relate
+from stethoscope.separation_stats import centred, cosine, gram, si_sdr_db
 
 
 def finding(code: str, step: int = 1000, severity: str = "warning", phase: str = "train") -> Finding:
@@ -102,3 +105,32 @@ def test_parameter_explains_what_became_nonfinite_after_it():
 
 def test_no_rule_explains_itself():
     assert all(rule.code not in rule.explains for rule in RULES)
+
+
+@pytest.mark.parametrize("wired", [True, False])
+def test_real_training_with_and_without_a_fault_in_the_loss(wired):
+    """A linear separator of a low and a high voice; without PIT on references in random order it can only copy."""
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Conv1d(1, 2, 33, padding=16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    time = torch.arange(800) / 8000
+    watching = [watches.Plateau(), watches.OutputCollapse(), watches.Assignment()]
+    with Monitor(model, optimizer, watches=watching, every=5, planned_steps=400, strict=True) as monitor:
+        for _ in range(400):
+            pitch = torch.tensor([150.0, 1500.0]) * (1 + 0.3 * torch.rand(8, 2, generator=g))
+            references = torch.sin(6.283 * pitch[..., None] * time + 6 * torch.rand(8, 2, 1, generator=g))
+            swap = torch.rand(8, 1, 1, generator=g) < 0.5
+            references = torch.where(swap, references.flip(1), references)
+            mixture = references.sum(1)
+            estimates = model(mixture[:, None])
+            cos = cosine(gram(centred(torch.cat([estimates, references], 1))))[:, :2, 2:]
+            straight = -si_sdr_db(cos).diagonal(dim1=1, dim2=2).mean(1)
+            crossed = -si_sdr_db(cos.flip(1)).diagonal(dim1=1, dim2=2).mean(1)
+            loss = (torch.minimum(straight, crossed) if wired else straight).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss, estimates=estimates, references=references, mixture=mixture)
+    serious = {f.code for f in monitor.findings if f.severity != "info"} - {"loss-plateau", "stalled-optimisation"}
+    assert serious == (set() if wired else {"output-collapse"})

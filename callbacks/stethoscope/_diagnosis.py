@@ -121,7 +121,6 @@ RULES: tuple[Rule, ...] = (
         code="nonfinite-activation",
         explains=("nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
     ),
-    Rule(code="nonfinite-gradient", explains=("loss-diverged",)),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
     # Why a loss does not move, from the most specific reason to the least.
     Rule(
