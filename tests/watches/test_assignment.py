@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stethoscope.testing import replay, series
@@ -43,6 +44,7 @@ def test_samples_that_never_come_back_count_nothing():
     assert replay(Assignment(), story(margin_db=[3.0] * 80, flips=[0.0] * 80, revisits=[0.0] * 80)) == []
 
 
+@example([(1.0, math.nan, 5.0)] * 30)
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(*3 * [st.floats(width=32)]), max_size=60))
 def test_any_numbers_are_survived_and_state_is_json_at_any_moment(values):

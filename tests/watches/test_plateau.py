@@ -121,6 +121,11 @@ def test_learning_rate_cut_restarts_the_window_and_so_finds_the_stall_sooner():
     assert told + 200 < blind
 
 
+def test_learning_rate_of_zero_is_no_change_and_nan_is_none():
+    lr = [0.0] * 300 + [math.nan] * 300
+    assert len(replay(Plateau(patience=100), series(loss=[1.0] * 600, lr=lr))) == 1
+
+
 def test_share_of_the_plan_sets_patience_and_what_is_left_sets_severity():
     plan = Record("plan/steps", STEPS, 0, source="step")
     early = replay(Plateau(unit="dB"), [plan, *series(loss=falls_then_stays())])[0]

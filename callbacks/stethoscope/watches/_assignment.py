@@ -108,7 +108,9 @@ class Assignment:
         """Flips among the last few hundred visits, weighted by how recent they are."""
         flipped, visits, told = state["flips"]
         share, count = (getattr(now.get(name), "value", None) for name in ("flips", "revisits"))
-        if not isinstance(share, (int, float)) or not isinstance(count, (int, float)) or not count > 0:
+        if not isinstance(share, (int, float)) or not isinstance(count, (int, float)):
+            return state["flips"], []
+        if not (math.isfinite(share) and math.isfinite(count) and count > 0):
             return state["flips"], []
         if visits > 2 * REVISITS:
             flipped, visits = flipped / 2, visits / 2

@@ -175,7 +175,7 @@ def _shares(now: Numbers, *, fell: bool) -> dict[str, float]:
         raw = float(cos > ALIKE)
         same = now.get("alike_fraction", raw)
         if "alike_fraction" not in now and "ref_cos" in now:
-            same = float(raw and math.atanh(min(cos, 0.99999)) - math.atanh(min(now["ref_cos"], 0.99999)) > 0.5)
+            same = float(raw and _fisher(cos) - _fisher(now["ref_cos"]) > 0.5)
         twins = raw * _references_alike(now)
         if "ref_cos" not in now:
             same = same * (1 - twins)
@@ -183,8 +183,7 @@ def _shares(now: Numbers, *, fell: bool) -> dict[str, float]:
     if "quiet_fraction" in now:
         shares["quiet"] = now["quiet_fraction"]
     if "batch_cos" in now:
-        input_cos = min(now.get("mix_batch_cos", 0.0), 0.99999)
-        same_anyway = math.atanh(min(now["batch_cos"], 0.99999)) - math.atanh(input_cos) <= 0.5
+        same_anyway = _fisher(now["batch_cos"]) - _fisher(now.get("mix_batch_cos", 0.0)) <= 0.5
         shares["constant"] = float(now["batch_cos"] > BATCH and not same_anyway)
     if "copy_fraction" in now and "out_cos" not in now:
         shares["copy"] = now["copy_fraction"]
@@ -199,6 +198,10 @@ def _references_alike(now: Numbers) -> bool:
     if score is not None and gain is not None and score - gain > BEYOND:
         return True
     return worst is not None and worst > _bound_db(now.get("out_cos", 0.0)) + BEYOND
+
+
+def _fisher(cos: float) -> float:
+    return math.atanh(min(abs(cos), 0.99999))
 
 
 def _bound_db(cos: float) -> float:
@@ -230,7 +233,7 @@ def _percent(share: float) -> str:
 
 
 def _cosines(now: Numbers) -> str:
-    delayed = now.get("out_delay_cos", 0.0) > now.get("out_cos", 0.0) + 0.05
+    delayed = "out_delay_cos" in now and now["out_delay_cos"] > now.get("out_cos", 0.0) + 0.05
     parts = [f"output |cos| {now.get('out_cos', math.nan):.3f}"]
     parts += [f"{now['out_delay_cos']:.3f} with a delay"] if delayed else []
     parts.append(f"reference |cos| {now['ref_cos']:.3f}" if "ref_cos" in now else "references not given")

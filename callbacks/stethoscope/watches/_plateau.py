@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GROW = 0.5  # share of the steps since the last restart that the window covers: log-time, so power laws are not flagged
 CONFIRM = 3  # closed blocks in a row: one block more or less must not decide
-SHARE_OF_DROP = 0.02  # gain per patience below which a run of ten patiences adds less than a fifth to what it reached
+SHARE_OF_DROP = 0.015  # gain per patience: a run of ten patiences adds less than 15 % to what it reached
 SHARE_OF_NOISE = 0.1  # in standard deviations of one step: what is smaller nobody sees, and stuck runs have no drop
 DECIBELS = 0.5  # per patience, for unit="dB"
 BLOCKS = 20  # per patience
@@ -49,7 +49,7 @@ class Plateau:
         patience: steps, or a share of the planned steps such as `"10%"` (at least 20 steps). Where the plan is
             unknown, a share means `max(1000, share of the steps so far)`.
         min_improvement: smallest gain per patience that counts as improving, in units of the loss. None: 0.5 for
-            `unit="dB"`, else the larger of 2 % of the drop since the first half patience and 0.1 standard
+            `unit="dB"`, else the larger of 1.5 % of the drop since the first half patience and 0.1 standard
             deviations of a single step.
         unit: of the loss, for messages; `"dB"` also sets `min_improvement`.
         confidence: of the one-sided bound, in (0.5, 1).
@@ -113,7 +113,7 @@ class Plateau:
             if record.name == "plan/steps" and isinstance(record.value, (int, float)):
                 if record.value > 0 and record.value != state["plan"]:  # a resumed run says it again
                     state = {**state, "plan": record.value, "series": None}
-            elif record.name == "lr" and isinstance(record.value, (int, float)):
+            elif record.name == "lr" and isinstance(record.value, (int, float)) and math.isfinite(record.value):
                 state = {**state, "lr": record.value}
         for record in records:
             if record.name != self.name or record.phase != self.phase or not isinstance(record.value, (int, float)):
@@ -137,7 +137,7 @@ class Plateau:
     def _restart(self, state: State, step: int) -> State:
         lr, before = state["lr"], state["lr_began"]
         fresh = state["series"] is None
-        changed = lr is not None and before is not None and not before / LR_CHANGE < lr < before * LR_CHANGE
+        changed = lr is not None and before is not None and not before / LR_CHANGE <= lr <= before * LR_CHANGE
         planned = not fresh and any(state["last"] < at <= step for at in self.schedule)
         if fresh or changed or planned:
             return {**self._fresh(state, step), "stalled": None if planned else state["stalled"]}
