@@ -22,7 +22,7 @@ from stethoscope.sinks._markdown import MAX_ROWS, escape, table
 def test_text_from_anywhere_is_shown_as_it_is(text):
     finding = Finding("a-code", "error", text, "advice", step=3, module=text)
     page = Markdown(extensions=["tables"]).convert(table([finding]))
-    assert page.count("<td") == 6
+    assert page.count("<td") == 3
     for tag in ("<script", "<strong", "<em", "<a ", "<code"):
         assert tag not in page
     import html
@@ -37,6 +37,6 @@ def test_a_lone_surrogate_does_not_break_the_encoding():
 def test_the_newest_finding_comes_first_and_the_table_stays_short():
     text = table([Finding(f"code-{i}", "info", "", "", step=i) for i in range(MAX_ROWS + 5)])
     rows = text.splitlines()
-    assert rows[2].startswith(f"| {MAX_ROWS + 4} | info |")
+    assert rows[2].startswith(f"| info code-{MAX_ROWS + 4}, step {MAX_ROWS + 4} |")
     assert rows[-1] == "5 earlier findings are not shown."
     assert len(rows) == MAX_ROWS + 4

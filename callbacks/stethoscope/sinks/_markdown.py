@@ -30,20 +30,16 @@ def escape(text: str) -> str:
 
 def table(findings: Sequence[Finding]) -> str:
     """Make a Markdown table, newest finding first, of at most `MAX_ROWS` rows."""
-    lines = ["| step | severity | code | where | what happened | try first |", "|---:|---|---|---|---|---|"]
+    # three columns: TensorBoard breaks words in narrow ones
+    lines = ["| finding | what happened | try first |", "|---|---|---|"]
     for finding in reversed(findings[-MAX_ROWS:]):
-        where = [finding.module] if finding.module else []
+        where = [] if finding.step is None else [f"step {finding.step}"]
+        where += [finding.module] if finding.module else []
         where += [finding.phase] if finding.phase != "train" else []
         where += [f"rank {finding.rank}"] if finding.rank else []
         cause = f" Explained by {finding.cause}." if finding.cause else ""
-        cells = (
-            "" if finding.step is None else str(finding.step),
-            finding.severity,
-            finding.code,
-            ", ".join(where),
-            finding.message + cause,
-            finding.advice,
-        )
+        what = ", ".join([f"{finding.severity} {finding.code}", *where])
+        cells = (what, finding.message + cause, finding.advice)
         lines.append(f"| {' | '.join(escape(cell) for cell in cells)} |")
     if len(findings) > MAX_ROWS:
         lines += ["", f"{len(findings) - MAX_ROWS} earlier findings are not shown."]
