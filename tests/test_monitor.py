@@ -464,6 +464,34 @@ def test_cpu_tensors_are_copied_before_they_change():
     assert seen == [1.0]
 
 
+@pytest.mark.parametrize("reading", [torch.ones((), device="meta"), "not a tensor", torch.ones(3)])
+def test_readings_that_make_no_records_cost_themselves_alone(reading):
+    @dataclass(frozen=True)
+    class Odd:
+        every: int | None = 1
+
+        def attach(self, model):
+            return self
+
+        def covers(self, other):
+            return False
+
+        def arm(self, on, phase): ...
+        def detach(self): ...
+
+        def read(self, given):
+            from stethoscope._protocols import Key
+
+            return {Key("probe/value"): reading}
+
+    memory = sinks.Memory()
+    with Monitor(nn.Linear(2, 2), probes=[Odd()], sinks=[memory]) as monitor:
+        for _ in range(3):
+            monitor.step(loss=torch.tensor(1.0))
+    assert [f.code for f in monitor.findings] == ["part-disabled"]
+    assert [(r.name, r.step) for r in memory.records] == [("loss", 0), ("loss", 1), ("loss", 2)]
+
+
 def test_series_and_replay_bring_together_what_belongs_together():
     @dataclass(frozen=True)
     class Sizes:

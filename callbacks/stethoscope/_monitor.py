@@ -274,8 +274,15 @@ class Monitor:
                 self._transfer.send(ready, parts)
         except Exception as error:
             self._notes.disabled(self._transfer, "transfer", error)
-            self._transfer.send(ready, ())
-        self._delivery.deliver(self._transfer.receive(wait=wait), self._run)
+            self._transfer.send(ready, [part for part in parts if _can_be_sent(part)])
+        self._delivery.deliver(self._arrived(wait), self._run)
+
+    def _arrived(self, wait: bool) -> Iterator[list[Record]]:
+        """What has arrived. Readings that make no records (on the meta device, say) are dropped and reported."""
+        for records, error in self._transfer.receive(wait=wait):
+            if error is not None:
+                self._notes.disabled(self._transfer, "transfer", error)
+            yield records
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
@@ -309,6 +316,14 @@ class Monitor:
         self._run = replace(self._run, id=str(state["run"]), resumed_from=step - 1 if step else None)
         self._delivery.load_state_dict(state)
         self._probing.arm(self._step, self._phase)
+
+
+def _can_be_sent(part: Part) -> bool:
+    try:
+        Transfer().send((), [part])
+    except Exception:
+        return False
+    return True
 
 
 def _flat(name: str, value: object) -> dict[str, Tensor]:

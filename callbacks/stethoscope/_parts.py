@@ -21,16 +21,22 @@ class Notes:
         strict: raise what goes wrong inside of parts.
         step: the last closed step.
         pending: findings not delivered yet.
+        said: parts and errors that were reported.
     """
 
     strict: bool
     step: int = 0
     pending: list[Finding] = field(default_factory=list[Finding])
+    said: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
     def disabled(self, part: object, role: str, error: Exception) -> None:
         """Say that a part has failed and is off from here on. Raises the error again if strict."""
         if self.strict:
             raise error
+        failure = type(part).__name__, type(error).__name__
+        if role == "transfer" and failure in self.said:
+            return  # it stays on, since other probes need it, and would say so at every step
+        self.said.add(failure)
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
         self.pending.append(

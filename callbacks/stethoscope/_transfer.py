@@ -8,7 +8,7 @@ over is always a fresh copy, since CPU tensors alias.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,8 +77,8 @@ class Transfer:
             buffers[place] = packed
         self._pending.append(_Packet(ready, columns, buffers, arrivals))
 
-    def receive(self, *, wait: bool = False) -> Iterator[list[Record]]:
-        """Hand over the deliveries that have arrived, oldest first.
+    def receive(self, *, wait: bool = False) -> Iterator[tuple[list[Record], Exception | None]]:
+        """Hand over the deliveries that have arrived, oldest first, with what went wrong in them, if anything did.
 
         Args:
             wait: wait for the device until all have arrived.
@@ -109,26 +109,37 @@ def _columns(readings: Mapping[Key, Tensor]) -> Sequence[Columns]:
     ]
 
 
-def _unpack(packet: _Packet) -> list[Record]:
-    records = list(packet.ready)
-    arrays = {place: buffer.cpu().numpy() for place, buffer in packet.buffers.items()}
-    for (keys, tensor, rows, sparse), stamp, dtype, offset in packet.columns:
-        width = tensor[0].numel() if tensor.dim() > 1 else 1
-        values = arrays[tensor.device, dtype][offset : offset + tensor.numel()].reshape(-1, width)
-        if sparse and not values.any():
-            continue
-        _, _, step, _, phase, _, rank, source, kind = stamp
-        if width == 1:
-            numbers = values[:, 0].tolist()
-            records += [
-                _new(Record, (name, float(numbers[row]), step, module, phase, call, rank, source, kind))
-                for (name, module, call, _), row in zip(keys, rows, strict=True)
-                if numbers[row] or not sparse
-            ]
-        else:
-            counts = list(map(tuple, values.tolist()))
-            for key, row in zip(keys, rows, strict=True):
-                assert key.edges is not None, key
-                value = Histogram(key.edges, counts[row])
-                records.append(Record(key.name, value, step, key.module, phase, key.call, rank, source, "histogram"))
+def _unpack(packet: _Packet) -> tuple[list[Record], Exception | None]:
+    records, failed = list(packet.ready), None
+    arrays: dict[tuple[torch.device, torch.dtype], Any] = {}
+    for column, stamp, dtype, offset in packet.columns:
+        place = column.tensor.device, dtype
+        try:
+            if place not in arrays:
+                arrays[place] = packet.buffers[place].cpu().numpy()
+            records += _name(column, stamp, arrays[place][offset : offset + column.tensor.numel()])
+        except Exception as error:  # the numbers of other probes are fine
+            failed = error
+    return records, failed
+
+
+def _name(column: Columns, stamp: Record, flat: Any) -> list[Record]:
+    """The records of one column, from its values on the host."""
+    keys, tensor, rows, sparse = column
+    if sparse and not flat.any():
+        return []
+    _, _, step, _, phase, _, rank, source, kind = stamp
+    if tensor.dim() <= 1 or tensor[0].numel() == 1:
+        numbers = flat.tolist()
+        return [
+            _new(Record, (name, float(numbers[row]), step, module, phase, call, rank, source, kind))
+            for (name, module, call, _), row in zip(keys, rows, strict=True)
+            if numbers[row] or not sparse
+        ]
+    counts = list(map(tuple, flat.reshape(len(tensor), -1).tolist()))
+    records = []
+    for key, row in zip(keys, rows, strict=True):
+        assert key.edges is not None, f"{key} has several values and no edges"
+        value = Histogram(key.edges, counts[row])
+        records.append(Record(key.name, value, step, key.module, phase, key.call, rank, source, "histogram"))
     return records
