@@ -1,3 +1,4 @@
 """Audits run once, outside the loop, and return a `Report`."""
 
 from stethoscope.audits._metrics import metrics as metrics
+from stethoscope.audits._nonfinite import nonfinite as nonfinite

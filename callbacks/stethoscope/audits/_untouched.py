@@ -53,12 +53,13 @@ def untouched(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
         yield [module for name, module in modules.items() if name not in inner]
     finally:
         with torch.no_grad():
+            # by way of .data: a graph that the caller still holds must not see a change
             for tensor, value in values:
-                tensor.copy_(value)
+                tensor.data.copy_(value)
             for tensor, gradient, before in gradients:
                 tensor.grad = gradient
                 if gradient is not None and before is not None:
-                    gradient.copy_(before)
+                    gradient.data.copy_(before)
         for module, held, training in buffers:
             module._buffers.update(held)  # noqa: SLF001 - see above
             module.training = training
