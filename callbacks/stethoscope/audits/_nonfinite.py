@@ -229,7 +229,7 @@ def _report(task: Task, outcome: Outcome, culprit: Birth, absurd: tuple[str, flo
 def _origin(outcome: Outcome, culprit: Birth) -> Origin:
     if culprit.kind in ("input", "parameter", "buffer"):
         return culprit.kind
-    if outcome.phase == "backward":
+    if "backward" in (outcome.phase, culprit.phase):
         return "backward"
     return "loss" if culprit.phase == "loss" else "operation"
 
