@@ -40,6 +40,16 @@ class _Packet(NamedTuple):
     arrivals: Sequence[torch.cuda.Event]
 
 
+def fetch(numbers: Sequence[Tensor]) -> list[float]:
+    """Wait for the device and return numbers at once: for decisions that cannot be put off.
+
+    Args:
+        numbers: tensors without dimensions, on any devices.
+    """
+    place = numbers[0].device
+    return torch.stack([each.to(place, torch.float32) for each in numbers]).tolist()
+
+
 class Transfer:
     """Deliveries on their way to the host, first in, first out."""
 

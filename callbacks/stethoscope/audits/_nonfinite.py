@@ -78,7 +78,8 @@ def nonfinite(
         *args: positional arguments of the forward pass.
         loss: called with the output, returns the loss (a tensor of one number, a dict with `loss`, a tuple that begins
             with it); then the backward pass is examined as well. Or a loss with its graph, for backward only.
-        forward: for models without a usable `forward`: a method's name, a bound method, or `fn(model, *args, **kwargs)`.
+        forward: for models without a usable `forward`: a method's name, a bound method, a submodule, or
+            `fn(model, *args, **kwargs)`.
         **kwargs: keyword arguments of the forward pass.
 
     Raises:
@@ -97,7 +98,11 @@ def nonfinite(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got an object of {type(model).__name__}.")
     model = unwrap(model)
-    task = Task(model, _call(model, forward), args, kwargs, loss)
+    return examine(Task(model, _call(model, forward), args, kwargs, loss))
+
+
+def examine(task: Task) -> NonFiniteReport:
+    """Run a task, find its culprit, report; see `nonfinite`."""
     outcome = run(task)
     if isinstance(outcome.error, ValueError) and outcome.error.args[:1] and "loss must give" in str(outcome.error):
         raise outcome.error
@@ -105,7 +110,7 @@ def nonfinite(
     if not suspects:
         if outcome.error is not None:
             raise outcome.error
-        return NonFiniteReport(title=_title(model), summary=_healthy(outcome, loss))
+        return NonFiniteReport(title=_title(task.model), summary=_healthy(outcome, task.loss))
     culprit = _culprit(task, outcome, suspects)
     return _report(task, outcome, culprit, _absurd(task, outcome, culprit))
 
@@ -115,7 +120,7 @@ def _call(model: nn.Module, forward: Callable[..., Any] | str | None) -> Callabl
         return model
     if isinstance(forward, str):
         return getattr(model, forward)  # type: ignore[no-any-return]
-    if isinstance(getattr(forward, "__self__", None), nn.Module):
+    if isinstance(forward, nn.Module) or isinstance(getattr(forward, "__self__", None), nn.Module):
         return forward
     return lambda *args, **kwargs: forward(model, *args, **kwargs)
 

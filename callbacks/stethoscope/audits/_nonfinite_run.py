@@ -32,6 +32,7 @@ class Task:
         call: the forward pass.
         args, kwargs: its arguments; a run gets copies.
         loss: called with the output, a tensor, or None.
+        whole: `call` computes the loss as well: what runs after a call of `model` belongs to the loss.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Task:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     loss: Callable[[Any], Any] | Tensor | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class _Run:
         self._trace = Trace(
             self._stack.top, self._owner, batch=batch, heal=repair.operations, keep_lines=task.loss is not None
         )
+        self._stack.inside = self._enter_or_leave
         self.outcome = Outcome(self._trace.births, batch=batch, operations=0)
         self._mark(named, batch)
         try:
@@ -117,6 +120,10 @@ class _Run:
             self.outcome.error = error
         self.outcome.operations = self._trace.operations
         self._look_at_buffers()
+
+    def _enter_or_leave(self, inside: bool) -> None:
+        if self._task.whole and self._trace.phase != "backward":
+            self._trace.phase = "forward" if inside else "loss"
 
     def _mark(self, named: list[tuple[str, Tensor]], batch: int | None) -> None:
         """Say what is not finite before the first operation."""
@@ -203,6 +210,7 @@ class _Stack:
         self._names = {id(module): plain(name) for name, module in model.named_modules()}
         self._running: list[tuple[int, str, int]] = []
         self._calls: dict[str, int] = {}
+        self.inside: Callable[[bool], None] = lambda _: None
 
     def top(self) -> tuple[str, int]:
         """Return name and call index of the innermost one, `("", 0)` without any."""
@@ -212,10 +220,14 @@ class _Stack:
         name = self._names[id(module)]
         self._running.append((id(module), name, self._calls.get(name, 0)))
         self._calls[name] = self._calls.get(name, 0) + 1
+        if module is self._model:
+            self.inside(True)
 
     def _leave(self, module: nn.Module, *_: object) -> None:
         while self._running and self._running.pop()[0] != id(module):
             pass
+        if module is self._model:
+            self.inside(False)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:

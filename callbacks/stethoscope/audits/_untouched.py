@@ -91,6 +91,8 @@ def _reached(functions: tuple[Callable[..., Any], ...]) -> Iterator[Any]:
         if isinstance(thing, nn.Module):
             yield thing
             continue
+        if type(thing).__module__.startswith("stethoscope."):
+            continue  # a monitor's state is not the training's
         if all(callable(getattr(type(thing), name, None)) for name in ("state_dict", "load_state_dict")):
             yield thing
         queue += [(other, depth + 1) for other in _held(thing)] if depth <= DEPTH else []
