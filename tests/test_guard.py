@@ -165,7 +165,7 @@ def test_one_nan_gradient_names_its_parameter_before_clipping():
     model.out.weight.register_hook(lambda grad: grad * nan)
     with Monitor(model, optimizer, guard="skip", replay=lambda x: model(x).mean(), strict=True) as monitor:
         train(model, optimizer, batches(1), monitor, clip=True)  # which spoils all others
-    assert monitor.findings[0].evidence["gradients"][0] == "inp.weight"
+    assert monitor.findings[0].evidence["gradients_at_write"][0] == "inp.weight"
     assert "1 gradients: out.weight" in monitor.findings[0].message
 
 
@@ -272,3 +272,42 @@ def test_a_guard_that_fails_is_taken_off_and_says_so(monkeypatch):
         train(model, optimizer, batches(3), monitor)
     assert [f.code for f in monitor.findings] == ["part-disabled"]
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("lr", [nan, inf])
+def test_a_learning_rate_that_is_no_number_is_not_used(lr):
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        train(model, optimizer, batches(1), monitor)
+        optimizer.param_groups[0]["lr"] = lr
+        before = copy.deepcopy(list(model.parameters()))
+        train(model, optimizer, batches(1), monitor)
+    assert same(before, list(model.parameters()))
+    finding = monitor.findings[0]
+    assert (finding.code, finding.step) == ("nonfinite-optimizer", 1)
+    assert "lr of parameter group 0" in finding.message
+
+
+def test_a_weight_that_the_optimizer_spoils_is_the_optimizers_fault():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.Adam([{"params": model[0].parameters()}, {"params": model[1].parameters(), "eps": 0.0}])
+    model[1].bias.register_hook(lambda grad: grad * 0)
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        train(model, optimizer, batches(3), monitor)
+    finding = monitor.findings[0]
+    assert (finding.code, finding.step, finding.module) == ("nonfinite-optimizer", 1, "1")
+    assert (finding.evidence["parameter"], finding.evidence["group"]) == ("1.bias", 1)
+    assert finding.evidence["settings"]["eps"] == "0.0"
+
+
+def test_a_second_moment_that_is_negative_is_named():
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        train(model, optimizer, batches(2), monitor)
+        optimizer.state[model.out.weight]["exp_avg_sq"][0, 3] = -1.0
+        train(model, optimizer, batches(2), monitor)
+    finding = monitor.findings[0]
+    assert (finding.code, finding.evidence["parameter"]) == ("nonfinite-optimizer", "out.weight")
+    assert finding.evidence["state"]["exp_avg_sq"].startswith("negative")
+    assert finding.evidence["state"]["exp_avg"] == "finite"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope._before import Before
+from stethoscope._optimizer import bad_settings, bad_write
 from stethoscope._record import Finding, FindingsError
 from stethoscope._transfer import fetch
 from stethoscope._tree import plain
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from stethoscope._parts import Notes
-    from stethoscope._record import Report
+    from stethoscope.audits._nonfinite import NonFiniteReport
 
 Act = Literal["raise", "skip"]
 
@@ -58,6 +59,7 @@ class Guard:
         self._model, self._act, self._replay = model, act, replay
         self._notes, self._deliver, self._paused = notes, deliver, paused
         self._names = {id(each): plain(name) for name, each in model.named_parameters()}
+        self._wrote: set[int] = set()  # optimizers whose last write was made from finite gradients
         self._asked = self._bad = self._was_bad = self._was_idle = False
         self._step = 0
         self._before = Before(model)
@@ -86,11 +88,12 @@ class Guard:
         owned = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
         try:
             value, bad = _bad_gradients(owned, loss)
-            if value is None and not bad:
+            known = bad_settings(optimizer) if owned else []
+            if value is None and not bad and not known:
+                self._wrote.add(id(optimizer))
                 return
-            findings = self._explain(
-                value, [self._names.get(id(each), "a parameter outside of the model") for each in bad]
-            )
+            names = [self._names.get(id(each), "a parameter outside of the model") for each in bad]
+            findings = self._explain(optimizer, value, names, known)
         except Exception as error:
             self._notes.disabled(self, "guard", error)
             self.detach()
@@ -99,6 +102,7 @@ class Guard:
             for each in owned:
                 each.grad = None
         self._bad = True
+        self._wrote.discard(id(optimizer))
         self.skipped += 1
         if not self._was_bad:
             self._notes.pending += findings
@@ -109,28 +113,30 @@ class Guard:
 
     # -- what went wrong ---------------------------------------------------------------------------------------------
 
-    def _explain(self, loss: float | None, bad: list[str]) -> list[Finding]:
+    def _explain(self, optimizer: Optimizer, loss: float | None, bad: list[str], known: list[Finding]) -> list[Finding]:
         """Put the state of the step's beginning back and run it again, for a culprit."""
         self._before.rewind()
         if self._was_bad and self._act == "skip":
             return []
+        if not known:
+            with self._before.paused(), self._paused():
+                report = self._audit()
+            known = list(report.findings) if report and not report.ok else [self._finding(loss, bad, report)]
+            if report and report.origin == "parameter" and report.parameter and id(optimizer) in self._wrote:
+                known = [bad_write(optimizer, self._parameter(report.parameter), report.parameter)]
         done = "The step was skipped." if self._act == "skip" else "The optimizer has not written."
-        with self._before.paused(), self._paused():
-            report = self._audit()
-        found = report.findings if report is not None and not report.ok else [self._finding(loss, bad, report)]
+        given = {"guard": self._act, "loss": str(loss), "gradients_at_write": bad[:100]}
         return [
-            replace(
-                each,
-                step=self._step,
-                message=f"{each.message} {done}",
-                evidence={**each.evidence, "guard": self._act, "loss": str(loss), "gradients": bad[:100]},
-            )
-            for each in found
+            replace(each, step=self._step, message=f"{each.message} {done}", evidence={**given, **each.evidence})
+            for each in known
         ]
 
-    def _audit(self) -> Report | None:
+    def _parameter(self, name: str) -> Tensor:
+        return next(each for each in self._model.parameters() if self._names[id(each)] == name)
+
+    def _audit(self) -> NonFiniteReport | None:
         """Return the first report that finds something, else the last one."""
-        report: Report | None = None
+        report: NonFiniteReport | None = None
         if self._replay is not None and self.batch is not None:
             replay = self._replay
             with torch.enable_grad():
@@ -142,7 +148,7 @@ class Guard:
                 return report
         return report
 
-    def _finding(self, loss: float | None, bad: list[str], report: Report | None) -> Finding:
+    def _finding(self, loss: float | None, bad: list[str], report: NonFiniteReport | None) -> Finding:
         if loss is not None:
             again = (
                 "repeated, the forward pass is finite"

@@ -47,7 +47,10 @@ def fetch(numbers: Sequence[Tensor]) -> list[float]:
         numbers: tensors without dimensions, on any devices.
     """
     place = numbers[0].device
-    return torch.stack([each.to(place, torch.float32) for each in numbers]).tolist()
+    real = torch.float32
+    return torch.stack(
+        [each if each.dtype is real and each.device == place else each.to(place, real) for each in numbers]
+    ).tolist()
 
 
 class Transfer:

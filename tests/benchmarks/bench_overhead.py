@@ -113,7 +113,7 @@ OURS = {
     "first_aid(), other steps": lambda loop: monitored(loop, **presets.first_aid(), every=NEVER),
 }
 PLAIN = {
-    "one fused norm of all gradients": lambda loop: fused_norm(loop),
+    "one fused norm of all gradients": fused_norm,
     "empty hooks": lambda loop: hooks(loop, lambda *_: None),
     "seven .item() per module": lambda loop: hooks(loop, seven_items),
 }
