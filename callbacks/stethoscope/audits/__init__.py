@@ -2,3 +2,4 @@
 
 from stethoscope.audits._metrics import metrics as metrics
 from stethoscope.audits._nonfinite import nonfinite as nonfinite
+from stethoscope.audits._stress import stress as stress
