@@ -125,6 +125,25 @@ def test_chunked_attention_looks_ahead_by_chunk_minus_one():
     assert not causality(ChunkedAttention(16), noise(2, 128, 8), time_axis=1, allowed=14).ok
 
 
+def test_constants_beside_any_module_are_widened_for_the_decision_in_float64():
+    filter_ = noise(64)
+
+    def convolve(x):
+        size = x.size(-1) + 63
+        return torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(filter_, size), size)[..., : x.size(-1)]
+
+    def leak(x):
+        out = torch.zeros(x.shape)
+        out.narrow(-1, 0, 50).copy_(x[..., :50])
+        out[..., 50:] += x[..., 50:]
+        return out + 1e-8 * x.roll(-2, -1)
+
+    report = causality(convolve, noise(2, 4, 200))
+    assert (report.lookahead, report.ok) == (0, True)
+    report = causality(leak, noise(2, 4, 200))
+    assert (report.lookahead, report.per_mode["eval"].dtype) == (2, "float64")
+
+
 def test_fft_convolution_before_a_norm_is_causal():
     class Model(nn.Module):
         def forward(self, x):
