@@ -176,6 +176,19 @@ def test_leaks_over_everything_are_found(leak):
     assert report.lookahead == 149, report
 
 
+def test_outputs_that_become_or_cease_to_be_finite_hide_no_leak():
+    x = torch.cat([noise(2, 4, 200), torch.zeros(2, 4, 10)], -1)
+    report = causality(lambda x: x.abs().log().roll(-2, -1), x)
+    assert report.lookahead == 2
+    assert causality(lambda x: x.abs().log().cumsum(-1), x).ok
+
+    def across_items(x):
+        rest = x - x.mean(0, keepdim=True)
+        return torch.where(rest > 0, rest, torch.nan)
+
+    assert causality(across_items, noise(2, 4, 200)).batch_leak
+
+
 def test_a_tiny_coupling_is_found_and_its_size_is_reported():
     report = causality(lambda x: x.cumsum(-1) + 1e-7 * x.sum(-1, keepdim=True), noise(2, 4, 100))
     assert report.lookahead == 99, report
