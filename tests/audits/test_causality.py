@@ -277,6 +277,21 @@ def test_integer_inputs_are_judged_by_other_values_that_occur():
 # --- modes and batch ----------------------------------------------------------------------------------------------
 
 
+def test_boolean_inputs_are_judged():
+    x = noise(2, 60) > 0
+    assert causality(lambda x: x.roll(-2, -1), x).lookahead == 2
+    assert causality(lambda x: x.long().cumsum(-1), x).ok
+
+
+def test_a_model_is_judged_within_inference_mode_unless_it_was_made_there():
+    model = nn.BatchNorm1d(4)
+    with torch.inference_mode():
+        assert causality(model, noise(2, 4, 60), modes="train").lookahead == 59
+        made_there = nn.BatchNorm1d(4)
+        with pytest.raises(ValueError, match="inference_mode"):
+            causality(made_there, noise(2, 4, 60))
+
+
 def test_batchnorm_leaks_in_train_mode_over_time_and_batch_and_is_causal_in_eval_mode():
     model = nn.Sequential(CausalConv(), nn.BatchNorm1d(4))
     report = causality(model, noise(3, 4, 100))
@@ -540,6 +555,9 @@ def test_a_model_that_is_not_deterministic_is_refused_with_the_module_to_switch_
         (nn.Linear(8, 8), noise(2, 60, 8), {}, "time_axis"),
         (nn.Conv1d(4, 4, 1), noise(2, 4, 60), {"time_axis": 3}, "no axis 3"),
         (nn.Conv1d(4, 4, 1), noise(2, 4, 1), {}, "too few"),
+        (nn.Conv1d(4, 4, 1), torch.zeros(0, 4, 60), {}, "holds nothing"),
+        (lambda x, _: x, noise(2, 4, 60), {"lengths": torch.tensor([60])}, "one for each item"),
+        (lambda x: {"a": x}, noise(2, 4, 60), {"output": "b"}, r"^output='b': the model's output has no 'b'"),
         (lambda x: x.mean(-1), noise(2, 4, 60), {}, "No output follows time"),
         (lambda x: x, noise(2, 4, 60).fill_(float("nan")), {}, "NaN"),
         (torch.zeros_like, noise(2, 4, 60), {}, "moved any output"),

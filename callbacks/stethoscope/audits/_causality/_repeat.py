@@ -113,6 +113,10 @@ class Runs:
         self._buffers = [(module, dict(module._buffers)) for module in self._modules]  # noqa: SLF001
         if any(nn.parameter.is_lazy(tensor) for tensor in self._tensors()):
             raise ValueError("The model has lazy parameters without a shape yet. Call it once on x before the audit.")
+        if any(tensor.is_inference() for tensor in self._tensors()):
+            raise ValueError(
+                "The model was made in torch.inference_mode(), which forbids to set it back. Make it outside."
+            )
         self._values = [_Value(tensor) for tensor in self._tensors()]
         self._random = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002  # the legacy generator is the one that models draw from
