@@ -176,6 +176,12 @@ def test_leaks_over_everything_are_found(leak):
     assert report.lookahead == 149, report
 
 
+def test_a_gate_on_loud_future_values_looks_ahead_everywhere():
+    report = causality(lambda x: x * (1 + (F.pad(x, (0, 7))[..., 7:] > 9)), noise(2, 4, 200), modes="eval")
+    assert report.lookahead == 7
+    assert report.per_mode["eval"].where == "everywhere"
+
+
 def test_outputs_that_become_or_cease_to_be_finite_hide_no_leak():
     x = torch.cat([noise(2, 4, 200), torch.zeros(2, 4, 10)], -1)
     report = causality(lambda x: x.abs().log().roll(-2, -1), x)
@@ -396,6 +402,23 @@ def test_a_look_ahead_that_a_later_delay_takes_back_accuses_nobody():
     assert causality(model, noise(2, 4, 80)).causal
     model.last = lambda y: model.norm(y)  # noqa: PLW0108  # plain assignment would register it a second time
     assert causality(model, noise(2, 4, 80)).culprit == "norm"
+
+
+def test_index_buffers_of_packed_sequences_are_not_taken_for_statistics():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 4, batch_first=True, bidirectional=True)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.size(1))[0]
+
+    lengths = torch.tensor([60, 40])
+    finding = causality(Packed(), noise(2, 60, 4), time_axis=1, lengths=lengths, modes="eval").findings[0]
+    assert "uses statistics" not in finding.message
+    assert "backward direction" in finding.message
+    assert finding.evidence["axis"] == "unknown"
 
 
 def test_where_time_is_folded_the_enclosing_module_is_named_and_the_axis_is_unknown():

@@ -190,13 +190,12 @@ class Examiner:
 
 def _where(scan: Scan, allowed: int) -> str:
     """Where outputs look ahead, judged by which perturbed steps moved an earlier output."""
-    leaks = {m.start: False for m in scan.seen if m.ahead > -inf}
-    for moved in scan.seen:
-        if moved.ahead > allowed:
-            leaks[moved.start] = True
-    bad = [start for start, leak in leaks.items() if leak]
-    # Steps too near to the start to look ahead by more than allowed say nothing.
-    good = [start for start, leak in leaks.items() if not leak and start > allowed]
+    seen = [moved for moved in scan.seen if moved.ahead > -inf]
+    bad = {moved.start for moved in seen if moved.ahead > allowed}
+    # Steps too near to the start to look ahead by more than allowed say nothing, nor do perturbations of a kind that no
+    # step shows a leak for: a gate may open for loud ones only.
+    kinds = {moved.kind for moved in seen if moved.ahead > allowed}
+    good = {moved.start for moved in seen if moved.kind in kinds and moved.start > allowed} - bad
     if not bad:
         return "nowhere"
     if not good:

@@ -256,7 +256,10 @@ class _Widening(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.to(_WIDE.get(tensor.dtype, tensor.dtype)), value)
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.to(_WIDE[tensor.dtype]) if tensor.dtype in _WIDE else tensor
+
+    return tree_map_only(Tensor, wide, value)
 
 
 class Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
