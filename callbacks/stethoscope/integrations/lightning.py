@@ -113,6 +113,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         self._backwards = 0  # in this batch
         self._before_epoch: dict[str, Tensor] = {}  # metrics that training has not logged in this epoch
         self._before_phase: dict[str, Tensor] = {}  # metrics that the phase under way has not logged
+        self._epoch_over = False  # whether its metrics are still to be taken
         self._names = ""  # of metrics: "new" after the first training batch of a fit, then "judged"
 
     # -- a monitor's life --------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put hooks on the model, which is on its device by now, before anything compiled is called."""
         self._open(trainer, pl_module)
-        self._before_epoch, self._names = {}, ""
+        self._before_epoch, self._names, self._epoch_over = {}, "", False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint or the last fit of this trainer ended: all state is restored by now."""
@@ -137,6 +138,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off. Lightning calls nothing else after an exception."""
+        self._take_epoch(trainer)
         self._close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,7 +217,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         self._at_work().step(**losses, **rates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if Lightning has counted no optimizer step."""
+        """Take the last epoch's metrics. Say so if Lightning has counted no optimizer step."""
+        self._take_epoch(trainer)
         if trainer.global_step == 0:
             logging.getLogger("stethoscope").warning(
                 "MonitorCallback has recorded no step: Lightning has counted no optimizer step. In a manual optimisation "
@@ -245,12 +248,19 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics of the last epoch: they stay in the trainer until they are logged again."""
+        self._take_epoch(trainer)
         self._before_epoch = dict(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take what training has logged in this epoch."""
+        """Note that the epoch is over; the module's hook of the same name comes after this one and may log."""
         self._judge_names(trainer)
-        self._at_work().log(_without_forks(_new(trainer.callback_metrics, self._before_epoch)), phase="train")
+        self._epoch_over = True
+
+    def _take_epoch(self, trainer: Trainer) -> None:
+        """Take what training has logged in the epoch that is over."""
+        if self._epoch_over:
+            self._epoch_over = False
+            self._at_work().log(_without_forks(_new(trainer.callback_metrics, self._before_epoch)), phase="train")
 
     def _judge_names(self, trainer: Trainer) -> None:
         """Compare names, once the first training batch is over for the module and all callbacks."""
