@@ -309,3 +309,9 @@ def test_a_few_classes_at_a_time_give_no_warning():
     for _ in range(60):
         stream.append(("val", {"loss": 1.0} | {f"iou/class_{i}": 0.5 for i in rng.sample(range(20), 8)}))
     assert [finding for finding in follow(stream) if finding.severity != "info"] == []
+
+
+def test_settings_of_training_are_no_results_that_validation_lacks():
+    settings = dict.fromkeys(("lr/group0", "weight_decay", "wd", "ema_decay", "dropout", "temperature", "progress"), 0.1)
+    train = [("train", {"loss": 1.0, "skipped_steps": 0, **settings})] * 5
+    assert follow([*train, ("val", {"loss": 1.0}), *train]) == []

@@ -31,7 +31,8 @@ _TOKEN = re.compile(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*|\d+")
 
 _COUNTED = re.compile(
     r"lrs?|times?|timing|runtime|seconds?|secs?|speed|throughput|memory|mem|vram|gpu|cpu|counts?|num|denom|numerator|"
-    r"denominator|flops?|flos|samples|tokens|utts|frames|eta|elapsed|iters?|iterations?|epochs|momentum"
+    r"denominator|flops?|flos|samples|tokens|utts|frames|eta|elapsed|iters?|iterations?|epochs|momentum|wd|decay|dropout|"
+    r"temperature|progress|skipped"
 )
 _COUNTED_PAIR = re.compile(
     r"(learning_rate|(grad|gradient)_norm|batch_size|per_(second|sec)|(global|optimizer)_steps?|current_epoch|"
@@ -83,7 +84,7 @@ def tokens(name: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def bookkeeping(name: str) -> bool:
-    """Whether a name stands for a count, a time, a speed, memory or a rate of learning: no result of the model.
+    """Whether a name stands for a count, a time, a speed, memory or a setting of training: no result of the model.
 
     Example:
         >>> [name for name in ("lr-AdamW", "val_wer_num", "grad_norm", "per_second", "loss") if bookkeeping(name)]
