@@ -665,3 +665,14 @@ def test_where_pytorch_lightning_is_in_use_its_cli_takes_the_callback(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "steps 2" in done.stdout
+
+
+def test_what_the_module_logs_at_the_end_of_the_epoch_belongs_to_that_epoch():
+    class AtTheEnd(Net):
+        def on_train_epoch_end(self):
+            self.log("train/late", float(self.current_epoch + 1))
+
+    memory = sinks.Memory()
+    fit(AtTheEnd(), MonitorCallback(None, sinks=memory), max_epochs=3)
+    logged = [(r.step, r.value) for r in memory.records if r.source == "log" and r.name == "train/late"]
+    assert logged == [(7, 1.0), (15, 2.0), (23, 3.0)]
