@@ -50,7 +50,7 @@ def waveforms(batch: Any, channels: int) -> tuple[list[Waveform], list[Finding]]
         findings: list[Finding] = []
         for index, item in enumerate(batch):
             found, notes = waveforms(item, channels)
-            items += [one._replace(name=str(index)) for one in found]
+            items += [one._replace(name=f"{index}/{one.name}" if len(found) > 1 else str(index)) for one in found]
             findings += notes[: 1 if not findings else 0]  # the first one speaks for all
         if not items:
             raise ValueError("The batch is empty: an empty list. Give at least one waveform.")
@@ -62,11 +62,13 @@ def _tensor(array: Tensor | np.ndarray[Any, Any]) -> Tensor:
     if isinstance(array, torch.Tensor):
         return array.detach() if array.is_meta else array.detach().cpu()
     if hasattr(array, "__array_interface__"):
-        return torch.as_tensor(array)
+        # a copy: no negative strides, no foreign byte order, writable
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
     raise TypeError(f"Audio is a tensor, an array, a path or a list of them, not {type(array).__name__}.")
 
 
-def _scaled(x: Tensor) -> tuple[Tensor, str]:
+def as_floats(x: Tensor) -> tuple[Tensor, str]:
+    """Floating-point samples, integers divided by their full scale; and the name of the integer type, if it was one."""
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(
             f"Audio has real samples, not {x.dtype}. Spectrograms are no waveforms: give what goes into the STFT."
@@ -86,7 +88,7 @@ def _split(array: Tensor, channels: int) -> tuple[list[Waveform], list[Finding]]
         raise ValueError(f"Audio has shape (time,), (batch, time) or (batch, channels, time), not {shape}.")
     if array.is_meta:
         raise ValueError("Audio on the meta device has no samples. Give a batch with values.")
-    x, integer = _scaled(array)
+    x, integer = as_floats(array)
     findings = []
     if x.dim() >= 2 and x.shape[-1] <= _MOST_CHANNELS and x.shape[-2] > 100 * x.shape[-1]:
         findings.append(_layout(shape, channels))
