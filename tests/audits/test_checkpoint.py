@@ -545,3 +545,28 @@ def test_every_key_is_accounted_for_once(kept, prefix):
     assert sorted([*report.loaded, *report.missing, *report.mismatched]) == sorted(state)
     assert 0 <= report.loaded_fraction <= report.fraction_with_prefix <= 1
     assert report.ok == (kept == set(state) and not prefix)
+
+
+@pytest.mark.parametrize(
+    "card", ["hello", None, 3, [1], {"facts": None}, {"facts": [1]}, {"modules": None}, {"modules": {"": None}}]
+)
+def test_what_is_no_record_of_ours_is_left_alone(tmp_path, model, trained, card):
+    assert audits.checkpoint(model, {"state_dict": trained, "stethoscope": card}).ok
+    path = tmp_path / "model.safetensors"
+    for text in ("no JSON", json.dumps(card)):
+        save_file(trained, path, metadata={"stethoscope": text})
+        assert audits.checkpoint(model, path).ok
+
+
+def test_a_pointer_of_git_lfs_is_told_and_nobody_is_sent_to_unsafe_loading(tmp_path, model):
+    for name in ("a.pt", "a.safetensors"):
+        path = tmp_path / name
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+        (finding,) = audits.checkpoint(model, path).findings
+        assert finding.code == "checkpoint-unreadable"
+        assert "git lfs pull" in finding.advice
+    path = tmp_path / "b.pt"
+    path.write_bytes(bytes(range(256)) * 20)
+    (finding,) = audits.checkpoint(model, path).findings
+    assert finding.code == "checkpoint-unreadable"
+    assert "weights_only" not in finding.message + finding.advice
