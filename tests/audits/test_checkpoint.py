@@ -570,3 +570,37 @@ def test_a_pointer_of_git_lfs_is_told_and_nobody_is_sent_to_unsafe_loading(tmp_p
     (finding,) = audits.checkpoint(model, path).findings
     assert finding.code == "checkpoint-unreadable"
     assert "weights_only" not in finding.message + finding.advice
+
+
+class Width(nn.Module):
+    def __init__(self, drop=0.1):
+        super().__init__()
+        self.width = 4
+        self.gradient_checkpointing = drop > 0
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Dropout(drop) if drop else nn.Identity())
+
+
+def test_a_name_that_the_checkpoint_records_twice_must_differ_from_both():
+    source = {"state_dict": Width().state_dict(), "config": {"encoder": {"width": 4}, "decoder": {"width": 512}}}
+    assert audits.checkpoint(Width(), source).findings == ()
+    source["config"]["encoder"]["width"] = 8
+    (difference,) = audits.checkpoint(Width(), source).differences
+    assert difference == ("width", [8, 512], 4)
+
+
+def test_what_only_training_needs_is_no_difference():
+    source = {"state_dict": Width(0.1).state_dict(), "stethoscope": audits.describe(Width(0.1))}
+    assert audits.checkpoint(Width(0.0), source).findings == ()
+
+
+def test_an_activation_that_became_an_identity_is_a_difference(model, trained):
+    source = {"state_dict": trained, "stethoscope": audits.describe(Separator())}
+    (difference,) = audits.checkpoint(Separator(nn.Identity), source).differences
+    assert difference == ("masker.4", "ReLU", None)
+
+
+def test_nested_facts_are_compared_and_those_that_are_not_recorded_are_named(model, trained):
+    source = {"state_dict": trained, "hparams": {"sample_rate": 8000}}
+    report = audits.checkpoint(model, source, config={"data": {"sample_rate": 16000, "n_src": 2}})
+    assert report.differences == (("data.sample_rate", 8000, 16000),)
+    assert "not recorded in the checkpoint, so not compared: n_src" in report.summary
