@@ -604,3 +604,47 @@ def test_nested_facts_are_compared_and_those_that_are_not_recorded_are_named(mod
     report = audits.checkpoint(model, source, config={"data": {"sample_rate": 16000, "n_src": 2}})
     assert report.differences == (("data.sample_rate", 8000, 16000),)
     assert "not recorded in the checkpoint, so not compared: n_src" in report.summary
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.out = nn.Linear(8, 20, bias=False)
+        self.out.weight = self.embedding.weight
+
+
+def test_a_meta_model_keeps_its_ties_when_loaded():
+    state = {"embedding.weight": torch.randn(20, 8)}
+    with torch.device("meta"):
+        model = Tied()
+    audits.checkpoint(model, state).load()
+    assert model.out.weight is model.embedding.weight
+    assert torch.equal(model.out.weight, state["embedding.weight"])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls both of them deprecated
+def test_a_quantised_model_is_not_run_and_says_how_to_load_it(trained):
+    plain = nn.Sequential(nn.Linear(4, 4))
+    model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(plain), {nn.Linear}, dtype=torch.qint8)
+    for state in (plain.state_dict(), model.state_dict()):
+        report = audits.checkpoint(model, state, example=torch.randn(2, 4))
+        assert report.effect is None
+        with pytest.raises(RuntimeError, match=r"Nothing to load|load_state_dict"):
+            report.load()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls it deprecated
+def test_a_model_with_the_old_weight_norm_that_has_been_run_can_be_weighed():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
+    model(torch.randn(2, 4)).sum().backward()
+    before = model[0].weight
+    state = {key: value + 0.1 for key, value in model.state_dict().items()}
+    assert audits.checkpoint(model, state, example=torch.randn(2, 4)).effect.loaded > 0
+    assert model[0].weight is before
+
+
+def test_a_single_name_may_be_left_out_as_text():
+    tuned, state = TwoHeads(), TwoHeads().state_dict()
+    del state["head.weight"], state["head.bias"]
+    assert audits.checkpoint(tuned, state, partial="head").ok
