@@ -284,8 +284,20 @@ def test_broken_files_are_named(tmp_path):
     good.write_bytes(good.read_bytes()[:1000])  # truncated: what is there is read
     audits.audio(good, sample_rate=RATE)
     soundfile.write(empty, np.zeros(0), RATE)
-    with pytest.raises(ValueError, match=r"empty\.wav"):
-        audits.audio(empty, sample_rate=RATE)
+    report = audits.audio([good, empty], sample_rate=RATE)
+    assert codes(report) == ["audio-unreadable"]
+    assert "empty.wav" in report.findings[0].message
+    assert len(report.items) == 1
+
+
+def test_many_files_with_other_channels_are_one_finding(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    paths = [tmp_path / f"{index}.wav" for index in range(3)]
+    for path in paths:
+        soundfile.write(path, speech(2).numpy().T, RATE)
+    report = audits.audio(paths, sample_rate=RATE)
+    (finding,) = (finding for finding in report.findings if finding.code == "audio-channels")
+    assert finding.message == "'0.wav' (one of 3 files that do not fit) has 2 channel(s), the model takes 1."
     with pytest.raises(FileNotFoundError, match=r"absent\.wav"):
         audits.audio(tmp_path / "absent.wav", sample_rate=RATE)
 

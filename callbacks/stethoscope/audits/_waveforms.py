@@ -112,6 +112,7 @@ def _read(paths: list[pathlib.Path], channels: int) -> tuple[list[Waveform], lis
     except ImportError as error:
         raise ImportError("Reading audio files needs soundfile: pip install 'stethoscope[audio]'.") from error
     items, findings = [], []
+    others: list[tuple[str, int]] = []  # with another number of channels
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"No audio file at '{path}'.")
@@ -128,10 +129,22 @@ def _read(paths: list[pathlib.Path], channels: int) -> tuple[list[Waveform], lis
             )
             continue
         if samples.shape[0] == 0:
-            raise ValueError(f"'{path.name}' is empty: it has a header and no samples.")
+            findings.append(
+                Finding(
+                    code="audio-unreadable",
+                    severity="error",
+                    message=f"'{path.name}' is empty: it has a header and no samples.",
+                    advice="Leave it out, or look at what wrote it: a cut whose end lies before its start, a full disk.",
+                )
+            )
+            continue
         if samples.shape[1] != channels:
-            findings.append(_channels(f"'{path.name}'", samples.shape[1], channels))
+            others.append((path.name, samples.shape[1]))
         items.append(Waveform(path.name, torch.from_numpy(samples.T.copy()), int(rate)))
+    if others:
+        name, found = others[0]
+        alike = f" (one of {len(others)} files that do not fit)" if len(others) > 1 else ""
+        findings.append(_channels(f"'{name}'{alike}", found, channels))
     return items, findings
 
 
