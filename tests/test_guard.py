@@ -311,3 +311,34 @@ def test_a_second_moment_that_is_negative_is_named():
     assert (finding.code, finding.evidence["parameter"]) == ("nonfinite-optimizer", "out.weight")
     assert finding.evidence["state"]["exp_avg_sq"].startswith("negative")
     assert finding.evidence["state"]["exp_avg"] == "finite"
+
+
+class CalledByItsLayers(nn.Module):
+    """Has a forward, but the training calls its layers, as Lightning's training_step does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 1))])
+
+    def forward(self, x):
+        return self.stages[1](self.stages[0](x))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_outermost_calls_are_followed_whatever_is_called(whole):
+    model = CalledByItsLayers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        for step in range(5):
+            x = torch.randn(6, 4)
+            if step == 3:
+                x[2] = torch.nan
+            loss = (model(x) if whole else model.stages[1](model.stages[0](x))).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+    assert [(f.code, f.step, f.evidence["samples"]) for f in monitor.findings if f.severity == "error"] == [
+        ("nonfinite-input", 3, [2])
+    ]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

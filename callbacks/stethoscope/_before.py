@@ -15,6 +15,8 @@ from stethoscope.probes._hook import Hook
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch.utils.hooks import RemovableHandle
+
 MAX_CALLS = 16
 """Outermost calls of one step that are kept, with their inputs, until the step ends."""
 SMALL = 65536
@@ -47,7 +49,8 @@ class Before:
     Inputs are kept by reference: what changes them in place during the step changes what would be run again.
 
     Args:
-        model: unwrapped. Its outermost calls are followed; those of its children where it has no forward of its own.
+        model: unwrapped. Its outermost calls are followed, and those of its children that are called without it, as
+            Lightning's training_step does.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,13 +64,21 @@ class Before:
         self._begun = self._busy = False
         self._seeds: tuple[Any, ...] = ()
         self._devices = sorted({each.device for each in model.parameters() if each.device.type == "cuda"}, key=str)
-        roots = list(model.children()) if type(model).forward is nn.Module.forward else [model]
-        hook = _Entry(self)
-        self._handles = [root.register_forward_pre_hook(hook, with_kwargs=True, prepend=True) for root in roots]
+        self._model, self._depth = model, 0
+        self._handles = self._follow(model)
+        # hooks on all children cost a small model several percent, and most models are called as a whole
+        self._spare = [handle for child in _children(model) for handle in self._follow(child)]
+
+    def _follow(self, module: nn.Module) -> list[RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(_Entry(self), with_kwargs=True, prepend=True),
+            module.register_forward_hook(_Exit(self), always_call=True),
+        ]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call; the first one of a step begins it."""
-        if self._busy or not module.training or torch._C._current_graph_task_id() != -1:  # noqa: SLF001 - checkpointing
+        self._depth += 1
+        if self._depth > 1 or self._busy or not module.training or torch._C._current_graph_task_id() != -1:  # noqa: SLF001 - checkpointing
             return
         if not self._begun:
             self._begun = True
@@ -75,6 +86,10 @@ class Before:
             self._keep_buffers()
         if len(self.calls) < MAX_CALLS:
             self.calls.append(Call(module, args, kwargs, torch.is_grad_enabled(), _autocast()))
+
+    def leave(self) -> None:
+        """Take note of a call's end."""
+        self._depth = max(self._depth - 1, 0)
 
     def rewind(self) -> None:
         """Put buffers and random states back to the beginning of the step."""
@@ -104,12 +119,15 @@ class Before:
 
     def forget(self) -> None:
         """End the step: let go of its inputs."""
-        self.calls = []
+        if self.calls and all(call.module is self._model for call in self.calls):
+            while self._spare:
+                self._spare.pop().remove()
+        self.calls, self._depth = [], 0
         self._begun = False
 
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._spare):
             handle.remove()
         self.forget()
         self._kept.clear()
@@ -146,6 +164,26 @@ class _Entry(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before.enter(module, args, kwargs)
+
+
+class _Exit(Hook):
+    """Tells `Before` that they end."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self, before: Before) -> None:
+        self._before = before
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        self._before.leave()
+
+
+def _children(model: nn.Module) -> list[nn.Module]:
+    """Modules that may be called from outside without the model: its children, and those of lists without a forward."""
+    found = []
+    for child in model.children():
+        found += _children(child) if type(child).forward is nn.Module.forward else [child]
+    return found
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:

@@ -157,6 +157,51 @@ def test_a_loss_with_its_graph_is_examined_backwards(model, x):
     loss.backward()  # the graph is still the caller's
 
 
+def test_a_weight_that_half_precision_cannot_hold_is_an_overflow_with_its_headroom():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].weight.data[1, 1] = 65504.0 * 4
+    with torch.autocast("cpu", dtype=torch.float16):
+        report = audits.nonfinite(model, torch.randn(3, 4))
+    assert (report.origin, report.module, report.operation) == ("operation", "0", "aten._to_copy")
+    assert report.findings[0].evidence["headroom_bits"] == -2.0
+    assert "bfloat16" in report.findings[0].advice
+    assert report.first_inf.module == "0"
+    assert report.first_nan is None or report.first_nan.module == "1"
+
+
+def test_an_absurd_weight_is_found_under_autocast_which_keeps_casts_of_weights():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model[0].weight.data[1, 1] = 1e25
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = audits.nonfinite(model, torch.randn(3, 4))
+    assert (report.origin, report.parameter) == ("parameter", "0.weight")
+
+
+def test_statistics_that_a_removed_nan_poisons_are_told_while_the_output_is_clean():
+    class Healed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return torch.nan_to_num(self.norm(x / 0))
+
+    report = audits.nonfinite(Healed(), torch.randn(3, 4))
+    assert (report.origin, report.operation) == ("operation", "aten.div")
+    assert "reaches a buffer" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when it loads its compiler
+@pytest.mark.parametrize("how", ["whole", "part"])
+def test_compiled_modules_run_as_they_were_written(how):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].bias.data[0] = nan
+    if how == "part":
+        model[1].compile()
+    report = audits.nonfinite(torch.compile(model) if how == "whole" else model, torch.randn(3, 4))
+    assert report.parameter == "1.bias"
+
+
 # -- healthy -------------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stethoscope import presets, probes, sinks, watches
 from stethoscope._protocols import Probe, Sink, Watch
+from stethoscope._record import FindingsError
 from stethoscope.integrations.lightning import MonitorCallback
 
 pytestmark = [
@@ -467,6 +468,38 @@ def test_a_training_step_that_returns_none_is_a_step_without_a_loss():
         fit(Skips(), callback)
     assert [r.step for r in memory.records if r.name == "loss" and r.source == "step"] == [0, 2, 4, 6]
     assert callback.state_dict()["step"] == 8
+
+
+def poisoned(at=3):
+    batches = [[x.clone() for x in batch] for batch in loader()]
+    batches[at][0][1] = torch.nan
+    return DataLoader(batches, batch_size=None)
+
+
+def test_the_guard_skips_a_bad_batch_and_names_it():
+    model, memory = Net(), sinks.Memory()
+    fit(model, MonitorCallback(sinks=memory, guard="skip"), train=poisoned())
+    assert all(p.isfinite().all() for p in model.parameters())
+    (found,) = [f for f in memory.findings if f.code == "nonfinite-input"]
+    assert (found.step, found.evidence["samples"]) == (3, [1])
+    assert [r.step for r in memory.records if r.name == "guard/skipped"] == [3, 4, 5, 6, 7]
+    assert hooks(model) == 0
+
+
+def test_the_guard_stops_before_the_weights_are_spoilt():
+    model = Net()
+    with pytest.raises(FindingsError, match="Samples of the batch: 1"):
+        fit(model, MonitorCallback(guard="raise"), train=poisoned())
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert hooks(model) == 0
+
+
+def test_a_test_of_its_own_has_nothing_to_guard():
+    callback = MonitorCallback(guard="raise")
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback])
+    trainer.test(Net(), loader(), verbose=False)
+    with pytest.raises(ValueError, match="'raise' or 'skip'"):
+        MonitorCallback(guard="stop")
 
 
 def test_a_model_without_known_length_has_no_plan():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ def run(task: Task, repair: Repair | None = None) -> Outcome:
     functions: list[Any] = [partial(task.model), task.call]
     if task.loss is not None and not isinstance(task.loss, Tensor):
         functions.append(task.loss)
-    with untouched(*functions), _attributes(task.model), torch.set_grad_enabled(graph):
+    with untouched(*functions), _attributes(task.model), _eager(task.model), torch.set_grad_enabled(graph):
         for tensor, value in repair.weights:
             tensor.data.copy_(value)
         for parameter in task.model.parameters():
@@ -153,34 +153,37 @@ class _Run:
         task, trace, outcome = self._task, self._trace, self.outcome
         output = task.call(*args, **kwargs)
         if task.loss is None:
-            self._judge("forward", [each for _, each in tensors(output, depth=8)])
+            self._judge("forward", dict(tensors(output, depth=8)))
             return
         trace.phase = "loss"
         loss = scalar(task.loss if isinstance(task.loss, Tensor) else task.loss(output))
-        self._judge("loss", [loss])
+        self._judge("loss", {"loss": loss})
         if outcome.phase is None and loss.requires_grad:
             trace.phase = "backward"
             # the graph of a tensor that was given is not ours to free
             loss.backward(retain_graph=isinstance(task.loss, Tensor))  # type: ignore[no-untyped-call]
             owners = [(plain(name), each) for name, each in task.model.named_parameters()] + named
-            got = [(name, each.grad) for name, each in owners if each.is_leaf and each.grad is not None]
-            bad = [(name, grad) for name, grad in got if any(flags(grad))]
-            self._judge("backward", [grad for _, grad in bad])
-            outcome.gradients = [name for name, _ in bad]
+            got = {name: each.grad for name, each in owners if each.is_leaf and each.grad is not None}
+            outcome.gradients = self._judge("backward", got)
 
-    def _judge(self, phase: Phase, results: list[Tensor]) -> None:
-        """Say whether something that counts went wrong: deliberate -Inf in an output is healthy, in a loss it is not."""
-        for each in results:
-            if not any(flags(each)):
-                continue
-            births = self._trace.sources(each)
-            if not births:
-                self._trace.mark(each, Birth("operation", self._trace.operations, Place(), flags(each), phase))
-                births = frozenset([len(self._trace.births) - 1])
-            real = frozenset(i for i in births if self._trace.births[i].kind != "mask")
-            if real or phase != "forward":
-                self.outcome.phase = phase
-                self.outcome.culprits |= real or births
+    def _judge(self, phase: Phase, results: Mapping[str, Tensor]) -> list[str]:
+        """Say which of the results are not finite: deliberate -Inf in an output is healthy, in a loss it is not."""
+        bad: list[str] = []
+        with self._trace.looking_away():
+            for name, each in results.items():
+                found = flags(each)
+                if not any(found):
+                    continue
+                bad.append(name)
+                births = self._trace.sources(each)
+                if not births:
+                    self._trace.mark(each, Birth("operation", self._trace.operations, Place(), found, phase))
+                    births = frozenset([len(self._trace.births) - 1])
+                real = frozenset(i for i in births if self._trace.births[i].kind != "mask")
+                if real or phase != "forward":
+                    self.outcome.phase = phase
+                    self.outcome.culprits |= real or births
+        return bad
 
     def _look_at_buffers(self) -> None:
         before = {birth.name for birth in self._trace.births if birth.reached == math.inf or birth.kind == "buffer"}
@@ -290,6 +293,21 @@ def _batch_size(named: list[tuple[str, Tensor]]) -> int | None:
 def _statistic(name: str) -> bool:
     """Whether a buffer follows the data: an Inf in it is a fault, whereas in a mask it is not."""
     return "running" in name.rpartition(".")[2]
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Run compiled modules as they were written, and keep autocast's copies of weights out of other runs."""
+    compiled = any(
+        type(each).__name__ == "OptimizedModule" or each._compiled_call_impl is not None  # noqa: SLF001 - no other way to ask
+        for each in model.modules()
+    )
+    torch.clear_autocast_cache()
+    try:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextmanager

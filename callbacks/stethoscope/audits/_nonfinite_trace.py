@@ -10,6 +10,7 @@ import linecache
 import math
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stethoscope.audits._nonfinite_tensor import Flags, absmax, flags, inside, needed, samples, storage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import FrameType
 
 _TORCH = str(Path(torch.__file__).parent) + "/"
@@ -108,6 +109,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.births: list[Birth] = []
         self.phase: Phase = "forward"
         self.operations = 0
+        self._away = False
         self._module, self._owner, self._batch = module, owner, batch
         self._heal, self._keep_lines = frozenset(heal), keep_lines
         self._first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
@@ -135,6 +137,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             earlier = self._bad.get(place._cdata, (None, NONE))[1]  # noqa: SLF001
             self._bad[place._cdata] = _weakly(place), earlier | births  # noqa: SLF001
 
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Do not see operations that are not the model's."""
+        self._away = True
+        try:
+            yield
+        finally:
+            self._away = False
+
     # -- operations --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -142,6 +153,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one operation and look at its result."""
         kwargs = kwargs or {}
+        if self._away:
+            return func(*args, **kwargs)
         index = self.operations = self.operations + 1
         name = str(func.overloadpacket)
         if self._keep_lines and torch.is_grad_enabled():
@@ -300,7 +313,8 @@ def _line(position: tuple[str, int, str]) -> str:
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the arguments that an operation writes to."""
     if not func._schema.is_mutable:  # noqa: SLF001 - the schema is the only place that knows
-        return []
+        # these write their running statistics without saying so
+        return list(inside(args[3:5])) if str(func.overloadpacket).endswith("_batch_norm") else []
     found: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):  # noqa: SLF001
         if argument.alias_info is not None and argument.alias_info.is_write:

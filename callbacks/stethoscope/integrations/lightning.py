@@ -88,9 +88,11 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
             "probes": [*(each for each in chosen["probes"] if type(each) not in map(type, probes)), *probes],
             "watches": [*(each for each in chosen["watches"] if each not in watches), *watches],
             "every": every,
-            "guard": guard,
             "planned_steps": planned_steps,
         }
+        if guard not in (None, "raise", "skip"):
+            raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")
+        self._guard = guard
         self._sinks = sinks
         # thrown away: whoever made a mistake hears of it here, not when the trainer has loaded all data
         Monitor(nn.Identity(), sinks=() if sinks is None else sinks, **self._options)
@@ -152,7 +154,9 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
     def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
         sinks = _loggers(trainer) if self._sinks is None else self._sinks
-        self.monitor = Monitor(pl_module, trainer.optimizers, sinks=sinks, **self._options)
+        # a validation or test of its own has no optimizer to guard
+        guard = self._guard if trainer.optimizers else None
+        self.monitor = Monitor(pl_module, trainer.optimizers, sinks=sinks, guard=guard, **self._options)
         self._observing = True
         self._losses, self._rates = {}, {}
 
@@ -183,6 +187,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         if loss.numel() != 1:
             return
         loss = loss.detach()
+        self._at_work().observe(loss=loss)  # for the guard, which decides before the optimizer writes
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             loss = loss / scaler.scale(torch.ones_like(loss))
