@@ -53,6 +53,17 @@ def test_a_planted_nan_is_found_where_and_when_it_is_born(tmp_path, caplog):
     assert not any(isinstance(each, Finding) for record in caplog.records for each in record.args or ())
 
 
+def test_a_model_that_looks_further_ahead_than_it_promises_is_found_before_the_training(tmp_path):
+    result = demo("--steps", 8, "--fault", "causal", "--out", tmp_path / "demo")
+    assert result.exit_code == 1
+    deliveries = sinks.read(tmp_path / "demo")
+    assert [(each.code, each.module) for one in deliveries for each in one.findings] == [
+        ("causality-leak", "masker.norm")
+    ]
+    assert not [record for one in deliveries for record in one.records if record.name == "loss"]
+    assert "in masker.norm before the training" in result.output
+
+
 def test_nothing_is_overwritten(tmp_path):
     out = tmp_path / "demo"
     out.mkdir()

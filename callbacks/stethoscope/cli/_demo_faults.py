@@ -62,10 +62,19 @@ def _nan(training: Training) -> None:
     training.batch = batch
 
 
+def _causal(training: Training) -> None:
+    training.model.masker.norm.over = (1, 2)
+
+
 FAULTS = {
     "nan": Fault(
         "masker.norm divides by the standard deviation of a frame without eps, and after two thirds of the training a "
         "recording begins with 50 ms of digital silence.",
         _nan,
+    ),
+    "causal": Fault(
+        "the model promises to look ahead by no more than 123 ms, but masker.norm takes mean and variance over the "
+        "whole recording.",
+        _causal,
     ),
 }
