@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stethoscope._aside import is_aside
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._tree import tensors
 from stethoscope.probes._hook import Hook
@@ -72,7 +73,7 @@ class _Before(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.owner.armed and get_ident() == self.owner.thread:
+        if self.owner.armed and get_ident() == self.owner.thread and not is_aside():
             self.owner.take([*tensors(args), *tensors(kwargs)])
 
 
