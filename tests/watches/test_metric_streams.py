@@ -312,6 +312,8 @@ def test_a_few_classes_at_a_time_give_no_warning():
 
 
 def test_settings_of_training_are_no_results_that_validation_lacks():
-    settings = dict.fromkeys(("lr/group0", "weight_decay", "wd", "ema_decay", "dropout", "temperature", "progress"), 0.1)
+    settings = dict.fromkeys(
+        ("lr/group0", "weight_decay", "wd", "ema_decay", "dropout", "temperature", "progress"), 0.1
+    )
     train = [("train", {"loss": 1.0, "skipped_steps": 0, **settings})] * 5
     assert follow([*train, ("val", {"loss": 1.0}), *train]) == []

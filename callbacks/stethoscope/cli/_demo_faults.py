@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from stethoscope.cli._demo_model import Separator
 
 
+METRICS = ("si_sdr_db", "si_sdri_db")
+"""What validation measures: SI-SDR, and its improvement over the mixture."""
+
+
 @dataclass
 class Training:
     """What the demo's loop is made of; a fault replaces or changes some of it before the first step.
@@ -26,6 +30,7 @@ class Training:
         batch: optimizer step to its batch.
         loss: estimates and sources, both `(batch, 2, samples)`, to a 0-d loss.
         steps: how many optimizer steps there will be.
+        names: validation's names of its two metrics.
     """
 
     model: Separator
@@ -33,6 +38,7 @@ class Training:
     batch: Callable[[int], Batch]
     loss: Callable[[Tensor, Tensor], Tensor]
     steps: int
+    names: tuple[str, str] = METRICS
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,18 @@ def _nan(training: Training) -> None:
     training.batch = batch
 
 
+def _metric(training: Training) -> None:
+    training.names = ("si_sdr_db", "si_sdr_i_db")
+
+
 FAULTS = {
     "nan": Fault(
         "masker.norm divides by the standard deviation of a frame without eps, and after two thirds of the training a "
         "recording begins with 50 ms of digital silence.",
         _nan,
+    ),
+    "metric": Fault(
+        "validation returns si_sdr_i_db, where si_sdri_db is what was agreed on and what others will read.",
+        _metric,
     ),
 }
