@@ -84,6 +84,15 @@ def test_a_model_that_looks_further_ahead_than_it_promises_is_found_before_the_t
     assert "in masker.norm before the training" in result.output
 
 
+def test_a_renamed_metric_is_found_before_the_first_step(tmp_path):
+    result = demo("--steps", 8, "--fault", "metric", "--out", tmp_path / "demo")
+    assert result.exit_code == 1
+    findings = [finding for delivery in sinks.read(tmp_path / "demo") for finding in delivery.findings]
+    (missing, unexpected) = findings
+    assert (missing.code, missing.phase, missing.evidence["nearest"]) == ("metric-missing", "val", "si_sdr_i_db")
+    assert (unexpected.code, unexpected.step) == ("metric-unexpected", 0)
+
+
 def test_nothing_is_overwritten(tmp_path):
     out = tmp_path / "demo"
     out.mkdir()

@@ -734,3 +734,18 @@ def test_what_the_module_logs_at_the_end_of_the_epoch_belongs_to_that_epoch():
     fit(AtTheEnd(), MonitorCallback(None, sinks=memory), max_epochs=3)
     logged = [(r.step, r.value) for r in memory.records if r.source == "log" and r.name == "train/late"]
     assert logged == [(7, 1.0), (15, 2.0), (23, 3.0)]
+
+
+def test_a_name_that_training_logs_per_step_and_validation_as_well_is_taken_from_each():
+    class Shared(Net):
+        def training_step(self, batch, batch_idx):
+            self.log("loss", float(batch_idx))
+            return self.loss(batch)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("loss", 100.0)
+
+    memory = sinks.Memory()
+    fit(Shared(), MonitorCallback(None, sinks=memory), val=loader(2), max_epochs=2)
+    logged = [(r.phase, r.value) for r in memory.records if r.source == "log"]
+    assert logged == [("val", 100.0), ("train", 7.0)] * 2

@@ -53,6 +53,14 @@ class AtTheEndOfTheEpoch(Net):
         self.log(TRAIN_ACC, 0.5)
 
 
+class ByACallback(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log(TRAIN_ACC, 0.5)
+
+
+WithoutSource = type("WithoutSource", (Net,), {"on_train_epoch_end": lambda it: it.log(TRAIN_ACC, 0.5)})
+
+
 class NotInTheSanityCheck(Net):
     def on_validation_epoch_end(self):
         if not self.trainer.sanity_checking:
@@ -134,13 +142,26 @@ def test_it_is_said_before_lightning_stops_also_where_an_epoch_is_one_batch():
         (Net(), "train_loss", {"val": False}),
         (Net(), "val_los", {"num_sanity_val_steps": 0}),
         (AtTheEndOfTheEpoch(), "train_acc", {"val": False}),
+        (WithoutSource(), "train_acc", {}),
         (NotInTheSanityCheck(), "val_acc", {}),
         (AfterTheBatch(), "train_acc", {}),
     ],
-    ids=["healthy", "no validation", "no sanity check", "end of epoch", "not in the sanity check", "after the batch"],
+    ids=[
+        "healthy",
+        "no validation",
+        "no sanity check",
+        "end of epoch",
+        "source not to be had",
+        "not in the sanity check",
+        "after the batch",
+    ],
 )
 def test_a_key_that_is_known_or_cannot_be_known_yet_gives_no_alarm(module, key, options):
     assert fit(module, waiting(key), **options) == ([], [])
+
+
+def test_a_key_that_a_callback_logs_at_the_end_of_the_epoch_gives_no_alarm():
+    assert fit(Net(), ByACallback(), waiting("train_acc")) == ([], [])
 
 
 @pytest.mark.parametrize("key", ["val_loss", "loss"])

@@ -125,3 +125,11 @@ def test_names_that_share_a_word_or_differ_in_a_number_are_two_things(one, other
 def test_a_slip_in_one_word_of_a_name_is_found():
     for slip, meant in (("vall_loss", "val_loss"), ("ctcloss", "ctc_loss"), ("val_th_acuracy", "th_accuracy")):
         assert nearest(slip, ["lr", "pesq", meant]) == meant
+
+
+@pytest.mark.parametrize(
+    "spelling", ["loss_{}", "{}.loss", "{}-loss", "loss-{}", "loss_{}_epoch", "loss_{}/dataloader_idx_1"]
+)
+def test_a_phase_before_or_behind_the_name(spelling):
+    assert [split(spelling.format(each)) for each in ("train", "val")] == [("loss", "train"), ("loss", "val")]
+    assert split("std_dev") == ("std_dev", "")

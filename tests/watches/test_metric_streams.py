@@ -317,3 +317,16 @@ def test_settings_of_training_are_no_results_that_validation_lacks():
     )
     train = [("train", {"loss": 1.0, "skipped_steps": 0, **settings})] * 5
     assert follow([*train, ("val", {"loss": 1.0}), *train]) == []
+
+
+def test_a_key_that_is_gone_is_said_at_once_where_a_phase_is_one_dictionary():
+    full, part = {"loss": 1.0, "acc": 0.5}, {"loss": 1.0}
+    train = [("train", full)] * 5
+    (found,) = follow([*train, ("val", full), *train, ("val", full), *train, ("val", part)])
+    assert (found.code, found.step, found.phase) == ("metric-vanished", 17, "val")
+
+
+def test_a_batch_without_a_value_among_many_gives_no_warning():
+    rng = random.Random(0)
+    stream = [{"loss": 1.0} | ({"loss_voiced": 1.0} if rng.random() < 0.95 else {}) for _ in range(500)]
+    assert follow([("train", metrics) for metrics in stream]) == []

@@ -37,7 +37,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder of the run. If it holds something, OUT-2, OUT-3 ... is taken.")
     ] = Path("runs/demo"),
-    fault: Annotated[str, typer.Option(help="Plant a real mistake and see it found: nan, causal, sparsity.")] = "",
+    fault: Annotated[
+        str, typer.Option(help="Plant a real mistake and see it found: nan, causal, metric, sparsity.")
+    ] = "",
     wandb: Annotated[
         bool, typer.Option("--wandb", help="Write a W&B run as well, offline, into the same folder.")
     ] = False,
@@ -50,8 +52,9 @@ def demo(
 
     from stethoscope import Monitor, audits, presets, sinks
     from stethoscope.cli._demo_audio import SAMPLE_RATE
-    from stethoscope.cli._demo_faults import FAULTS
+    from stethoscope.cli._demo_faults import FAULTS, METRICS
     from stethoscope.cli._layers import Layers
+    from stethoscope.watches import Field, MetricSchema
 
     if fault and fault not in FAULTS:
         raise typer.BadParameter(f"Unknown fault {fault!r}. Known: {sorted(FAULTS)}.", param_hint="--fault")
@@ -74,10 +77,13 @@ def demo(
         outputs.append(sinks.TensorBoard(folder, max_series=None))
     with _wandb_run(folder, {"steps": steps, "seed": seed, "fault": fault}, wanted=wandb) as run:
         outputs += [run] if run is not None else []
+        first_aid = presets.first_aid()
+        agreed = MetricSchema({name: Field(float, unit="dB", phases=("val",)) for name in METRICS})
         monitor = Monitor(
             training.model,
             training.optimizer,
-            **presets.first_aid(),
+            probes=first_aid["probes"],
+            watches=[*first_aid["watches"], agreed],
             sinks=outputs,
             every=every,
             planned_steps=steps,
@@ -177,7 +183,7 @@ def _validate(training: Training, batch: Batch, monitor: Monitor) -> float:
         reached = -pit_loss(training.model(batch.mixture), batch.sources)
     training.model.train()
     given = si_sdr_db(batch.mixture[:, None].expand_as(batch.sources), batch.sources).mean()
-    monitor.log({"si_sdr_db": reached, "si_sdri_db": reached - given}, phase="val")
+    monitor.log(dict(zip(training.names, (reached, reached - given), strict=True)), phase="val")
     return float(reached - given)
 
 

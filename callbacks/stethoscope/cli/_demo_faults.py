@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from stethoscope.cli._demo_model import Separator
 
 
+METRICS = ("si_sdr_db", "si_sdri_db")
+"""What validation measures: SI-SDR, and its improvement over the mixture."""
+
+
 @dataclass
 class Training:
     """What the demo's loop is made of; a fault replaces or changes some of it before the first step.
@@ -33,6 +37,7 @@ class Training:
         sparsify: called after each optimizer step with their number so far.
         before: audits to run before the first step.
         after: audits to run after the last step.
+        names: validation's names of its two metrics.
     """
 
     model: Separator
@@ -43,6 +48,7 @@ class Training:
     sparsify: Callable[[int], None] = lambda _: None
     before: tuple[Callable[[], Report], ...] = ()
     after: tuple[Callable[[], Report], ...] = ()
+    names: tuple[str, str] = METRICS
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,10 @@ def _causal(training: Training) -> None:
     training.model.masker.norm.over = (1, 2)
 
 
+def _metric(training: Training) -> None:
+    training.names = ("si_sdr_db", "si_sdr_i_db")
+
+
 FAULTS = {
     "nan": Fault(
         "masker.norm divides by the standard deviation of a frame without eps, and after two thirds of the training a "
@@ -110,5 +120,9 @@ FAULTS = {
         "the model promises to look ahead by no more than 123 ms, but masker.norm takes mean and variance over the "
         "whole recording.",
         _causal,
+    ),
+    "metric": Fault(
+        "validation returns si_sdr_i_db, where si_sdri_db is what was agreed on and what others will read.",
+        _metric,
     ),
 }

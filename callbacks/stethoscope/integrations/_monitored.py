@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +17,9 @@ _ALWAYS = frozenset({"epoch", "step"})
 """What a ModelCheckpoint knows without being told, for its name and as its monitor."""
 _ASKED = re.compile(r"""(?:monitor["']?\s*[:=]\s*|EarlyStopping\(\s*)(?:"[^"]*"|'[^']*')""")
 """A name in quotes by which source code asks for a metric."""
-_LOGS = re.compile(r"(?:self|module|model)\.log(?:_dict)?\(")
+_LOGS = re.compile(r"(?<![.\w])\w+\.log(?:_dict)?\(")
+"""`self.log(` or `module.log(`, but no method of something that these hold."""
+_UNREAD = "<no source>"
 _FRAMEWORKS = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "stethoscope"})
 
 
@@ -67,7 +68,7 @@ def lightning_known(trainer: Any) -> dict[str, set[str]]:
     text = "\n".join(sources)
     logging = _ASKED.sub("", text)
     known["train"] |= held | {key for _, key in lightning(trainer) if f'"{key}"' in logging or f"'{key}'" in logging}
-    if any("def on_train_epoch_end" in source and _LOGS.search(source) for source in sources):
+    if any("on_train_epoch_end" in source and (_LOGS.search(source) or _UNREAD in source) for source in sources):
         del known["train"]
     if not known["val"] or "sanity_checking" in text:
         del known["val"]
@@ -93,10 +94,12 @@ def huggingface(args: Any, callbacks: Iterable[Any] = ()) -> list[tuple[str, str
 
 
 def _source(thing: object) -> str:
-    """Return the source of an object's classes as far as they are the user's; `""` where it is not to be had."""
+    """Return the source of an object's classes as far as they are the user's; where it is not to be had, their names."""
     sources = []
     for cls in type(thing).__mro__:
         if cls.__module__.partition(".")[0] not in _FRAMEWORKS:
-            with suppress(OSError, TypeError):
+            try:
                 sources.append(inspect.getsource(cls))
+            except (OSError, TypeError):
+                sources.append(" ".join([_UNREAD, *vars(cls)]))
     return "\n".join(sources)

@@ -114,6 +114,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         self._rates: dict[str, float | Tensor] = {}  # likewise
         self._backwards = 0  # in this batch
         self._before_epoch: dict[str, Tensor] = {}  # metrics that training has not logged in this epoch
+        self._overwritten: dict[str, Tensor] = {}  # metrics of this epoch's training that validation logged as well
         self._before_phase: dict[str, Tensor] = {}  # metrics that the phase under way has not logged
         self._epoch_over = False  # whether its metrics are still to be taken
         self._names = ""  # of metrics: "new" after the first training batch of a fit, then "judged"
@@ -254,7 +255,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics of the last epoch: they stay in the trainer until they are logged again."""
         self._take_epoch(trainer)
-        self._before_epoch = dict(trainer.callback_metrics)
+        self._before_epoch, self._overwritten = dict(trainer.callback_metrics), {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the epoch is over; the module's hook of the same name comes after this one and may log."""
@@ -265,7 +266,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         """Take what training has logged in the epoch that is over."""
         if self._epoch_over:
             self._epoch_over = False
-            self._at_work().log(_without_forks(_new(trainer.callback_metrics, self._before_epoch)), phase="train")
+            logged = {**self._overwritten, **_new(trainer.callback_metrics, self._before_epoch)}
+            self._at_work().log(_without_forks(logged), phase="train")
 
     def _judge_names(self, trainer: Trainer) -> None:
         """Compare names, once the first training batch is over for the module and all callbacks."""
@@ -297,6 +299,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
     def _leave(self, trainer: Trainer, phase: str) -> None:
         self._phase.close()
         logged = _new(trainer.callback_metrics, self._before_phase)
+        of_training = _new(self._before_phase, self._before_epoch)
+        self._overwritten.update({name: of_training[name] for name in logged if name in of_training})
         self._before_epoch.update(logged)
         self._at_work().log(_without_forks(logged), phase=phase)
 

@@ -279,10 +279,11 @@ class _Dictionary:
             # that was always there too is missed at once if nothing else changed; else the gap must be longer than any
             # that was healthy so far.
             steady = not entry["longest"]
-            patience = 2 * entry["longest"] + (1 if companion else STRANGE)
+            patience = 2 * entry["longest"] + (2 if companion else STRANGE)
             if bare not in usual:
                 patience = max(patience, OTHERS * count)
-            if (subset and companion and steady and count == self.old["n"]) or entry["absent"] > patience:
+            alone = self.state["last"] != self.plan.phase  # among dictionaries in a row, one may lack what has no value
+            if (subset and companion and steady and alone and count == self.old["n"]) or entry["absent"] > patience:
                 self._say("metric-vanished", bare, findings.vanished, entry["raw"], count, entry["absent"])
             elif steady and novel and (renamed := names.nearest(entry["raw"], novel)):
                 given = self.plan.given

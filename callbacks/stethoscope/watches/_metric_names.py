@@ -23,8 +23,9 @@ SYNONYMS = (("acc", "accuracy", "th_acc", "th_accuracy"), ("ppl", "perplexity"))
 """Bare names that toolkits use for one thing; WeNet calls `th_accuracy` `acc` in validation."""
 
 _ANY_PHASE = "|".join(PHASES)
-_PREFIX = re.compile(rf"(?P<phase>{_ANY_PHASE})[_/](?:batch_)?(?P<rest>.+)", re.IGNORECASE)
-_SUFFIX = re.compile(rf"(?P<rest>.+)/(?P<phase>{_ANY_PHASE})", re.IGNORECASE)
+_PREFIX = re.compile(rf"(?P<phase>{_ANY_PHASE})[_/.-](?:batch_)?(?P<rest>.+)", re.IGNORECASE)
+# A standard deviation, std_dev, is no metric of a dev set.
+_SUFFIX = re.compile(rf"(?P<rest>.+)(?:/|[_.-](?!dev$|cv$))(?P<phase>{_ANY_PHASE})", re.IGNORECASE)
 _LOADER = re.compile(r"/dataloader_idx_\d+$")
 _REDUCED = re.compile(r"(?<=[^_])_(?:step|epoch)$")
 _TOKEN = re.compile(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*|\d+")
@@ -67,7 +68,7 @@ def split(name: str) -> Name:
     """
     bare = _LOADER.sub("", name)
     phase = ""
-    if found := _PREFIX.fullmatch(bare) or _SUFFIX.fullmatch(bare):
+    if found := _PREFIX.fullmatch(bare) or _SUFFIX.fullmatch(bare) or _SUFFIX.fullmatch(_REDUCED.sub("", bare)):
         bare, phase = found["rest"], PHASES[found["phase"].lower()]
     return Name(bare if _COUNTED_PAIR.fullmatch("_".join(tokens(bare))) else _REDUCED.sub("", bare), phase)
 

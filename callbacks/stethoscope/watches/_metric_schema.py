@@ -40,9 +40,9 @@ class MetricSchema:
             None learns the keys of each phase from its dictionaries; after two of a phase what it holds is the rule.
         lock: path of a lock file, read here if it exists. It stands in for `fields` where they are None, and is
             compared with them where they are given. `write_lock` writes it.
-        aliases: other names of metrics, `{"acc": "th_accuracy"}`. Prefixes (train, val, valid, dev, cv, eval, test,
-            with `_` or `/`), the suffixes `_step`, `_epoch`, `/dataloader_idx_N`, and acc for accuracy or th_accuracy
-            need none.
+        aliases: other names of metrics, `{"acc": "th_accuracy"}`. The phase (train, val, valid, dev, cv, eval, test)
+            before or behind a name with `_ / . -`, the suffixes `_step`, `_epoch`, `/dataloader_idx_N`, and acc for
+            accuracy or th_accuracy need none.
         on_mismatch: what `validate` does with a warning or an error: `"raise"`, `"warn"`, or only `"fill"` with None.
             The training loop is never stopped by it.
 
