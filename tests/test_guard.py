@@ -246,6 +246,33 @@ def test_several_optimizers_and_a_model_without_forward():
     assert torch.equal(before["right.weight"].nan_to_num(), model.right.weight.nan_to_num())
 
 
+def test_several_optimizers_share_one_skipped_step_and_one_finding():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(5, 3, sparse=True), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.out(self.table(x))
+
+    model = Sparse()
+    several = [torch.optim.SparseAdam(model.table.parameters()), torch.optim.SGD(model.out.parameters(), 0.1)]
+    with Monitor(model, several, guard="skip", strict=True) as monitor:
+        for step in range(4):
+            for optimizer in several:
+                optimizer.zero_grad()
+            for _ in range(2):
+                loss = model(torch.tensor([[1, 2], [3, 4]])).sum() * (nan if step == 1 else 1)
+                loss.backward()
+            monitor.observe(loss=loss)
+            for optimizer in several:
+                optimizer.step()
+            monitor.step(loss=loss)
+    assert [(f.code, f.step) for f in monitor.findings] == [("nonfinite-loss", 1), ("step-skipped", 3)]
+    assert monitor.findings[-1].evidence["skipped"] == 1
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
 def test_a_repeated_step_leaves_no_records():
     memory = sinks.Memory()
     model, optimizer = make()

@@ -101,10 +101,10 @@ class Guard:
         if self._act == "skip":
             for each in owned:
                 each.grad = None
-        self._bad = True
         self._wrote.discard(id(optimizer))
-        self.skipped += 1
-        if not self._was_bad:
+        first, self._bad = not self._bad, True  # of several optimizers that share a bad step
+        self.skipped += first
+        if first and not self._was_bad:
             self._notes.pending += findings
             self._deliver()
         if self._act == "raise":
@@ -116,7 +116,7 @@ class Guard:
     def _explain(self, optimizer: Optimizer, loss: float | None, bad: list[str], known: list[Finding]) -> list[Finding]:
         """Put the state of the step's beginning back and run it again, for a culprit."""
         self._before.rewind()
-        if self._was_bad and self._act == "skip":
+        if (self._was_bad or self._bad) and self._act == "skip":
             return []
         if not known:
             with self._before.paused(), self._paused():
