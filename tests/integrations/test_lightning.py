@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stethoscope import presets, probes, sinks, watches
+from stethoscope import audits, presets, probes, sinks, watches
 from stethoscope._protocols import Probe, Sink, Watch
 from stethoscope.integrations.lightning import MonitorCallback
 
@@ -633,3 +633,35 @@ def test_where_pytorch_lightning_is_in_use_its_cli_takes_the_callback(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "steps 2" in done.stdout
+
+
+@pytest.mark.parametrize("order", ["callback", "module"])
+def test_audits_at_the_start_of_a_fit_reach_the_run(tmp_path, order):
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in Net().state_dict().items()}}, tmp_path / "a.ckpt"
+    )
+    callback = MonitorCallback(sinks=tmp_path / "run")
+
+    def audit(trainer, module):
+        schedule = audits.Schedule("sparsify", start=2500, stop=8000, interval=50)
+        callback.monitor.add(audits.plan(schedule, trainer.estimated_stepping_batches))
+        callback.monitor.add(audits.checkpoint(module, tmp_path / "a.ckpt"))
+
+    class Audits(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            audit(trainer, pl_module)
+
+    class Audited(Net):
+        def on_fit_start(self):
+            audit(self.trainer, self)
+
+    callbacks = [callback, Audits()] if order == "callback" else [callback]
+    net = Net() if order == "callback" else Audited()
+    fit(net, *callbacks, train=loader(8), max_epochs=2, accumulate_grad_batches=4)
+    written = [finding for delivery in sinks.read(tmp_path / "run") for finding in delivery.findings]
+    for findings in (callback.monitor.findings, written):
+        assert [each.code for each in findings if each.severity == "error"] == [
+            "schedule-unreachable",
+            "checkpoint-prefix",
+        ]
+    assert callback.monitor.findings[0].evidence["planned_steps"] == 4
