@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stethoscope import _density
-from stethoscope._protocols import Columns, Key, Probe, Readings
+from stethoscope._protocols import Attachment, Columns, Key, Probe, Readings
 from stethoscope._record import Finding
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Density:
         if self.block is not None and (len(self.block) != 2 or min(self.block) < 1):
             raise ValueError(f"block is {self.block}. Legal: None or (rows, columns), both 1 or more, e.g. (8, 4).")
 
-    def attach(self, model: nn.Module) -> DensityAttachment:
+    def attach(self, model: nn.Module) -> Attachment:
         """Find the matrices and measure them as they are now."""
         return DensityAttachment(self, model)
 

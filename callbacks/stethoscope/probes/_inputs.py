@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stethoscope._protocols import Columns, Key, Readings
+from stethoscope._protocols import Attachment, Columns, Key, Readings
 from stethoscope._tree import tensors
 from stethoscope.probes._hook import Hook
 
@@ -54,7 +54,7 @@ class Inputs:
 
     every: int | None = None
 
-    def attach(self, model: nn.Module) -> InputsAttachment:
+    def attach(self, model: nn.Module) -> Attachment:
         """Hook the model as a whole."""
         return InputsAttachment(model)
 
