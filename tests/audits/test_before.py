@@ -36,3 +36,11 @@ def test_a_run_without_end_reaches_every_schedule():
 
 def test_a_batch_without_audio_is_left_alone():
     assert before(batch={"tokens": torch.arange(6)}, sample_rate=8000).reports == ()
+
+
+def test_what_could_not_be_examined_is_named():
+    report = before(batch=torch.randn(2, 16000), schedules=[Schedule("warm-up", 0, 9)])
+    assert report.reports == ()
+    assert "without sample_rate" in report.summary
+    assert "without planned_steps" in report.summary
+    assert "no floating-point tensor" in before(batch=torch.arange(4), sample_rate=16000).summary

@@ -648,3 +648,9 @@ def test_a_single_name_may_be_left_out_as_text():
     tuned, state = TwoHeads(), TwoHeads().state_dict()
     del state["head.weight"], state["head.bias"]
     assert audits.checkpoint(tuned, state, partial="head").ok
+
+
+def test_a_file_of_meta_tensors_fills_nothing():
+    state = nn.Linear(4, 4, device="meta").state_dict()
+    assert codes(audits.checkpoint(nn.Linear(4, 4), state)) == {"checkpoint-unreadable"}
+    assert audits.checkpoint(nn.Linear(4, 4, device="meta"), state).ok

@@ -60,7 +60,14 @@ def test_every_type_of_weight_is_compared(dtype):
     assert watched.report.unchanged == ("bias",)
 
 
-def test_a_meta_model_has_nothing_to_compare():
-    with audits.loading(nn.Linear(3, 3, device="meta")) as watched:
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3, device="meta"), lambda: nn.LazyLinear(3)])
+def test_parameters_without_values_are_reached_or_not(make):
+    model = make()
+    with audits.loading(model) as watched:
         pass
+    assert watched.report.unchanged == ("weight", "bias")
+    assert not watched.report.ok
+    with audits.loading(model) as watched:
+        model.load_state_dict(nn.Linear(4, 3).state_dict(), assign=model.weight.is_meta)
+    assert watched.report.changed == ("weight", "bias")
     assert watched.report.ok

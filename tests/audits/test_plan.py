@@ -132,3 +132,20 @@ HEALTHY = [
 @pytest.mark.parametrize(("schedule", "steps"), HEALTHY)
 def test_schedules_that_are_reached_give_no_finding(schedule, steps):
     assert plan(schedule, steps).findings == ()
+
+
+def test_a_warm_up_that_begins_anew_is_told_as_such():
+    (finding,) = plan(Schedule("warm-up", 0, 400), 1000, restarted_at=500).findings
+    assert "begins anew after 500 steps: it makes its way of 400 steps a second time" in finding.message
+    assert "start to 0" not in finding.advice
+
+
+@pytest.mark.parametrize("asked", [{"epochs": math.nan, "batches": 7}, {"epochs": math.inf, "batches": 0}])
+def test_counts_that_determine_nothing_are_refused_in_words(asked):
+    with pytest.raises(ValueError, match="not determined"):
+        planned_steps(**asked)
+
+
+def test_a_loop_that_drops_the_rest_of_each_epoch():
+    made = sum((i + 1) % 4 == 0 for _ in range(50) for i in range(7))
+    assert planned_steps(epochs=50, batches=7 // 4 * 4, accumulate=4) == made == 50

@@ -23,6 +23,15 @@ def test_plan_says_what_happens_and_exits_by_it():
     assert "schedule-unreachable" in text
     assert run("plan", *schedule, "--epochs", 9, "--batches", 1000, "--max-steps", 100)[0] == 1
     assert run("plan", *schedule, "--planned-steps", 8000)[0] == 0
+    lightning = (
+        "--epochs",
+        4000,
+        "--batches",
+        5,
+        "--accumulate",
+        4,
+    )  # 2 steps per epoch: the rest makes one of its own
+    assert [run("plan", *schedule, *lightning, *flush)[0] for flush in ((), ("--flush",))] == [1, 0]
     code, text = run("plan", *schedule, "--epochs", 75, "--items", 30000, "--batch-size", 128, "--drop-last", "--json")
     assert code == 0
     assert json.loads(text)["verdict"] == "reached"

@@ -749,3 +749,35 @@ def test_a_name_that_training_logs_per_step_and_validation_as_well_is_taken_from
     fit(Shared(), MonitorCallback(None, sinks=memory), val=loader(2), max_epochs=2)
     logged = [(r.phase, r.value) for r in memory.records if r.source == "log"]
     assert logged == [("val", 100.0), ("train", 7.0)] * 2
+
+
+@pytest.mark.parametrize("order", ["callback", "module"])
+def test_audits_at_the_start_of_a_fit_reach_the_run(tmp_path, order):
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in Net().state_dict().items()}}, tmp_path / "a.ckpt"
+    )
+    callback = MonitorCallback(sinks=tmp_path / "run")
+
+    def audit(trainer, module):
+        schedule = audits.Schedule("sparsify", start=2500, stop=8000, interval=50)
+        callback.monitor.add(audits.plan(schedule, trainer.estimated_stepping_batches))
+        callback.monitor.add(audits.checkpoint(module, tmp_path / "a.ckpt"))
+
+    class Audits(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            audit(trainer, pl_module)
+
+    class Audited(Net):
+        def on_fit_start(self):
+            audit(self.trainer, self)
+
+    callbacks = [callback, Audits()] if order == "callback" else [callback]
+    net = Net() if order == "callback" else Audited()
+    fit(net, *callbacks, train=loader(8), max_epochs=2, accumulate_grad_batches=4)
+    written = [finding for delivery in sinks.read(tmp_path / "run") for finding in delivery.findings]
+    for findings in (callback.monitor.findings, written):
+        assert [each.code for each in findings if each.severity == "error"] == [
+            "schedule-unreachable",
+            "checkpoint-prefix",
+        ]
+    assert callback.monitor.findings[0].evidence["planned_steps"] == 4

@@ -152,7 +152,7 @@ def rates(
             severity="warning",
             items=upsampled,
             total=len(items),
-            text=f"hold nothing above {sources[0] / 2:g} Hz: upsampled from {', '.join(map(str, sources))} Hz to {sample_rate} Hz.",
+            text=f"hold nothing above {sources[0] / 2:g} Hz: upsampled from {', '.join(map(str, sources))} Hz to {sample_rate} Hz, or cut off there by a lossy codec.",
             advice="Use the original rate, or full-band data: a model trained on full-band audio misses the upper half, one trained on this learns its absence.",
             upsampled_from=sources,
         )

@@ -48,6 +48,7 @@ def before(
 
     **Decides** nothing of its own: see `audits.checkpoint` (with a checkpoint), `audits.audio` (with a batch and a sample rate; the
     first floating-point tensor in the batch is taken for audio), `audits.plan` (with schedules and planned steps).
+    The summary names what was given and could not be examined.
     **Cost:** that of the audits.
 
     Args:
@@ -68,18 +69,25 @@ def before(
         ['schedule-unreachable']
     """
     reports: list[Report] = []
+    idle: list[str] = []
     if checkpoint is not None:
         reports.append(audit_checkpoint(model, checkpoint, config=config, partial=partial))
     if batch is not None and sample_rate is not None:
         waves = next((x for _, x in tensors(batch) if x.is_floating_point() and x.dim()), None)
         if waves is not None:
             reports.append(audio(waves, sample_rate=sample_rate, channels=channels))
+        else:
+            idle.append("audio: not examined, the batch holds no floating-point tensor")
+    elif batch is not None:
+        idle.append("audio: not examined without sample_rate")
+    if planned_steps is None and schedules:
+        idle.append("schedules: not examined without planned_steps")
     if planned_steps is not None:
         steps = planned_steps if planned_steps >= 0 else float("inf")
         reports += [plan(schedule, steps) for schedule in schedules]
     return BeforeReport(
         title="before the run",
-        summary="\n".join(f"{report.title}: {'ok' if report.ok else 'not ok'}" for report in reports),
+        summary="\n".join([*(f"{report.title}: {'ok' if report.ok else 'not ok'}" for report in reports), *idle]),
         findings=tuple(finding for report in reports for finding in report.findings),
         reports=tuple(reports),
     )

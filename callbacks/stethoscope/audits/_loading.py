@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from stethoscope._record import Finding, Report
 from stethoscope.audits import _keys
@@ -48,7 +49,7 @@ def loading(model: nn.Module, *, partial: Sequence[str] = ()) -> Iterator[Loadin
     at hand, `audits.checkpoint` says more.
 
     **Decides:** a parameter that is not constant and is the same, bit for bit, after the block keeps its initial value:
-    `checkpoint-unchanged` (warning).
+    `checkpoint-unchanged` (warning); so does one that is still on the meta device or still without a shape.
     **Cost:** two passes over the tensors, no copy; waits for the device.
 
     Args:
@@ -72,10 +73,13 @@ def loading(model: nn.Module, *, partial: Sequence[str] = ()) -> Iterator[Loadin
     after = _fingerprints(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     changed = tuple(key for key, value in after.items() if value != before.get(key))
-    constant = {key for key, value in after.items() if value is None or value[2]}
+    state = model.state_dict(keep_vars=True)
+    empty = {key for key, value in after.items() if value is None and (state[key].is_meta or is_lazy(state[key]))}
+    constant = {key for key, value in after.items() if (value is None and key not in empty) or (value and value[2])}
     unchanged = tuple(key for key in after if key not in changed and key not in constant and key in parameters)
-    state = model.state_dict()
-    written, kept = (sum(state[key].numel() for key in keys) for keys in (changed, unchanged))
+    written, kept = (
+        sum(state[key].numel() for key in keys if not is_lazy(state[key])) for keys in (changed, unchanged)
+    )
     undeclared = [key for key in unchanged if not _keys.declared(key, partial)]
     watched.report = LoadingReport(
         title="loading",
@@ -105,12 +109,14 @@ def _unreached(keys: Sequence[str], number: int) -> list[Finding]:
 
 def _fingerprints(model: nn.Module) -> dict[str, tuple[int, str, bool] | None]:
     """Hash, sum and constancy of every tensor; None where there are no values to look at."""
-    return {key: _fingerprint(value) for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    state = model.state_dict(keep_vars=True)
+    return {key: _fingerprint(value) for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _fingerprint(tensor: Tensor) -> tuple[int, str, bool] | None:
-    if tensor.is_meta or tensor.is_quantized or tensor.numel() == 0 or tensor.layout != torch.strided:
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided or not tensor.numel():
         return None
+    tensor = tensor.detach()
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     tensor = tensor.float() if tensor.element_size() == 1 else tensor  # bool, int8, float8: few operations know them
     # the sum beside the hash: XOR is blind to equal pairs. As text, so that NaN equals itself.

@@ -61,13 +61,19 @@ def plan(schedule: Schedule, planned_steps: float, *, restarted_at: int = 0) -> 
     result = fate(schedule, left)
     findings = judge(schedule, left)
     if restarted_at:
+        again = (
+            f"it does not act again before {schedule.start} further steps, of {left:g}, and what it had done wears off "
+            "meanwhile (an optimizer refills pruned weights within one step)"
+            if schedule.start
+            else f"it makes its way of {schedule.stop} steps a second time"
+        )
         findings.append(
             Finding(
                 "schedule-restarted",
                 "warning",
-                f"The counter of '{schedule.name}' begins anew after {restarted_at} steps: it does not act again before {schedule.start} "
-                f"further steps, of {left:g}, and what it had done wears off meanwhile (an optimizer refills pruned weights within one step).",
-                f"Restore the sparsifier's counter, or set start to 0 and stop to at most {left:g} for the resumed run.",
+                f"The counter of '{schedule.name}' begins anew after {restarted_at} steps: {again}.",
+                "Restore the counter of what acts (sparsifier, scheduler)"
+                + (f", or set start to 0 and stop to at most {left:g} for the resumed run." if schedule.start else "."),
                 evidence={"restarted_at": restarted_at, "steps_left": left, "start": schedule.start},
             )
         )
@@ -108,7 +114,8 @@ def planned_steps(
         items: instead of batches: items per epoch (per rank).
         batch_size: items per batch.
         drop_last: whether an incomplete last batch is dropped.
-        accumulate: batches per optimizer step.
+        accumulate: batches per optimizer step. Where a loop counts batches anew in each epoch and drops the rest, give
+            batches without that rest: `batches=len(loader) // accumulate * accumulate`.
         flush: whether each epoch ends with a step, as with Lightning and transformers.
         max_steps: limit; None or -1 for none.
 
@@ -129,6 +136,8 @@ def planned_steps(
         raise ValueError(
             f"Got epochs={epochs}, batches={batches}, accumulate={accumulate}. Legal: accumulate from 1, the others from 0."
         )
+    if math.isnan(epochs) or (math.isinf(epochs) and not batches):
+        raise ValueError(f"Got epochs={epochs}, batches={batches}: the number of steps is not determined.")
     steps = epochs * -(-batches // accumulate) if flush else epochs * batches / accumulate
     if max_steps is not None and max_steps >= 0:
         steps = min(steps, max_steps)

@@ -31,7 +31,9 @@ def broken(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list
         for key, target in targets.items()
         if target.requires_grad and not _flat(extremes[key]) and equal(tensors[key], target)
     ]
+    hollow = [key for key, target in targets.items() if tensors[key].is_meta and not target.is_meta]
     return [
+        *_hollow(hollow, len(tensors)),
         *_nonfinite(nonfinite, len(tensors)),
         *_dead(dead, tensors),
         *_dtype(unscaled, narrowed, tensors, targets),
@@ -85,6 +87,21 @@ def _names(keys: Sequence[str]) -> str:
     return ", ".join(f"'{key}'" for key in keys[:_SHOWN]) + (
         f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     )
+
+
+def _hollow(keys: Sequence[str], number: int) -> list[Finding]:
+    if not keys:
+        return []
+    return [
+        Finding(
+            "checkpoint-unreadable",
+            "error",
+            f"{len(keys)} of {number} tensors in the checkpoint are on the meta device and hold no values: {_names(keys)}.",
+            "Save the model after its weights were made or loaded, not while it is on the meta device.",
+            module=keys[0].rpartition(".")[0],
+            evidence={"keys": list(keys[:100])},
+        )
+    ]
 
 
 def _nonfinite(keys: Sequence[str], number: int) -> list[Finding]:

@@ -27,6 +27,9 @@ def plan(
     batch_size: Annotated[int | None, typer.Option(help="Items per batch.")] = None,
     drop_last: Annotated[bool, typer.Option("--drop-last", help="An incomplete last batch is dropped.")] = False,
     accumulate: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    flush: Annotated[
+        bool, typer.Option("--flush", help="Each epoch ends with a step, as with Lightning and transformers.")
+    ] = False,
     max_steps: Annotated[int | None, typer.Option(help="Limit on optimizer steps.")] = None,
     restarted_at: Annotated[int, typer.Option(help="Steps made before the schedule's counter began anew.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -47,6 +50,7 @@ def plan(
                 batch_size=batch_size,
                 drop_last=drop_last,
                 accumulate=accumulate,
+                flush=flush,
                 max_steps=max_steps,
             )
         return audits.plan(audits.Schedule(name, start, stop, interval), planned, restarted_at=restarted_at)

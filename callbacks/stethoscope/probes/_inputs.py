@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope._aside import is_aside
-from stethoscope._protocols import Columns, Key, Readings
+from stethoscope._protocols import Attachment, Columns, Key, Readings
 from stethoscope._tree import tensors
 from stethoscope.probes._hook import Hook
 
