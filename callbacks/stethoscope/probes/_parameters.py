@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
-from stethoscope.probes._hook import Hook
+from stethoscope.probes._hook import Hook, takes_hooks
 from stethoscope.probes._select import Pattern, as_patterns, named_parameters, select
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ class ParameterReader:
         self._flags: list[Columns] | None = None
         self._handles: list[RemovableHandle] = []
         if "nonfinite" in spec.statistics:
-            self._handles = [each.register_forward_pre_hook(_Enters(self)) for each in _entrances(model)]
+            self._handles = [
+                each.register_forward_pre_hook(_Enters(self)) for each in _entrances(model) if takes_hooks(each)
+            ]
         self.failure: Exception | None = None
         self._sorted: list[_Group] = []
         self._ends: list[tuple[torch.device, torch.dtype]] = []
@@ -185,7 +187,8 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
 
 
 def _has_no_forward(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward
+    # of a ScriptModule's class, asking for `forward` raises; its own is there all the same
+    return getattr(type(module), "forward", None) is nn.Module.forward
 
 
 class _Enters(Hook):
@@ -230,8 +233,7 @@ class _Group:
             for i, each in enumerate(self._members):
                 places.setdefault((each.shape, not self._exotic and each.numel() <= _SMALL), []).append(i)
             for (_, small), indices in places.items():
-                keys = [Key("parameter/nonfinite", self.names[i]) for i in indices]
-                self._alike.append((small and len(keys) > 1, keys, indices))
+                self._alike.append((small, [Key("parameter/nonfinite", self.names[i]) for i in indices], indices))
         values = self.values()
         for joined, keys, indices in self._alike:
             members = [values[i] for i in indices]
