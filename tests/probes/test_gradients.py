@@ -103,3 +103,15 @@ def test_sparse_gradients_of_embeddings():
 def test_unknown_statistics_are_refused():
     with pytest.raises(ValueError, match="Known"):
         Gradients(("std",))
+
+
+def test_a_lazy_module_is_read_once_it_has_a_shape():
+    model, memory = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1)), sinks.Memory()
+    with Monitor(model, probes=[Gradients(every=1)], sinks=[memory], strict=True) as monitor:
+        for _ in range(2):
+            loss = model(torch.randn(5, 4)).square().mean()
+            loss.backward()
+            monitor.step(loss=loss)
+    norms = [(r.step, r.module) for r in memory.records if r.name == "gradient/norm"]
+    assert (0, "0.weight") not in norms
+    assert (1, "0.weight") in norms

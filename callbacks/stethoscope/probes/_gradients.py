@@ -109,7 +109,8 @@ class GradientHooks:
             return
         wanted: dict[tuple[torch.device, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self._parameters:
-            if parameter.requires_grad:
+            # a lazy module's parameter takes no hook until its first call has given it a shape
+            if parameter.requires_grad and not isinstance(parameter, nn.parameter.UninitializedParameter):
                 place = parameter.device, stats.precision(parameter.dtype, parameter.device)
                 wanted.setdefault(place, []).append((name, parameter))
         for place, members in wanted.items():
