@@ -126,8 +126,9 @@ class GradientHooks:
         """A parameter's gradient is complete for this backward pass; a later one writes over it."""
         with torch.no_grad():
             real = stats.measurable(gradient.coalesce().values() if gradient.is_sparse else gradient)
-            if real is None:
-                return
+            if real is None or real.device != group.norms.device:
+                return  # the model was moved since the step began
+            real = real.to(group.norms.dtype)
             if "norm" in self.spec.statistics:
                 torch.linalg.vector_norm(real, out=group.norm_views[index])
             if "nonfinite" in self.spec.statistics:
