@@ -328,3 +328,13 @@ def test_an_absurd_finite_weight_is_not_called_non_finite():
         monitor.step(loss=model(torch.full((3, 4), 5.0)).square().sum())
     (finding,) = monitor.findings
     assert (finding.code, finding.module, finding.evidence["origin"]) == ("nonfinite-activation", "1", "operation")
+
+
+def test_the_loss_function_is_not_accused_where_no_module_was_seen():
+    model = nn.Linear(2, 2).eval()
+    model.bias.data.fill_(torch.nan)
+    with Monitor(model, probes=[], watches=[NonFinite()], strict=True) as monitor:
+        monitor.step(loss=model(torch.ones(3, 2)).sum())
+    finding = monitor.findings[0]
+    assert (finding.code, finding.evidence["origin"]) == ("nonfinite-loss", "unknown")
+    assert "not observed" in finding.message

@@ -93,6 +93,8 @@ class NonFinite:
                 "modules": len({r.module for r in flags if r.name == "activation/nonfinite"}),
                 "harmless": sorted({r.module for r in raised if _is_output(r) and _within(r, harmless)})[:100],
             }
+            if not any(r.name.startswith("activation/outermost_") for r in records):
+                evidence["origin"] = "unknown"
             # weights are looked at while training; in other phases the last look counts
             culprit = _reached(weights if phase == "train" else known, origin)
             findings.append(_explain(origin, first_nan, culprit, losses, severity, place, evidence))
@@ -155,6 +157,17 @@ def _explain(
     evidence: dict[str, Any],
 ) -> Finding:
     then = f" The loss is {losses[0]}." if losses else ""
+    if origin is None and evidence.get("origin") == "unknown":
+        return Finding(
+            "nonfinite-loss",
+            severity,
+            f"The loss is {losses[0]}. No module was seen to make it so, but what the model returned was not seen either: "
+            "it comes from the loss function or from a part that is not observed.",
+            "See what probe-read-nothing says: a compiled model, one in eval mode or one on another thread shows nothing. "
+            "Run a few steps without torch.compile.",
+            evidence=evidence,
+            **place,
+        )
     if origin is None:
         same = evidence["harmless"]
         others = f", but for {same[0]!r}{' and others' if same[1:] else ''} as in healthy steps" if same else ""
