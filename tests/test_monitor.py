@@ -280,7 +280,9 @@ def test_idle_parts_of_a_preset_do_not_warn():
         ({"every": 0}, "at least 1"),
         ({"planned_steps": 0}, "at least 1"),
         ({"sinks": [3]}, "Cannot write to"),
-        ({"guard": "raise"}, "not available"),
+        ({"guard": "raise"}, "needs the optimizer"),
+        ({"guard": "stop"}, "'raise' or 'skip'"),
+        ({"replay": print}, "needs a guard"),
     ],
 )
 def test_mistakes_in_the_set_up_are_told_at_once_and_leave_no_hook(arguments, message):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope._delivery import Delivery
+from stethoscope._guard import Guard
 from stethoscope._metrics import normalise
 from stethoscope._parts import Notes, check_parts, describe
 from stethoscope._probing import Probing, with_needs
@@ -49,8 +50,12 @@ class Monitor:
             anything with `log_metrics`. Without any, nothing is written, but findings still reach `logging`.
         every: observe a step when `step % every == 0`; a probe's own `every` goes before.
         planned_steps: optimizer steps that the run will make, where known.
-        guard: not available yet; None.
-        replay: not available yet; None.
+        guard: look at the loss (from `observe(loss=loss)`) and at all gradients right before an optimizer writes, at the
+            price of one wait for the device per step. If something is not finite, the step is run again to find the culprit;
+            then `"raise"` leaves `optimizer.step()` by a `FindingsError`, and `"skip"` takes the gradients away. Weights, buffers
+            and random states are then as before the step. None never waits.
+        replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batch from `observe`; else the
+            step's outermost calls of the model are repeated.
         on_finding: called with each finding, on this thread, after sinks have it. What it raises propagates out of
             `step`, `log`, `add` or `flush`: the way to stop a training.
         strict: raise what goes wrong inside of probes, watches and sinks (for tests).
@@ -98,9 +103,12 @@ class Monitor:
             raise TypeError(f"every must be a number of steps, an int, got {describe(every)}.")
         if every < 1 or (planned_steps is not None and planned_steps < 1):
             raise ValueError(f"every and planned_steps must be at least 1, got every={every}, {planned_steps=}.")
-        for name, value in (("guard", guard), ("replay", replay), ("overhead", overhead)):
-            if value is not None:
-                raise ValueError(f"{name}={value!r} is not available in this version; leave it out.")
+        if overhead is not None:
+            raise ValueError(f"{overhead=} is not available in this version; leave it out.")
+        if guard not in (None, "raise", "skip"):
+            raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")
+        if (guard and optimizer is None) or (replay and not guard):
+            raise ValueError("guard needs the optimizer whose writes it looks at, and replay needs a guard.")
         self.model = unwrap(model)
         self._planned_steps = planned_steps
         self._optimizers = _optimizers(optimizer)
@@ -125,6 +133,7 @@ class Monitor:
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes)
         self._probing.arm(self._step, self._phase)
+        self._guard = self._new_guard(guard, replay) if guard else None
 
     @property
     def findings(self) -> list[Finding]:
@@ -156,6 +165,9 @@ class Monitor:
             self._given.update(_flat("batch", batch))
         for name, value in tensors.items():
             self._given.update(_flat(name, value))
+        if self._guard is not None:
+            self._guard.batch = self._guard.batch if batch is None else batch
+            self._guard.loss = self._given.get("loss")
 
     def step(self, batch: object = None, **tensors: object) -> None:
         """Close an optimizer step. The first call closes step 0.
@@ -192,6 +204,10 @@ class Monitor:
             ready.append(stamp._replace(name="plan/steps", value=float(self._planned_steps)))
         parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
         parts += self._probing.read(given, stamp._replace(source="probe"))
+        if self._guard is not None:
+            if self._guard.skipped:
+                ready.append(stamp._replace(name="guard/skipped", value=float(self._guard.skipped)))
+            self._guard.end_step(step)
         self._given = {}
         self._step += 1
         self._notes.step = step
@@ -270,6 +286,8 @@ class Monitor:
         self._closed = True
         try:
             self._probing.detach()
+            if self._guard is not None:
+                self._guard.close()
             self._delivery.judge_watches(self._step)
             self._deliver(wait=True)
         finally:
@@ -297,6 +315,17 @@ class Monitor:
         self._used = True
         if self._closed:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
+
+    def _new_guard(self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None) -> Guard:
+        return Guard(
+            self.model,
+            self._optimizers,
+            act,
+            replay,
+            self._notes,
+            self._deliver,
+            lambda: self._probing.paused(self._phase),
+        )
 
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:

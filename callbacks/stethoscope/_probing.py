@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from stethoscope._record import Finding, Record
 from stethoscope._transfer import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -87,6 +88,18 @@ class Probing:
                 self._judge(attached, stamp.step, read=bool(readings))
             self._take_notes(attached)
         return parts
+
+    @contextmanager
+    def paused(self, phase: str) -> Iterator[None]:
+        """Read nothing inside: a step is run again to look for a fault."""
+        armed = [each for each in self._attached if each.armed]
+        for attached in armed:
+            self._guarded(attached, _arming(attached.attachment, False, phase))
+        try:
+            yield
+        finally:
+            for attached in [each for each in armed if each in self._attached]:
+                self._guarded(attached, _arming(attached.attachment, True, phase))
 
     def detach(self) -> None:
         """Remove every hook."""

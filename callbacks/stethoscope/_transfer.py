@@ -40,6 +40,19 @@ class _Packet(NamedTuple):
     arrivals: Sequence[torch.cuda.Event]
 
 
+def fetch(numbers: Sequence[Tensor]) -> list[float]:
+    """Wait for the device and return numbers at once: for decisions that cannot be put off.
+
+    Args:
+        numbers: tensors without dimensions, on any devices.
+    """
+    place = numbers[0].device
+    real = torch.float32
+    return torch.stack(
+        [each if each.dtype is real and each.device == place else each.to(place, real) for each in numbers]
+    ).tolist()
+
+
 class Transfer:
     """Deliveries on their way to the host, first in, first out."""
 

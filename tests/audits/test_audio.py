@@ -120,6 +120,13 @@ def test_clipping_is_found_also_after_rescaling(gain, source, bits):
     assert report.items[1].clipped == pytest.approx(share, rel=0.5)
 
 
+@pytest.mark.parametrize("rate", [16000, 44100, 48000])
+@pytest.mark.parametrize("frequency", [1000, 1500, 3000])
+def test_a_test_tone_in_single_precision_is_neither_clipped_nor_upsampled(frequency, rate):
+    x = torch.sin(2 * torch.pi * frequency * torch.arange(2 * rate) / rate)  # phase errors make its samples differ
+    assert codes(audits.audio(x, sample_rate=rate)) == []
+
+
 def test_nan_and_inf_name_the_item():
     x = speech(4)
     x[2, 100] = float("nan")
@@ -277,8 +284,20 @@ def test_broken_files_are_named(tmp_path):
     good.write_bytes(good.read_bytes()[:1000])  # truncated: what is there is read
     audits.audio(good, sample_rate=RATE)
     soundfile.write(empty, np.zeros(0), RATE)
-    with pytest.raises(ValueError, match=r"empty\.wav"):
-        audits.audio(empty, sample_rate=RATE)
+    report = audits.audio([good, empty], sample_rate=RATE)
+    assert codes(report) == ["audio-unreadable"]
+    assert "empty.wav" in report.findings[0].message
+    assert len(report.items) == 1
+
+
+def test_many_files_with_other_channels_are_one_finding(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    paths = [tmp_path / f"{index}.wav" for index in range(3)]
+    for path in paths:
+        soundfile.write(path, speech(2).numpy().T, RATE)
+    report = audits.audio(paths, sample_rate=RATE)
+    (finding,) = (finding for finding in report.findings if finding.code == "audio-channels")
+    assert finding.message == "'0.wav' (one of 3 files that do not fit) has 2 channel(s), the model takes 1."
     with pytest.raises(FileNotFoundError, match=r"absent\.wav"):
         audits.audio(tmp_path / "absent.wav", sample_rate=RATE)
 
@@ -319,3 +338,32 @@ def test_any_waveform_gets_a_verdict(values, items, repeat, rate):
     for item in report.items:
         assert 0 <= item.clipped <= 1
         assert 0 <= item.nonfinite <= x.shape[1]
+
+
+def test_integer_references_are_scaled_like_their_mixture():
+    references = (8000 * torch.randn(2, 2, RATE).clamp(-1, 1)).short()
+    report = audits.audio(references.sum(1).short(), sample_rate=RATE, references=references)
+    assert "audio-mixture" not in codes(report)
+
+
+def test_references_with_nan_are_found():
+    references = torch.stack([speech(2), speech(2)], 1)
+    mixture = references.sum(1)
+    references[1, 0, 5] = float("nan")
+    report = audits.audio(mixture, sample_rate=RATE, references=references)
+    assert codes(report) == ["audio-nonfinite"]
+    assert "references" in report.findings[0].message
+
+
+def test_of_a_mixed_list_only_the_integers_are_accused():
+    report = audits.audio([speech(1)[0], (speech(1)[0] * 32768).short()], sample_rate=RATE, saving=True)
+    (finding,) = (finding for finding in report.findings if finding.code == "audio-scale")
+    assert finding.evidence["items"] == ["1"]
+
+
+def test_arrays_may_be_reversed_read_only_or_of_another_byte_order():
+    x = speech(2).numpy()
+    x.setflags(write=False)
+    plain = audits.audio(x, sample_rate=RATE).items
+    assert audits.audio(x[:, ::-1], sample_rate=RATE).items[0].peak == plain[0].peak
+    assert audits.audio(x.astype(">f4"), sample_rate=RATE).items == plain

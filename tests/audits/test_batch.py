@@ -74,3 +74,33 @@ def test_any_values_get_a_verdict(rows):
     (facts,) = report.tensors
     assert 0 <= facts.nonfinite <= 3 * len(rows)
     assert len(facts.constant) + len(facts.repeated) <= len(rows)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.eye(100)[torch.arange(16) % 3],
+        torch.tensor([[0.0, 1.0, 1.0]] * 8 + [[1.0, 1.0, 1.0]] * 8),
+        torch.tensor([[3.0, 1.0]] * 16),
+        torch.ones(16, 12).tril(),
+    ],
+    ids=["one-hot", "multi-hot", "categories", "padding mask"],
+)
+def test_labels_and_codes_are_no_repeated_signals(labels):
+    report = audits.batch((torch.randn(16, 40), labels))
+    assert [finding.code for finding in report.findings if finding.severity != "info"] == []
+
+
+def test_a_map_of_classes_is_no_image():
+    assert audits.batch({"segmentation": torch.randint(0, 150, (4, 1, 32, 32)).float()}).ok
+
+
+def test_features_of_zeros_are_still_found():
+    assert [finding.code for finding in audits.batch(torch.zeros(4, 40)).findings] == ["input-constant"]
+
+
+def test_tensors_without_dense_storage_are_passed_over():
+    sparse = torch.eye(4).to_sparse()
+    assert len(audits.batch((torch.randn(4, 40), sparse)).tensors) == 1
+    with pytest.raises(ValueError, match="dense"):
+        audits.batch(sparse)

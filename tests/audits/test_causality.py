@@ -125,6 +125,25 @@ def test_chunked_attention_looks_ahead_by_chunk_minus_one():
     assert not causality(ChunkedAttention(16), noise(2, 128, 8), time_axis=1, allowed=14).ok
 
 
+def test_constants_beside_any_module_are_widened_for_the_decision_in_float64():
+    filter_ = noise(64)
+
+    def convolve(x):
+        size = x.size(-1) + 63
+        return torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(filter_, size), size)[..., : x.size(-1)]
+
+    def leak(x):
+        out = torch.zeros(x.shape)
+        out.narrow(-1, 0, 50).copy_(x[..., :50])
+        out[..., 50:] += x[..., 50:]
+        return out + 1e-8 * x.roll(-2, -1)
+
+    report = causality(convolve, noise(2, 4, 200))
+    assert (report.lookahead, report.ok) == (0, True)
+    report = causality(leak, noise(2, 4, 200))
+    assert (report.lookahead, report.per_mode["eval"].dtype) == (2, "float64")
+
+
 def test_fft_convolution_before_a_norm_is_causal():
     class Model(nn.Module):
         def forward(self, x):
@@ -155,6 +174,25 @@ def test_leaks_over_everything_are_found(leak):
     report = causality(leak, noise(2, 4, 150))
     assert not report.ok
     assert report.lookahead == 149, report
+
+
+def test_a_gate_on_loud_future_values_looks_ahead_everywhere():
+    report = causality(lambda x: x * (1 + (F.pad(x, (0, 7))[..., 7:] > 9)), noise(2, 4, 200), modes="eval")
+    assert report.lookahead == 7
+    assert report.per_mode["eval"].where == "everywhere"
+
+
+def test_outputs_that_become_or_cease_to_be_finite_hide_no_leak():
+    x = torch.cat([noise(2, 4, 200), torch.zeros(2, 4, 10)], -1)
+    report = causality(lambda x: x.abs().log().roll(-2, -1), x)
+    assert report.lookahead == 2
+    assert causality(lambda x: x.abs().log().cumsum(-1), x).ok
+
+    def across_items(x):
+        rest = x - x.mean(0, keepdim=True)
+        return torch.where(rest > 0, rest, torch.nan)
+
+    assert causality(across_items, noise(2, 4, 200)).batch_leak
 
 
 def test_a_tiny_coupling_is_found_and_its_size_is_reported():
@@ -243,6 +281,21 @@ def test_integer_inputs_are_judged_by_other_values_that_occur():
 
 
 # --- modes and batch ----------------------------------------------------------------------------------------------
+
+
+def test_boolean_inputs_are_judged():
+    x = noise(2, 60) > 0
+    assert causality(lambda x: x.roll(-2, -1), x).lookahead == 2
+    assert causality(lambda x: x.long().cumsum(-1), x).ok
+
+
+def test_a_model_is_judged_within_inference_mode_unless_it_was_made_there():
+    model = nn.BatchNorm1d(4)
+    with torch.inference_mode():
+        assert causality(model, noise(2, 4, 60), modes="train").lookahead == 59
+        made_there = nn.BatchNorm1d(4)
+        with pytest.raises(ValueError, match="inference_mode"):
+            causality(made_there, noise(2, 4, 60))
 
 
 def test_batchnorm_leaks_in_train_mode_over_time_and_batch_and_is_causal_in_eval_mode():
@@ -349,6 +402,23 @@ def test_a_look_ahead_that_a_later_delay_takes_back_accuses_nobody():
     assert causality(model, noise(2, 4, 80)).causal
     model.last = lambda y: model.norm(y)  # noqa: PLW0108  # plain assignment would register it a second time
     assert causality(model, noise(2, 4, 80)).culprit == "norm"
+
+
+def test_index_buffers_of_packed_sequences_are_not_taken_for_statistics():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 4, batch_first=True, bidirectional=True)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.size(1))[0]
+
+    lengths = torch.tensor([60, 40])
+    finding = causality(Packed(), noise(2, 60, 4), time_axis=1, lengths=lengths, modes="eval").findings[0]
+    assert "uses statistics" not in finding.message
+    assert "backward direction" in finding.message
+    assert finding.evidence["axis"] == "unknown"
 
 
 def test_where_time_is_folded_the_enclosing_module_is_named_and_the_axis_is_unknown():
@@ -508,6 +578,9 @@ def test_a_model_that_is_not_deterministic_is_refused_with_the_module_to_switch_
         (nn.Linear(8, 8), noise(2, 60, 8), {}, "time_axis"),
         (nn.Conv1d(4, 4, 1), noise(2, 4, 60), {"time_axis": 3}, "no axis 3"),
         (nn.Conv1d(4, 4, 1), noise(2, 4, 1), {}, "too few"),
+        (nn.Conv1d(4, 4, 1), torch.zeros(0, 4, 60), {}, "holds nothing"),
+        (lambda x, _: x, noise(2, 4, 60), {"lengths": torch.tensor([60])}, "one for each item"),
+        (lambda x: {"a": x}, noise(2, 4, 60), {"output": "b"}, r"^output='b': the model's output has no 'b'"),
         (lambda x: x.mean(-1), noise(2, 4, 60), {}, "No output follows time"),
         (lambda x: x, noise(2, 4, 60).fill_(float("nan")), {}, "NaN"),
         (torch.zeros_like, noise(2, 4, 60), {}, "moved any output"),

@@ -545,3 +545,106 @@ def test_every_key_is_accounted_for_once(kept, prefix):
     assert sorted([*report.loaded, *report.missing, *report.mismatched]) == sorted(state)
     assert 0 <= report.loaded_fraction <= report.fraction_with_prefix <= 1
     assert report.ok == (kept == set(state) and not prefix)
+
+
+@pytest.mark.parametrize(
+    "card", ["hello", None, 3, [1], {"facts": None}, {"facts": [1]}, {"modules": None}, {"modules": {"": None}}]
+)
+def test_what_is_no_record_of_ours_is_left_alone(tmp_path, model, trained, card):
+    assert audits.checkpoint(model, {"state_dict": trained, "stethoscope": card}).ok
+    path = tmp_path / "model.safetensors"
+    for text in ("no JSON", json.dumps(card)):
+        save_file(trained, path, metadata={"stethoscope": text})
+        assert audits.checkpoint(model, path).ok
+
+
+def test_a_pointer_of_git_lfs_is_told_and_nobody_is_sent_to_unsafe_loading(tmp_path, model):
+    for name in ("a.pt", "a.safetensors"):
+        path = tmp_path / name
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+        (finding,) = audits.checkpoint(model, path).findings
+        assert finding.code == "checkpoint-unreadable"
+        assert "git lfs pull" in finding.advice
+    path = tmp_path / "b.pt"
+    path.write_bytes(bytes(range(256)) * 20)
+    (finding,) = audits.checkpoint(model, path).findings
+    assert finding.code == "checkpoint-unreadable"
+    assert "weights_only" not in finding.message + finding.advice
+
+
+class Width(nn.Module):
+    def __init__(self, drop=0.1):
+        super().__init__()
+        self.width = 4
+        self.gradient_checkpointing = drop > 0
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Dropout(drop) if drop else nn.Identity())
+
+
+def test_a_name_that_the_checkpoint_records_twice_must_differ_from_both():
+    source = {"state_dict": Width().state_dict(), "config": {"encoder": {"width": 4}, "decoder": {"width": 512}}}
+    assert audits.checkpoint(Width(), source).findings == ()
+    source["config"]["encoder"]["width"] = 8
+    (difference,) = audits.checkpoint(Width(), source).differences
+    assert difference == ("width", [8, 512], 4)
+
+
+def test_what_only_training_needs_is_no_difference():
+    source = {"state_dict": Width(0.1).state_dict(), "stethoscope": audits.describe(Width(0.1))}
+    assert audits.checkpoint(Width(0.0), source).findings == ()
+
+
+def test_an_activation_that_became_an_identity_is_a_difference(model, trained):
+    source = {"state_dict": trained, "stethoscope": audits.describe(Separator())}
+    (difference,) = audits.checkpoint(Separator(nn.Identity), source).differences
+    assert difference == ("masker.4", "ReLU", None)
+
+
+def test_nested_facts_are_compared_and_those_that_are_not_recorded_are_named(model, trained):
+    source = {"state_dict": trained, "hparams": {"sample_rate": 8000}}
+    report = audits.checkpoint(model, source, config={"data": {"sample_rate": 16000, "n_src": 2}})
+    assert report.differences == (("data.sample_rate", 8000, 16000),)
+    assert "not recorded in the checkpoint, so not compared: n_src" in report.summary
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.out = nn.Linear(8, 20, bias=False)
+        self.out.weight = self.embedding.weight
+
+
+def test_a_meta_model_keeps_its_ties_when_loaded():
+    state = {"embedding.weight": torch.randn(20, 8)}
+    with torch.device("meta"):
+        model = Tied()
+    audits.checkpoint(model, state).load()
+    assert model.out.weight is model.embedding.weight
+    assert torch.equal(model.out.weight, state["embedding.weight"])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls both of them deprecated
+def test_a_quantised_model_is_not_run_and_says_how_to_load_it(trained):
+    plain = nn.Sequential(nn.Linear(4, 4))
+    model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(plain), {nn.Linear}, dtype=torch.qint8)
+    for state in (plain.state_dict(), model.state_dict()):
+        report = audits.checkpoint(model, state, example=torch.randn(2, 4))
+        assert report.effect is None
+        with pytest.raises(RuntimeError, match=r"Nothing to load|load_state_dict"):
+            report.load()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls it deprecated
+def test_a_model_with_the_old_weight_norm_that_has_been_run_can_be_weighed():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
+    model(torch.randn(2, 4)).sum().backward()
+    before = model[0].weight
+    state = {key: value + 0.1 for key, value in model.state_dict().items()}
+    assert audits.checkpoint(model, state, example=torch.randn(2, 4)).effect.loaded > 0
+    assert model[0].weight is before
+
+
+def test_a_single_name_may_be_left_out_as_text():
+    tuned, state = TwoHeads(), TwoHeads().state_dict()
+    del state["head.weight"], state["head.bias"]
+    assert audits.checkpoint(tuned, state, partial="head").ok

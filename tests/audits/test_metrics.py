@@ -250,6 +250,12 @@ def test_a_key_that_a_batch_lacks_is_no_missing_metric():
     (found, _) = audits.metrics(step, step, {"feats": torch.ones(4, 8)}, {"feats": torch.ones(4, 8)}).findings
     assert found.code == "metric-step-failed"
 
+    def first(batch):
+        return {"n": batch["lengths"], **model(batch["feats"])}  # before the model has been called
+
+    (found, _) = audits.metrics(first, first, {"feats": torch.ones(4, 8)}, {"feats": torch.ones(4, 8)}).findings
+    assert found.code == "metric-step-failed"
+
 
 def test_a_declaration_is_checked_in_both_phases():
     schema = MetricSchema({"loss": float, "th_accuracy": Field(float, ge=0.6, le=1.0), "wer": float})

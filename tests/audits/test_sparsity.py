@@ -47,7 +47,6 @@ def test_sizes_and_targets():
     assert report.times_larger == 1.0
     assert report.dense_bytes == 442368
     assert report.sparse_bytes == 147456 // 32 * (32 + 4)
-    assert audits.sparsity(layer, target={"other": 0.1}).findings == ()
 
 
 def test_masks_count_and_dense_models_give_no_finding():
@@ -58,3 +57,23 @@ def test_masks_count_and_dense_models_give_no_finding():
     assert report.ok
     assert report.nonzero == 128
     assert audits.sparsity(nn.ReLU()).weights == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"target": 33}, "0 to 1"),
+        ({"target": {"other": 0.1}}, "'other' matches no weight matrix. Examined: weight"),
+        ({"weights": "other"}, "No weight matrix matches"),
+        ({"block": (0, 4)}, "both 1 or more"),
+    ],
+)
+def test_what_cannot_be_examined_says_what_is_legal(asked, message):
+    with pytest.raises(ValueError, match=message):
+        audits.sparsity(nn.Linear(8, 8), **asked)
+    with pytest.raises(ValueError, match="meta device"):
+        audits.sparsity(nn.Linear(8, 8, device="meta"))
+
+
+def test_a_single_pattern_may_be_text():
+    assert audits.sparsity(nn.Linear(8, 4), weights="weight").weights == 32

@@ -66,6 +66,18 @@ def test_equal_nans_do_not_differ_and_a_single_one_does():
     assert streaming(lambda x: x.nan_to_num(), lambda x: x, x).first_difference == 5
 
 
+def test_nans_and_infs_hide_no_other_difference():
+    x = noise(2, 20)
+    assert streaming(lambda x: x * float("nan"), lambda x: x, x).first_difference == 0
+    x[0, 15] = float("inf")
+    assert streaming(lambda x: x, lambda x: torch.where(torch.arange(20) == 7, 2 * x, x), x).first_difference == 7
+
+
+def test_masks_are_compared():
+    assert streaming(lambda x: x > 0, lambda x: x > 0, noise(2, 20)).equal
+    assert streaming(lambda x: x > 0, lambda x: x < 0, noise(2, 20)).first_difference == 0
+
+
 def test_bad_input_is_refused():
     x = noise(2, 20)
     with pytest.raises(ValueError, match="returned no tensor"):
@@ -76,3 +88,9 @@ def test_bad_input_is_refused():
         streaming(lambda x: x, lambda x: x, x, chunk=0)
     with pytest.raises(ValueError, match="must return a tensor"):
         streaming(lambda x: (x,), lambda x: x, x)
+    with pytest.raises(ValueError, match="without states"):
+        streaming(lambda x: x, lambda x: (x, x[:1]), x)
+    with pytest.raises(ValueError, match="no axis 5"):
+        streaming(lambda x: x, lambda x: x, x, time_axis=5)
+    with pytest.raises(ValueError, match="must be a tensor, got list"):
+        streaming(lambda x: x, lambda x: x, [1.0])

@@ -53,12 +53,15 @@ class Loop:
         self.model, self.x = make()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
         self.monitor: Monitor | None = None
+        self.guarded = False
         self.loss = torch.zeros(())
 
     def step(self) -> None:
         self.loss = self.model(self.x).square().mean()
         self.optimizer.zero_grad()
         self.loss.backward()
+        if self.guarded:
+            self.monitor.observe(batch=self.x, loss=self.loss)
         self.optimizer.step()
         if self.monitor is not None:
             self.monitor.step(loss=self.loss)
@@ -69,8 +72,9 @@ def monitored(loop: Loop, **arguments):
     with Monitor(loop.model, loop.optimizer, **arguments) as loop.monitor:
         if arguments.get("every", 1) > 1:
             loop.step()  # step 0 is observed; the rest is not
+        loop.guarded = "guard" in arguments
         yield
-    loop.monitor = None
+    loop.monitor, loop.guarded = None, False
 
 
 @contextmanager
@@ -79,6 +83,17 @@ def hooks(loop: Loop, hook):
     yield
     for handle in handles:
         handle.remove()
+
+
+@contextmanager
+def fused_norm(loop: Loop):
+    def look(optimizer, args, kwargs) -> None:
+        grads = [p.grad for p in loop.model.parameters() if p.grad is not None]
+        torch.stack(torch._foreach_norm(grads)).norm().item()
+
+    handle = loop.optimizer.register_step_pre_hook(look)
+    yield
+    handle.remove()
 
 
 def seven_items(module, args, output) -> None:
@@ -92,11 +107,13 @@ NEVER = 1_000_000
 OURS = {
     "attached, step not observed": lambda loop: monitored(loop, probes=[probes.Activations()], every=NEVER),
     "flags every step": lambda loop: monitored(loop, watches=[watches.NonFinite()], every=NEVER),
+    "guard on": lambda loop: monitored(loop, guard="skip", every=NEVER),
     "observed step, default statistics": lambda loop: monitored(loop, probes=[probes.Activations()], every=1),
     "first_aid(), observed step": lambda loop: monitored(loop, **presets.first_aid(), every=1),
     "first_aid(), other steps": lambda loop: monitored(loop, **presets.first_aid(), every=NEVER),
 }
 PLAIN = {
+    "one fused norm of all gradients": fused_norm,
     "empty hooks": lambda loop: hooks(loop, lambda *_: None),
     "seven .item() per module": lambda loop: hooks(loop, seven_items),
 }
@@ -182,13 +199,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--only", default="", help="ways whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     looks = {**OURS, **PLAIN, **(PEERS if arguments.peers else {})}
     for name in arguments.models:
         print(f"\n{name}")
         with ExitStack():
-            for label, look in looks.items():
+            for label, look in ((label, look) for label, look in looks.items() if arguments.only in label):
                 median, low, step = ratio(MODELS[name], look, arguments.pairs)
                 print(f"  {label:40s} {median:6.3f}   (at least {low:.3f}; plain step {step:.1f} ms)", flush=True)
 

@@ -15,6 +15,9 @@ from torch import nn
 def leaky():
     return nn.Sequential(nn.Conv1d(1, 4, 1), nn.GroupNorm(1, 4))
 
+def broken():
+    raise KeyError("no such checkpoint")
+
 def encoder():
     return nn.Conv1d(1, 4, 16, stride=8)
 
@@ -69,6 +72,8 @@ def test_a_class_a_method_two_inputs_and_an_output_key_are_taken(run):
         (("made_up_models:leaky", "--shape", "2,x"), "--shape"),
         (("made_up_models:leaky", "--shape", "2,1,200", "--dtype", "float7"), "dtype"),
         (("made_up_models:leaky", "--shape", "2,5,200"), "fails on x"),
+        (("made_up_models:leaky", "--shape", "2,1,-200"), "1 or more"),
+        (("made_up_models:broken", "--shape", "2,1,200"), "no such checkpoint"),
     ],
 )
 def test_what_cannot_be_judged_exits_with_two_and_says_why(run, arguments, says):
@@ -83,3 +88,9 @@ def test_assert_causal_raises_with_the_readable_report():
     assert_causal(lambda x: torch.nn.functional.pad(x, (0, 2))[..., 2:], x, 2)
     with pytest.raises(AssertionError, match=r"looks ahead by 59 input steps(.|\n)*x\.mean"):
         assert_causal(lambda x: x - x.mean(-1, keepdim=True), x)
+
+
+def test_arguments_of_the_factory_are_taken(run):
+    arguments = '{"in_channels": 1, "out_channels": 4, "kernel_size": 3, "padding": 1}'
+    result = run("torch.nn:Conv1d", "--shape", "2,1,200", "--arguments", arguments, "--json")
+    assert json.loads(result.stdout)["lookahead"] == 1

@@ -6,7 +6,7 @@ import torch
 from typer.testing import CliRunner
 
 from stethoscope import Finding, sinks
-from stethoscope.cli import _demo, app
+from stethoscope.cli import _demo, _demo_faults, app
 
 
 def demo(*arguments):
@@ -51,6 +51,26 @@ def test_a_planted_nan_is_found_where_and_when_it_is_born(tmp_path, caplog):
     assert "stethoscope demo --steps 8 --every 5 --seed 0 --fault nan" in result.output
     assert result.output.count("Try:") == 1
     assert not any(isinstance(each, Finding) for record in caplog.records for each in record.args or ())
+
+
+def test_a_sparsification_that_never_begins_is_found_before_the_run_and_at_its_end(tmp_path):
+    result = demo("--steps", 8, "--every", 5, "--fault", "sparsity", "--out", tmp_path / "demo")
+    assert result.exit_code == 1
+    deliveries = list(sinks.read(tmp_path / "demo"))
+    findings = [finding for delivery in deliveries for finding in delivery.findings]
+    assert [(each.code, each.step) for each in findings] == [("schedule-unreachable", None), ("sparsity-missed", None)]
+    assert "4.0 times as many" in findings[1].message
+    assert [record.step for each in deliveries for record in each.records if record.name == "loss"] == list(range(8))
+    assert "schedule-unreachable before the first step" in result.output
+
+
+def test_the_planted_sparsifier_works_where_it_acts():
+    training, _ = _demo._prepare(10, 0)
+    _demo_faults.FAULTS["sparsity"].plant(training)
+    training.sparsify(19)
+    assert not training.after[0]().ok
+    training.sparsify(60)
+    assert training.after[0]().ok
 
 
 def test_nothing_is_overwritten(tmp_path):

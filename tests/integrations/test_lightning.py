@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stethoscope import presets, probes, sinks, watches
 from stethoscope._protocols import Probe, Sink, Watch
+from stethoscope._record import FindingsError
 from stethoscope.integrations.lightning import MonitorCallback
 
 pytestmark = [
@@ -469,6 +470,38 @@ def test_a_training_step_that_returns_none_is_a_step_without_a_loss():
     assert callback.state_dict()["step"] == 8
 
 
+def poisoned(at=3):
+    batches = [[x.clone() for x in batch] for batch in loader()]
+    batches[at][0][1] = torch.nan
+    return DataLoader(batches, batch_size=None)
+
+
+def test_the_guard_skips_a_bad_batch_and_names_it():
+    model, memory = Net(), sinks.Memory()
+    fit(model, MonitorCallback(sinks=memory, guard="skip"), train=poisoned())
+    assert all(p.isfinite().all() for p in model.parameters())
+    (found,) = [f for f in memory.findings if f.code == "nonfinite-input"]
+    assert (found.step, found.evidence["samples"]) == (3, [1])
+    assert [r.step for r in memory.records if r.name == "guard/skipped"] == [3, 4, 5, 6, 7]
+    assert hooks(model) == 0
+
+
+def test_the_guard_stops_before_the_weights_are_spoilt():
+    model = Net()
+    with pytest.raises(FindingsError, match="Samples of the batch: 1"):
+        fit(model, MonitorCallback(guard="raise"), train=poisoned())
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert hooks(model) == 0
+
+
+def test_a_test_of_its_own_has_nothing_to_guard():
+    callback = MonitorCallback(guard="raise")
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback])
+    trainer.test(Net(), loader(), verbose=False)
+    with pytest.raises(ValueError, match="'raise' or 'skip'"):
+        MonitorCallback(guard="stop")
+
+
 def test_a_model_without_known_length_has_no_plan():
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -665,3 +698,14 @@ def test_where_pytorch_lightning_is_in_use_its_cli_takes_the_callback(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "steps 2" in done.stdout
+
+
+def test_what_the_module_logs_at_the_end_of_the_epoch_belongs_to_that_epoch():
+    class AtTheEnd(Net):
+        def on_train_epoch_end(self):
+            self.log("train/late", float(self.current_epoch + 1))
+
+    memory = sinks.Memory()
+    fit(AtTheEnd(), MonitorCallback(None, sinks=memory), max_epochs=3)
+    logged = [(r.step, r.value) for r in memory.records if r.source == "log" and r.name == "train/late"]
+    assert logged == [(7, 1.0), (15, 2.0), (23, 3.0)]

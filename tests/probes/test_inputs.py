@@ -141,3 +141,11 @@ def test_outputs_random_state_and_copies_are_untouched_and_detach_leaves_nothing
 def test_what_one_covers():
     assert Inputs(every=1).covers(Inputs(every=7))
     assert not Inputs(every=7).covers(Inputs(every=1))
+
+
+@pytest.mark.parametrize(("width", "share"), [(1, 0.0), (7, 0.0), (8, 1.0)])
+def test_items_of_a_few_values_do_not_count_as_constant(width, share):
+    attached = Inputs().attach(nn.Linear(width, 1))
+    attached.arm(True, "train")
+    attached.take([("0", torch.arange(4.0)[:, None].expand(4, width))])
+    assert read(attached)["input/constant"] == share

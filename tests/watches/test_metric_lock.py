@@ -96,3 +96,13 @@ def test_what_was_learned_can_be_locked(tmp_path):
     records = [Record("loss", 1.0, 0, source="log"), Record("cer", None, 0, source="log", kind="none")]
     (found,) = replay(locked, records)
     assert (found.code, found.evidence["metric"]) == ("metric-missing", "acc")
+
+
+@pytest.mark.parametrize(
+    "entry", ['{"type": "number", "minimum": 2, "maximum": 1}', '{"type": "number", "required": "yes"}']
+)
+def test_an_entry_that_contradicts_itself_is_refused_with_its_file_and_name(entry, tmp_path):
+    path = tmp_path / "schema.lock.json"
+    path.write_text(f'{{"version": 1, "metrics": {{"th_accuracy": {entry}}}}}')
+    with pytest.raises(ValueError, match=r"schema\.lock\.json is no lock file.*'th_accuracy'.*Restore it"):
+        MetricSchema(lock=path)

@@ -9,6 +9,7 @@ from stethoscope import Record
 from stethoscope.aggregate import Mean, updates
 from stethoscope.testing import replay
 from stethoscope.watches import Field, MetricSchema
+from stethoscope.watches._metric_means import Tally
 
 
 def cv(batches, *, start=0, count_nan=False):
@@ -143,3 +144,10 @@ def test_updates_that_were_skipped_while_the_counter_went_on_are_found():
     assert "2 of 4 counted steps made no update" in found.message
     assert updates(optimizer, steps=2).ok
     assert "no step" in updates(torch.optim.SGD([weight]), steps=4).summary
+
+
+def test_a_mean_that_was_rounded_for_display_is_honest():
+    tally = Tally().add(0.121, 3).add(0.126, 4)
+    mean = tally.total / tally.weight
+    assert tally.disagreement(round(mean, 3)) == tally.disagreement(round(mean, 2)) == ""
+    assert "starts at 1" in tally.disagreement(round(tally.total / (tally.weight + 1), 3))

@@ -113,3 +113,15 @@ def test_the_nearest_name_is_found(name, meant):
 
 def test_a_name_is_not_its_own_neighbour():
     assert nearest("loss", ["loss"]) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("g_loss", "d_loss"), ("g_loss", "mel_loss"), ("loss_stage1", "loss_stage2"), ("top1", "top5")]
+)
+def test_names_that_share_a_word_or_differ_in_a_number_are_two_things(one, other):
+    assert nearest(one, [other]) is None
+
+
+def test_a_slip_in_one_word_of_a_name_is_found():
+    for slip, meant in (("vall_loss", "val_loss"), ("ctcloss", "ctc_loss"), ("val_th_acuracy", "th_accuracy")):
+        assert nearest(slip, ["lr", "pesq", meant]) == meant

@@ -366,3 +366,9 @@ def test_any_stream_is_judged_alike_in_one_go_and_resumed(stream, cut, schema):
     assert found == found_in_parts
     assert json.loads(json.dumps(whole)) == whole
     assert json.dumps([dict(finding.evidence) for finding in found])
+
+
+@pytest.mark.parametrize("value", [1.0, [float], torch.float32])
+def test_a_value_in_place_of_a_type_is_refused_in_words(value):
+    with pytest.raises(ValueError, match=r"Metric 'loss': .* is no type for a metric"):
+        MetricSchema({"loss": value})

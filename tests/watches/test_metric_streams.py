@@ -286,3 +286,34 @@ def test_history_2_through_the_monitor():
         monitor.log({"loss": torch.tensor(1.0)}, phase="cv")
     (found,) = monitor.findings
     assert (found.code, found.step, found.phase) == ("metric-phase-mismatch", 4, "cv")
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        ([{"d_loss": 1.0}] * 5 + [{"g_loss": 1.0}]) * 20,
+        [{"loss": 1.0, "loss_stage1": 1.0}] * 50 + [{"loss": 1.0, "loss_stage2": 1.0}] * 50,
+        [{"loss": 1.0, f"loss_{task}": 1.0} for task in random.Random(0).choices(["asr", "st", "mt", "tts"], k=300)],
+        [{"loss": 1.0, f"{task}_loss": 1.0} for task in ["asr", "st", "mt"] * 5 for _ in range(20)],
+        [{"loss": 1.0, f"wer_{part}": 1.0} for part in ["clean", "other"] * 9 for _ in range(3)],
+    ],
+    ids=["critic", "curriculum", "tasks at random", "tasks in turn", "several validation sets"],
+)
+def test_dictionaries_of_several_kinds_give_no_warning(stream):
+    assert follow([("train", metrics) for metrics in stream]) == []
+
+
+def test_a_few_classes_at_a_time_give_no_warning():
+    rng = random.Random(0)
+    stream = [("train", {"loss": 1.0})] * 5
+    for _ in range(60):
+        stream.append(("val", {"loss": 1.0} | {f"iou/class_{i}": 0.5 for i in rng.sample(range(20), 8)}))
+    assert [finding for finding in follow(stream) if finding.severity != "info"] == []
+
+
+def test_settings_of_training_are_no_results_that_validation_lacks():
+    settings = dict.fromkeys(
+        ("lr/group0", "weight_decay", "wd", "ema_decay", "dropout", "temperature", "progress"), 0.1
+    )
+    train = [("train", {"loss": 1.0, "skipped_steps": 0, **settings})] * 5
+    assert follow([*train, ("val", {"loss": 1.0}), *train]) == []

@@ -269,3 +269,11 @@ def test_the_whole_way_through_a_monitor():
     with Monitor(gru, optimizer, watches=[watch], planned_steps=15, strict=True) as monitor:
         monitor.step()
     assert codes(monitor.findings) == ["schedule-unreachable"]
+
+
+def test_a_target_for_a_matrix_that_does_not_exist_is_told_once():
+    records = [Record("density/elements", 1.0, step, module="0.weight", source="probe") for step in range(3)]
+    watch = Sparsity(target={"0.weight": 0.5, "gru*": 0.3})
+    (finding,) = replay(watch, records)
+    assert (finding.code, finding.step, finding.evidence) == ("watch-starved", 0, {"patterns": ["gru*"]})
+    assert "0.weight" in finding.advice

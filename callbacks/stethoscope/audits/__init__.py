@@ -16,11 +16,14 @@ from stethoscope.audits._describe import describe as describe
 from stethoscope.audits._loading import LoadingReport as LoadingReport
 from stethoscope.audits._loading import loading as loading
 from stethoscope.audits._metrics import metrics as metrics
+from stethoscope.audits._nonfinite import nonfinite as nonfinite
 from stethoscope.audits._plan import PlanReport as PlanReport
 from stethoscope.audits._plan import plan as plan
 from stethoscope.audits._plan import planned_steps as planned_steps
+from stethoscope.audits._precision import precision as precision
 from stethoscope.audits._sparsity import SparsityReport as SparsityReport
 from stethoscope.audits._sparsity import sparsity as sparsity
 from stethoscope.audits._streaming import StreamingReport as StreamingReport
 from stethoscope.audits._streaming import streaming as streaming
+from stethoscope.audits._stress import stress as stress
 from stethoscope.audits._training import training as training

@@ -9,6 +9,7 @@ import torch
 from stethoscope._record import Finding
 from stethoscope.audits import _signal
 from stethoscope.audits._audio_item import INTEGER_PEAK, SILENT_DB, AudioItem
+from stethoscope.audits._waveforms import Waveform, as_floats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stethoscope._record import JSON, Severity
-    from stethoscope.audits._waveforms import Waveform
 
 _CLIPPED = 1e-4
 """Share of samples: one in ten thousand, 1.6 per second at 16 kHz."""
@@ -26,24 +26,6 @@ _DC = 0.1
 
 _UNRELATED = 0.5
 """Correlation: independent recordings stay below 0.2, the channels of one are above 0.5 unless they are spaced apart."""
-
-_SUM_DB = -30.0
-"""Rounding to 16 bit leaves -60 dB and less between a mixture and the sum of its sources."""
-
-_DC = 0.1
-"""Of the rms: -20 dB. Sound cards stay below 1 %."""
-
-_UNRELATED = 0.5
-"""Correlation: independent recordings stay below 0.2, the channels of one are above 0.5 unless they are spaced apart."""
-
-_SUM_DB = -30.0
-"""Rounding to 16 bit leaves -60 dB and less between a mixture and the sum of its sources."""
-
-_UNRELATED = 0.5
-"""Correlation: independent recordings stay below 0.2, the channels of one are above 0.5 unless they are spaced apart."""
-
-_SUM_DB = -30.0
-"""Rounding to 16 bit leaves -60 dB and less between a mixture and the sum of its sources."""
 
 _SUM_DB = -30.0
 """Rounding to 16 bit leaves -60 dB and less between a mixture and the sum of its sources."""
@@ -78,7 +60,8 @@ def levels(waves: Sequence[Waveform], items: Sequence[AudioItem], *, saving: boo
     offset = which(
         lambda item: not item.silent and item.seconds >= 0.1 and abs(item.dc) > _DC * 10 ** (item.level_db / 20)
     )
-    kind = next((wave.integer for wave in waves if wave.integer), "")
+    kinds = sorted({wave.integer for wave in waves if wave.integer})
+    typed = [item for wave, item in zip(waves, items, strict=True) if wave.integer]
     findings = _found(
         code="audio-nonfinite",
         severity="error",
@@ -90,10 +73,10 @@ def levels(waves: Sequence[Waveform], items: Sequence[AudioItem], *, saving: boo
     findings += _found(
         code="audio-scale",
         severity="error",
-        items=list(items) if kind else integer,
+        items=typed or integer,
         total=total,
-        text=f"are of type {kind}."
-        if kind
+        text=f"are of type {', '.join(kinds)}."
+        if typed
         else f"have samples up to {max((i.peak for i in integer), default=0):.0f}: the scale of 16-bit integers.",
         advice="Convert to float and divide by the full scale (32768 for int16): models take samples in [-1, 1].",
     )
@@ -240,9 +223,11 @@ def duplicates(waves: Sequence[Waveform], items: Sequence[AudioItem]) -> list[Fi
 
 def sums(waves: Sequence[Waveform], references: Tensor) -> list[Finding]:
     mixtures = (
-        torch.stack([wave.samples.mean(0) for wave in waves]) if len({w.samples.shape for w in waves}) == 1 else None
+        torch.stack([wave.samples.mean(0).nan_to_num(0.0, 0.0, 0.0) for wave in waves])
+        if len({w.samples.shape for w in waves}) == 1
+        else None
     )
-    given = references.detach().cpu()
+    given = as_floats(references.detach().cpu())[0]
     totals = given.sum(1) if given.dim() == 3 else given
     if mixtures is None or totals.shape != mixtures.shape:
         shape = None if mixtures is None else list(mixtures.shape)
@@ -250,6 +235,17 @@ def sums(waves: Sequence[Waveform], references: Tensor) -> list[Finding]:
             f"references have shape {list(given.shape)}. Legal: (batch, sources, time) for a mixture of {shape}."
         )
     totals = totals.to(mixtures.dtype)
+    broken = int(totals.numel() - totals.isfinite().sum())
+    if broken:
+        return [
+            Finding(
+                "audio-nonfinite",
+                "error",
+                f"The references hold NaN or Inf: their sum does at {broken} samples.",
+                "Where a whole source is NaN, look for a division by its maximum: a silent one has maximum 0.",
+                evidence={"nonfinite": broken},
+            )
+        ]
     residual = [
         _signal.decibel(float((m - t).norm()) / max(float(m.norm()), 1e-20))
         for m, t in zip(mixtures, totals, strict=True)

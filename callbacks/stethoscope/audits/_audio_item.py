@@ -14,35 +14,8 @@ if TYPE_CHECKING:
 INTEGER_PEAK = 100.0
 """No normalised waveform reaches it: the crest factor of speech and music is below 40 dB. int16 exceeds it."""
 
-_SILENT_DB = -80.0
-"""Root mean square of 3 steps of 16 bit."""
-
-_CLIPPED = 1e-4
-"""Share of samples: one in ten thousand, 1.6 per second at 16 kHz."""
-
-_DC = 0.1
-"""Of the rms: -20 dB. Sound cards stay below 1 %."""
-
-_UNRELATED = 0.5
-"""Correlation: independent recordings stay below 0.2, the channels of one are above 0.5 unless they are spaced apart."""
-
-_SUM_DB = -30.0
-"""Rounding to 16 bit leaves -60 dB and less between a mixture and the sum of its sources."""
-
 SILENT_DB = -80.0
 """Root mean square of 3 steps of 16 bit."""
-
-_CLIPPED = 1e-4
-"""Share of samples: one in ten thousand, 1.6 per second at 16 kHz."""
-
-_DC = 0.1
-"""Of the rms: -20 dB. Sound cards stay below 1 %."""
-
-_UNRELATED = 0.5
-"""Correlation: independent recordings stay below 0.2, the channels of one are above 0.5 unless they are spaced apart."""
-
-_SUM_DB = -30.0
-"""Rounding to 16 bit leaves -60 dB and less between a mixture and the sum of its sources."""
 
 
 class AudioItem(NamedTuple):

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 _ENOUGH_ITEMS = 8
 """A feature that is the same in fewer items may be so by chance."""
 
+_ENOUGH_VALUES = 8
+"""Whole numbers in shorter items (classes, categories) are alike by chance."""
+
+_NO_SIGNAL = ("mask", "label", "target", "seg")
+"""Names of what is given beside the signal."""
+
 
 class TensorFacts(NamedTuple):
     """One tensor of a batch.
@@ -62,7 +68,8 @@ def batch(data: Any, *, value_range: tuple[float, float] | None = None) -> Batch
     **Decides:** `input-nonfinite`; `input-range` outside of `value_range`, or, without one, images (3 axes and more) of whole
     numbers from 0 to 255, which nobody scaled; `input-constant` for items of one value, and, from 8 items on, for entries
     of the last axis of a 2-D tensor that are the same in all items (info); `input-duplicate` for items that repeat;
-    `input-dtype` for float64, which float32 weights refuse (info). Token numbers and masks (by type or by name) are left out.
+    `input-dtype` for float64, which float32 weights refuse (info). Token numbers, masks and labels (by type, name or values:
+    one-hot vectors, a few whole numbers) are left out.
     **Cost:** host; copies the batch there; a few passes.
 
     Args:
@@ -80,11 +87,12 @@ def batch(data: Any, *, value_range: tuple[float, float] | None = None) -> Batch
     if value_range is not None and not value_range[0] < value_range[1]:
         raise ValueError(f"value_range is {value_range}. Legal: (smallest, largest), the first below the second.")
     found = [(path, x.detach()) for path, x in tensors(data)]
-    if not any(x.numel() and not x.is_meta for _, x in found):
-        raise ValueError(f"The batch holds no values: {[(path, list(x.shape)) for path, x in found] or 'no tensors'}.")
+    if not any(_readable(x) for _, x in found):
+        shapes = [(path, "nested" if x.is_nested else list(x.shape)) for path, x in found]
+        raise ValueError(f"The batch holds no values in dense tensors: {shapes or 'no tensors'}.")
     facts, findings = [], []
     for path, x in found:
-        if x.numel() and not x.is_meta and (x.is_floating_point() or x.is_complex() or x.dtype == torch.uint8):
+        if _readable(x) and (x.is_floating_point() or x.is_complex() or x.dtype == torch.uint8):
             one = _facts(path, torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
             facts.append(one)
             findings += _judge(one, x.cpu(), value_range)
@@ -103,11 +111,13 @@ def _facts(path: str, x: Tensor) -> TensorFacts:
     known: dict[tuple[float, float], list[int]] = {}
     repeated = []
     low, high = items.aminmax(dim=1)
-    constant = ((low == high) & (items.shape[1] > 1)).tolist()
+    codes = _codes(items) and x.dim() <= 2
+    constant = ((low == high) & (items.shape[1] > 1) & (not codes)).tolist()
     for index, key in enumerate(zip(items.sum(1).tolist(), high.tolist(), strict=True)):
         same = known.setdefault(key, [])
         if (
             items.shape[1] > 1
+            and not codes
             and not constant[index]
             and any(torch.equal(items[index], items[other]) for other in same)
         ):
@@ -128,8 +138,21 @@ def _facts(path: str, x: Tensor) -> TensorFacts:
     )
 
 
+def _readable(x: Tensor) -> bool:
+    return not (x.is_nested or x.is_meta or x.is_quantized) and x.layout == torch.strided and x.numel() > 0
+
+
+def _codes(items: Tensor) -> bool:
+    """Classes, one-hot and multi-hot vectors, masks: whole numbers, few per item or nothing but both 0 and 1."""
+    if not bool((items == items.round()).all()):
+        return False
+    binary = bool(((items == 0) | (items == 1)).all()) and float(items.max()) == 1 > float(items.min())
+    return binary or items.shape[1] < _ENOUGH_VALUES
+
+
 def _judge(one: TensorFacts, x: Tensor, value_range: tuple[float, float] | None) -> list[Finding]:
     name = f"'{one.path}'" if one.path else "The tensor"
+    signal = not any(word in one.path.lower() for word in _NO_SIGNAL)
     found = []
     if one.nonfinite:
         found.append(
@@ -146,7 +169,7 @@ def _judge(one: TensorFacts, x: Tensor, value_range: tuple[float, float] | None)
             f"{name} has values from {one.low:g} to {one.high:g}, outside of {value_range[0]:g} to {value_range[1]:g}."
         )
         found.append(_range(one, text, "Apply the scaling that the model was made for, in the same order."))
-    elif value_range is None and x.is_floating_point() and x.dim() >= 3 and _unscaled(one, x):
+    elif value_range is None and signal and x.is_floating_point() and x.dim() >= 3 and _unscaled(one, x):
         text = f"{name} holds whole numbers from {one.low:g} to {one.high:g}: an image on the scale of bytes."
         found.append(
             _range(one, text, "Divide by 255 and normalise, or state value_range=(0, 255) if the model does it.")
@@ -161,7 +184,7 @@ def _judge(one: TensorFacts, x: Tensor, value_range: tuple[float, float] | None)
                 evidence={"path": one.path},
             )
         )
-    if one.constant and "mask" not in one.path.lower():
+    if one.constant and signal:
         found.append(
             Finding(
                 "input-constant",

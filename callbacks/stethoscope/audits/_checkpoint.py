@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from stethoscope._record import Finding, Report
 from stethoscope.audits import _keys, _tensors, _weights
-from stethoscope.audits._describe import Difference, describe, differing_facts, differing_modules, of_model
+from stethoscope.audits._describe import Difference, describe, differing_facts, differing_modules, last_name, of_model
 from stethoscope.audits._effect import Effect, effect
 
 if TYPE_CHECKING:
@@ -65,12 +65,19 @@ class CheckpointReport(Report):
             The model keys that were filled.
 
         Raises:
-            RuntimeError: the file could not be read, or nothing in it fits.
+            RuntimeError: the file could not be read, nothing in it fits, or the model is quantised.
         """
         if self._model is None or not self._fitting:
             raise RuntimeError(f"Nothing to load: no tensor of the checkpoint fits the model.\n{self}")
-        on_meta = any(tensor.is_meta for tensor in self._model.state_dict().values())
+        if _packed(self._model):
+            raise RuntimeError(
+                "A quantised model packs its weights: only model.load_state_dict with all keys loads it."
+            )
+        state = self._model.state_dict(keep_vars=True)
+        on_meta = any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in state.values())
         self._model.load_state_dict(dict(self._fitting), strict=False, assign=on_meta)
+        if on_meta:
+            _tie_again(self._model, state)
         return tuple(self._fitting)
 
 
@@ -97,8 +104,9 @@ def checkpoint(
         source: state dict, checkpoint dictionary, file or folder.
         example: an input (tensor, tuple of positional or dict of keyword arguments) on the model's device. Missing
             tensors that do not reach its output are then reported as info.
-        config: facts about the model at hand, to compare with those in the checkpoint, e.g. `{"sample_rate": 8000}`. What
-            the model says about itself (attributes, `hparams`, `config`) is compared anyway.
+        config: facts about the model at hand, nested or not, to compare with those of the same last name in the
+            checkpoint, e.g. `{"sample_rate": 8000}`. What the model says about itself (attributes, `hparams`, `config`)
+            is compared anyway.
         partial: modules or patterns (`"head"`, `"*.lora_*"`) that are left out on purpose, in the model or in the
             file, as in fine-tuning with a new head.
 
@@ -144,12 +152,15 @@ def checkpoint(
     fitting = {key: tensors[pairs[key]] for key in ours if key in pairs}
     left_out = tuple(key for key in ours if key not in pairs and not _keys.declared(key, partial))
     example_effect = None
-    if example is not None and fitting and not any(tensor.is_meta for tensor in state.values()):
+    runs = not _packed(model) and not any(tensor.is_meta for tensor in state.values())
+    if example is not None and fitting and runs:
         example_effect = effect(model, fitting, left_out, example)
 
     recorded = {**weights.facts, **weights.card.get("facts", {})}
-    given = differing_facts(recorded, config or {}, given=True)
-    own = [item for item in differing_facts(recorded, of_model(model), given=False) if item.where not in (config or {})]
+    config = _weights.flat(config or {})
+    stated, known = {last_name(path) for path in config}, {last_name(path) for path in recorded}
+    given = differing_facts(recorded, config, given=True)
+    own = [item for item in differing_facts(recorded, of_model(model), given=False) if item.where not in stated]
     modules = (
         differing_modules(weights.card["modules"], describe(model)["modules"]) if "modules" in weights.card else []
     )
@@ -176,7 +187,7 @@ def checkpoint(
         *_tensors.broken(tensors, {file: state[key] for key, file in pairs.items()}),
         *_configuration(report, certain=bool(given or modules)),
     ]
-    return _finished(report, findings, ours)
+    return _finished(report, findings, ours, sorted(stated - known))
 
 
 def _alone(weights: _weights.Weights) -> CheckpointReport:
@@ -209,6 +220,21 @@ def _best_group(weights: _weights.Weights, ours: _keys.Shapes) -> tuple[Mapping[
     ]
     found = [(group, _keys.best(ours, {key: tuple(value.shape) for key, value in group.items()})) for group in groups]
     return max(found, key=lambda item: sum(_keys.elements(ours[key]) for key in item[1].pairs))
+
+
+def _packed(model: nn.Module) -> bool:
+    """Whether quantised modules are in there, whose state is more than tensors and cannot be loaded in parts."""
+    return any("_packed_params" in key for key in model.state_dict())
+
+
+def _tie_again(model: nn.Module, before: Mapping[str, Any]) -> None:
+    """Assignment gives each name a tensor of its own; names that shared one share one again."""
+    tensors = {key: value for key, value in before.items() if isinstance(value, torch.Tensor)}
+    loaded = model.state_dict(keep_vars=True)
+    for key, names in _keys.tied(tensors).items():
+        path, _, name = key.rpartition(".")
+        if key != names[0]:
+            setattr(model.get_submodule(path), name, loaded[names[0]])
 
 
 def _with_ties(pairs: Mapping[str, str], ties: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
@@ -363,10 +389,13 @@ def _configuration(report: CheckpointReport, *, certain: bool) -> list[Finding]:
     ]
 
 
-def _finished(report: CheckpointReport, findings: Sequence[Finding], ours: _keys.Shapes) -> CheckpointReport:
+def _finished(
+    report: CheckpointReport, findings: Sequence[Finding], ours: _keys.Shapes, unknown: Sequence[str]
+) -> CheckpointReport:
     missing, unexpected, mismatched = len(report.missing), len(report.unexpected), len(report.mismatched)
     filled = f"fills {len(report.loaded)} of {len(ours)} tensors, {report.loaded_fraction:.1%} of the elements"
     lines = [f"{filled}; missing {missing}, unexpected {unexpected}, mismatched {mismatched}"]
     gaps = {name: counts for name, counts in report.by_module.items() if counts[0] < counts[1]}
     lines += [f"{name}: {done:,} of {total:,} elements" for name, (done, total) in list(gaps.items())[:20]]
+    lines += [f"not recorded in the checkpoint, so not compared: {', '.join(unknown)}"] if unknown else []
     return replace(report, summary="\n".join(lines), findings=tuple(findings))

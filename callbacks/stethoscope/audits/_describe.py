@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from stethoscope._record import JSON
 
 # Regularisation while training, and bookkeeping: they change nothing that a trained model computes.
-_NO_MATTER = {"training", "p", "dropout", "drop_prob", "momentum", "inplace", "call_super_init", "dump_patches"}
+_NO_MATTER = {
+    *("training", "p", "dropout", "drop_prob", "layerdrop", "momentum", "inplace", "gradient_checkpointing"),
+    *("call_super_init", "dump_patches"),
+}
 # Recorded beside the architecture, and different on purpose when a model is trained further.
 _OF_THE_TRAINING = (
     *("lr", "rate_schedule", "decay", "batch", "epoch", "optim", "sched", "seed", "warmup", "dropout", "patience"),
@@ -50,7 +53,8 @@ def describe(model: nn.Module, facts: Mapping[str, JSON] | None = None) -> dict[
     stride, activation or norm" is caught; `load_state_dict(strict=True)` cannot see that.
 
     **Returns:** a JSON dictionary: `modules` holds class, plain attributes (numbers, text, flags, names of functions)
-    of every module, `facts` what you give. Wrappers (DDP, compile) and regularisation such as dropout are left out.
+    of every module, `facts` what you give. Wrappers (DDP, compile), regularisation such as dropout and attributes with a
+    leading underscore are left out; give such a name to a counter that training moves.
     **Cost:** host only, no tensor is read.
 
     Args:
@@ -66,7 +70,7 @@ def describe(model: nn.Module, facts: Mapping[str, JSON] | None = None) -> dict[
     modules = {
         unwrapped(f"{name}."): {"type": type(module).__name__, **_attributes(module)}
         for name, module in model.named_modules()
-        if not _is_wrapper(module)
+        if not _is_wrapper(module) and not _does_nothing(module)
     }
     return {"version": 1, "facts": dict(facts or {}), "modules": modules}
 
@@ -87,15 +91,25 @@ def of_model(model: nn.Module) -> dict[str, JSON]:
 
 
 def differing_facts(recorded: Mapping[str, JSON], actual: Mapping[str, JSON], *, given: bool) -> list[Difference]:
-    """Facts of the same last name that differ; those of the training count only when the user gave them."""
-    by_name = {path.rpartition(".")[2]: value for path, value in recorded.items()}
+    """Facts of the same last name that differ; those of the training count only when the user gave them.
+
+    Where the checkpoint records a name several times (`encoder.width`, `decoder.width`), one that is equal suffices.
+    """
+    by_name: dict[str, list[JSON]] = {}
+    for path, value in recorded.items():
+        by_name.setdefault(last_name(path), []).append(value)
     return [
-        Difference(name, by_name[name], value)
-        for name, value in actual.items()
-        if name in by_name
-        and not _same(by_name[name], value)
-        and (given or not any(word in name.lower() for word in _OF_THE_TRAINING))
+        Difference(path, values[0] if len(values) == 1 else values, value)
+        for path, value in actual.items()
+        if (values := by_name.get(last_name(path)))
+        and not any(_same(each, value) for each in values)
+        and (given or not any(word in path.lower() for word in _OF_THE_TRAINING))
     ]
+
+
+def last_name(path: str) -> str:
+    """`"sample_rate"` of `"train_conf.data.sample_rate"`."""
+    return path.rpartition(".")[2]
 
 
 def differing_modules(recorded: Mapping[str, Any], actual: Mapping[str, Any]) -> list[Difference]:
@@ -107,7 +121,7 @@ def differing_modules(recorded: Mapping[str, Any], actual: Mapping[str, Any]) ->
             found.append(Difference(name.rstrip(".") or "model", old.get("type"), new.get("type")))
             continue
         found += [
-            Difference(f"{name}{key}", old.get(key), new.get(key))
+            Difference(f"{name}{key}".removeprefix("."), old.get(key), new.get(key))
             for key in dict.fromkeys([*old, *new])
             if not _same(old.get(key), new.get(key))
         ]
@@ -121,6 +135,13 @@ def _same(recorded: JSON, actual: JSON) -> bool:
 
 def _is_wrapper(module: nn.Module) -> bool:
     return type(module).__name__ in {"DistributedDataParallel", "DataParallel", "OptimizedModule"}
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    """When evaluated: dropout of all kinds, and what people put in its place for a rate of 0."""
+    return not any(True for _ in module.children()) and (
+        "Drop" in type(module).__name__ or type(module).__name__ == "Identity"
+    )
 
 
 def _attributes(module: nn.Module) -> dict[str, JSON]:

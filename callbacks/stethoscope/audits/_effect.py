@@ -30,7 +30,11 @@ class Effect(NamedTuple):
 def effect(model: nn.Module, fitting: Mapping[str, Tensor], missing: Sequence[str], example: Any) -> Effect:
     """Run the example through copies of the model; the model itself and the random generators stay as they are."""
     with torch.random.fork_rng(), torch.no_grad():
-        trial = copy.deepcopy(model).eval()
+        # what hooks computed in the last forward (the old weight norm) refuses to be copied
+        held = (
+            value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)
+        )
+        trial = copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf}).eval()
         untrained = _run(trial, example)
         trial.load_state_dict(dict(fitting), strict=False)
         loaded = _run(trial, example)

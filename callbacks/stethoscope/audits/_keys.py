@@ -131,7 +131,8 @@ def modern(key: str) -> str:
 
 def declared(key: str, partial: Iterable[str]) -> bool:
     """Whether a key is, lies in, or matches something that is left out on purpose."""
-    return any(key == name or key.startswith(f"{name}.") or fnmatchcase(key, name) for name in partial)
+    names = (partial,) if isinstance(partial, str) else partial
+    return any(key == name or key.startswith(f"{name}.") or fnmatchcase(key, name) for name in names)
 
 
 def tied(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:

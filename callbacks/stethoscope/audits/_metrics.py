@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from stethoscope.watches._metric_names import loss, nearest, rate
 from stethoscope.watches._metric_ranks import rank_differences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torch import nn
 
@@ -115,7 +116,7 @@ def _run(
         try:
             flat = normalise(step(batch))
         except Exception as error:  # whatever a step raises is what this audit reports
-            return [], _failed(phase, error, asked, known)
+            return [], _failed(phase, error, asked, known, batch)
     return [
         Record(name, None if value is None else float(value), 0, phase=phase, source="log", kind=kind)
         for name, value, kind in flat
@@ -152,7 +153,7 @@ class _Heard(dict[Any, Any]):
         return super().get(key, default)
 
 
-def _failed(phase: str, error: Exception, asked: _Asked, known: list[str]) -> Finding:
+def _failed(phase: str, error: Exception, asked: _Asked, known: list[str], batch: Any) -> Finding:
     """Say what an exception of a step means for its metrics."""
     given = asked.given or known
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if CODE not in Path(frame.filename).parents]
@@ -163,7 +164,8 @@ def _failed(phase: str, error: Exception, asked: _Asked, known: list[str]) -> Fi
     at = f" ({': '.join(part for part in (where, line) if part)})" if where else ""
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
     # Any dictionary can lack a key; a batch that does is not what is looked for.
-    if isinstance(key, str) and (key in asked.missed or key in known or not asked.given or rate(key) or loss(key)):
+    unclear = not asked.given and not isinstance(batch, Mapping)
+    if isinstance(key, str) and (key in asked.missed or key in known or unclear or rate(key) or loss(key)):
         meant = nearest(key, given)
         return Finding(
             "metric-missing",

@@ -22,7 +22,7 @@ def clipped(x: Tensor) -> int:
     """Number of samples cut off at the waveform's own highest or lowest value, so also after rescaling.
 
     On each side samples count if at least 8 of them, and 5 times as many as at the next lower value, share the extreme (noise
-    and speech meet their extreme once or twice); or if they form runs of 3 and more, entered and left by a jump of at
+    and speech meet their extreme once or twice; a test tone meets it at equal distances, which do not count); or if they form runs of 3 and more, entered and left by a jump of at
     least 1 % of the peak and of 5 steps of the amplitude there (the crest of a quantised low tone is reached gradually).
     """
     peak = float(x.abs().max())
@@ -38,12 +38,18 @@ def clipped(x: Tensor) -> int:
         following = float(below.max())
         number = int(at.sum())
         beneath = int((below >= following - 1e-5 * top).sum())
-        if number >= 8 and number >= 5 * beneath:
+        if number >= 8 and number >= 5 * beneath and not _periodic(at):
             total += number
         else:
             jump = max(0.01 * top, min(5 * (top - following), 0.1 * top))
             total += _in_sharp_runs(side, at, top - jump)
     return total
+
+
+def _periodic(at: Tensor) -> bool:
+    """Single samples at one distance, or at two that take turns, as a tone has that divides the rate."""
+    gaps = at.nonzero().flatten().diff()
+    return bool(gaps.min() > 1) and len(set(gaps.tolist())) <= 2
 
 
 def _in_sharp_runs(side: Tensor, at: Tensor, edge: float) -> int:
@@ -62,7 +68,7 @@ def spectrum(x: Tensor) -> Tensor | None:
     if x.numel() < 2 * _FFT:
         return None
     frames = x.unfold(0, _FFT, _FFT // 2)
-    frames = frames[:: max(1, frames.shape[0] // _FRAMES)] * torch.hann_window(_FFT, dtype=x.dtype)
+    frames = frames[:: max(1, frames.shape[0] // _FRAMES)] * torch.signal.windows.nuttall(_FFT, dtype=x.dtype)
     power: Tensor = torch.fft.rfft(frames).abs().square().mean(0)
     return power
 
@@ -76,7 +82,7 @@ def bandwidth(power: Tensor, sample_rate: int) -> float:
 def upsampled_from(power: Tensor, sample_rate: int) -> int | None:
     """The lower standard rate at half of which the spectrum breaks off; None if it does not.
 
-    Medians over bins, so that single tones do not count: from 0.6 to 0.85 of the edge against all above 1.08 of it. A
+    Medians over bins, and a window without skirts, so that single tones do not count: from 0.6 to 0.85 of the edge against all above 1.08 of it. A
     resampler leaves 30 dB and more between them, speech and music 5 to 20 dB. The band below the edge must itself be
     within 60 dB of the strongest bin.
     """
@@ -87,7 +93,7 @@ def upsampled_from(power: Tensor, sample_rate: int) -> int | None:
         above = power[hertz >= 1.08 * edge]
         beside = power[(hertz >= 1.08 * edge) & (hertz <= 1.3 * edge)]
         below = power[(hertz >= 0.6 * edge) & (hertz <= 0.85 * edge)]
-        if rate >= 0.95 * sample_rate or beside.numel() < 4 or above.numel() < 8 or below.numel() < 8:
+        if rate >= 0.95 * sample_rate or beside.numel() < 4 or above.numel() < 8 or below.numel() < 16:
             continue
         level = float(below.median())
         # every part of what is above is empty, not only most of it

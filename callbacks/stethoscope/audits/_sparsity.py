@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
@@ -65,7 +65,7 @@ class SparsityReport(Report):
 def sparsity(
     model: nn.Module,
     *,
-    weights: tuple[str, ...] = ("*",),
+    weights: Sequence[str] = ("*",),
     target: float | Mapping[str, float] | None = None,
     block: tuple[int, int] | None = None,
     bytes_per_weight: int = 1,
@@ -86,6 +86,10 @@ def sparsity(
         block: rows and columns of a block; None finds them.
         bytes_per_weight: in the exported model, 1 for int8.
 
+    Raises:
+        ValueError: a target outside of [0, 1], a block that is no pair of positive lengths, a model on the meta device,
+            a pattern that matches no matrix.
+
     Example:
         >>> from torch import nn
         >>> layer = nn.Linear(8, 3)
@@ -94,11 +98,9 @@ def sparsity(
         >>> report.weights, report.nonzero
         (24, 8)
     """
-    found = []
-    for matrix in _density.matrices(model):
-        if any(fnmatchcase(matrix.name, pattern) for pattern in weights):
-            wanted = _target_of(matrix.name, target)
-            found.append(_examine(matrix.name, matrix.effective(), block, wanted))
+    chosen = _chosen(model, (weights,) if isinstance(weights, str) else weights)
+    _check(chosen, target, block)
+    found = [_examine(matrix.name, matrix.effective(), block, _target_of(matrix.name, target)) for matrix in chosen]
     dense = sum(item.shape[0] * item.shape[1] for item in found)
     nonzero = sum(item.nonzero for item in found)
     stored = sum(_stored_bytes(item, bytes_per_weight) for item in found)
@@ -121,6 +123,31 @@ def sparsity(
         target_weights=stays,
         times_larger=times,
     )
+
+
+def _chosen(model: nn.Module, patterns: Sequence[str]) -> list[_density.Matrix]:
+    known = list(_density.matrices(model))
+    chosen = [matrix for matrix in known if any(fnmatchcase(matrix.name, pattern) for pattern in patterns)]
+    if known and not chosen:
+        names = ", ".join(matrix.name for matrix in known[:10])
+        raise ValueError(f"No weight matrix matches {list(patterns)}. Those of the model: {names}.")
+    if any(matrix.weight.is_meta for matrix in chosen):
+        raise ValueError("A model on the meta device has no weights to count. Load them first.")
+    return chosen
+
+
+def _check(
+    chosen: Sequence[_density.Matrix], target: float | Mapping[str, float] | None, block: tuple[int, int] | None
+) -> None:
+    wanted = list(target.values()) if isinstance(target, Mapping) else [] if target is None else [target]
+    if not all(0 <= value <= 1 for value in wanted):
+        raise ValueError(f"Target densities are {wanted}. Legal: the share of weights that stay, 0 to 1.")
+    for pattern in target if isinstance(target, Mapping) else ():
+        if not any(fnmatchcase(matrix.name, pattern) for matrix in chosen):
+            names = ", ".join(matrix.name for matrix in chosen[:10])
+            raise ValueError(f"The target of {pattern!r} matches no weight matrix. Examined: {names}.")
+    if block is not None and (len(block) != 2 or min(block) < 1):
+        raise ValueError(f"block is {block}. Legal: None or (rows, columns), both 1 or more, e.g. (8, 4).")
 
 
 def _target_of(name: str, target: float | Mapping[str, float] | None) -> float | None:

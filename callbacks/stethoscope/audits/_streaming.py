@@ -81,16 +81,20 @@ def streaming(
     if chunk is not None and chunk < 1:
         raise ValueError(f"`chunk` must be at least one step, got {chunk}.")
     axis = time_axis if out_time_axis is None else out_time_axis
+    if not isinstance(x, Tensor):
+        raise ValueError(f"`x` must be a tensor, got {type(x).__name__}.")  # noqa: TRY004  # as all wrong arguments here
+    if not -x.dim() <= time_axis < x.dim():
+        raise ValueError(f"x has shape {tuple(x.shape)}: there is no axis {time_axis} for time_axis.")
     with torch.no_grad():
         whole = offline(x.clone())
+        if not isinstance(whole, Tensor):
+            raise ValueError(f"`offline` must return a tensor, got {type(whole).__name__}. Pick one in a function.")  # noqa: TRY004  # its value is wrong, x's type is not
         parts = (
             stream(x.clone())
             if chunk is None
             else [stream(part) for part in torch.split(x.clone(), chunk, dim=time_axis)]
         )
         pieces = _joined(parts, axis)
-    if not isinstance(whole, Tensor):
-        raise ValueError(f"`offline` must return a tensor, got {type(whole).__name__}. Pick one in a function.")  # noqa: TRY004  # its value is wrong, x's type is not
     a, b = whole.movedim(axis, 0), pieces.movedim(axis, 0)
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(
@@ -106,11 +110,19 @@ def _joined(parts: Tensor | Iterable[Tensor], axis: int) -> Tensor:
     pieces = [part for part in parts if isinstance(part, Tensor) and part.numel()]
     if not pieces:
         raise ValueError("`stream` returned no tensor. Return a tensor, or the chunks of one in order.")
-    return torch.cat(pieces, dim=axis)
+    try:
+        return torch.cat(pieces, dim=axis)
+    except (RuntimeError, IndexError) as error:
+        shapes = [tuple(piece.shape) for piece in pieces[:3]]
+        raise ValueError(
+            f"What `stream` returned cannot be joined along axis {axis}: shapes {shapes}, {error}. Return the output only, without states."
+        ) from error
 
 
 def _compared(whole: Tensor, pieces: Tensor, limit: float) -> StreamingReport:
-    scale = float(whole.abs().max()) if whole.numel() else 0.0
+    whole, pieces = (t.double() if t.dtype == torch.bool else t for t in (whole, pieces))
+    sizes = whole.abs()[torch.isfinite(whole)]
+    scale = float(sizes.max()) if sizes.numel() else 0.0
     common = min(len(whole), len(pieces))
     gaps = _gaps(whole[:common], pieces[:common])
     far = (gaps > limit * (scale or 1.0)).nonzero()

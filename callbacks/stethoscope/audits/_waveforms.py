@@ -50,7 +50,7 @@ def waveforms(batch: Any, channels: int) -> tuple[list[Waveform], list[Finding]]
         findings: list[Finding] = []
         for index, item in enumerate(batch):
             found, notes = waveforms(item, channels)
-            items += [one._replace(name=str(index)) for one in found]
+            items += [one._replace(name=f"{index}/{one.name}" if len(found) > 1 else str(index)) for one in found]
             findings += notes[: 1 if not findings else 0]  # the first one speaks for all
         if not items:
             raise ValueError("The batch is empty: an empty list. Give at least one waveform.")
@@ -62,11 +62,13 @@ def _tensor(array: Tensor | np.ndarray[Any, Any]) -> Tensor:
     if isinstance(array, torch.Tensor):
         return array.detach() if array.is_meta else array.detach().cpu()
     if hasattr(array, "__array_interface__"):
-        return torch.as_tensor(array)
+        # a copy: no negative strides, no foreign byte order, writable
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
     raise TypeError(f"Audio is a tensor, an array, a path or a list of them, not {type(array).__name__}.")
 
 
-def _scaled(x: Tensor) -> tuple[Tensor, str]:
+def as_floats(x: Tensor) -> tuple[Tensor, str]:
+    """Floating-point samples, integers divided by their full scale; and the name of the integer type, if it was one."""
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(
             f"Audio has real samples, not {x.dtype}. Spectrograms are no waveforms: give what goes into the STFT."
@@ -86,7 +88,7 @@ def _split(array: Tensor, channels: int) -> tuple[list[Waveform], list[Finding]]
         raise ValueError(f"Audio has shape (time,), (batch, time) or (batch, channels, time), not {shape}.")
     if array.is_meta:
         raise ValueError("Audio on the meta device has no samples. Give a batch with values.")
-    x, integer = _scaled(array)
+    x, integer = as_floats(array)
     findings = []
     if x.dim() >= 2 and x.shape[-1] <= _MOST_CHANNELS and x.shape[-2] > 100 * x.shape[-1]:
         findings.append(_layout(shape, channels))
@@ -110,6 +112,7 @@ def _read(paths: list[pathlib.Path], channels: int) -> tuple[list[Waveform], lis
     except ImportError as error:
         raise ImportError("Reading audio files needs soundfile: pip install 'stethoscope[audio]'.") from error
     items, findings = [], []
+    others: list[tuple[str, int]] = []  # with another number of channels
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"No audio file at '{path}'.")
@@ -126,10 +129,22 @@ def _read(paths: list[pathlib.Path], channels: int) -> tuple[list[Waveform], lis
             )
             continue
         if samples.shape[0] == 0:
-            raise ValueError(f"'{path.name}' is empty: it has a header and no samples.")
+            findings.append(
+                Finding(
+                    code="audio-unreadable",
+                    severity="error",
+                    message=f"'{path.name}' is empty: it has a header and no samples.",
+                    advice="Leave it out, or look at what wrote it: a cut whose end lies before its start, a full disk.",
+                )
+            )
+            continue
         if samples.shape[1] != channels:
-            findings.append(_channels(f"'{path.name}'", samples.shape[1], channels))
+            others.append((path.name, samples.shape[1]))
         items.append(Waveform(path.name, torch.from_numpy(samples.T.copy()), int(rate)))
+    if others:
+        name, found = others[0]
+        alike = f" (one of {len(others)} files that do not fit)" if len(others) > 1 else ""
+        findings.append(_channels(f"'{name}'{alike}", found, channels))
     return items, findings
 
 

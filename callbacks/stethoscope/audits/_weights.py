@@ -24,6 +24,7 @@ _CONFIGURATION = (
     *("hyper_parameters", "hparams", "model_args", "model_kwargs", "model_config", "config", "conf", "args"),
     *("train_conf", "infos"),
 )
+_LFS = b"version https://git-lfs.github.com/spec/"
 _NOT_THE_MODEL = ("optim", "sched", "callbacks", "loops", "scaler", "rng")
 
 
@@ -77,9 +78,16 @@ def read(source: Mapping[str, Any] | str | pathlib.Path) -> Weights:
 def _file(path: pathlib.Path) -> Weights:
     if path.stat().st_size == 0:
         raise _damaged(path, "the file is empty")
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UnreadableError(
+                f"'{path.name}' is a pointer of git-lfs: the weights themselves were not downloaded.",
+                code="checkpoint-unreadable",
+                advice="Run 'git lfs install' and 'git lfs pull' in its folder, or download the file itself.",
+            )
     if path.suffix == ".safetensors":
         tensors, metadata = _safetensors(path)
-        card = json.loads(metadata["stethoscope"]) if "stethoscope" in metadata else {}
+        card = _card(_parsed(metadata.get("stethoscope", "")))
         facts = {key: _parsed(value) for key, value in metadata.items() if key != "stethoscope"}
         return Weights(path.name, {"": tensors}, facts, card)
     return _sort(path.name, _torch_load(path))
@@ -119,7 +127,7 @@ def _folder(path: pathlib.Path) -> Weights:
         for group in _file(file).groups.values():
             tensors.update(group)
     config = path / "config.json"
-    facts = _flat(_parsed(config.read_text(encoding="utf-8"))) if config.exists() else {}
+    facts = flat(_parsed(config.read_text(encoding="utf-8"))) if config.exists() else {}
     return Weights(path.name, {"": tensors}, facts)
 
 
@@ -143,7 +151,8 @@ def _torch_load(path: pathlib.Path) -> object:
     except pickle.UnpicklingError as error:
         if wants := _asks_for(path):
             raise _refused(path, f"it asks for {', '.join(wants[:5])}") from error
-        raise _damaged(path, str(error)) from error
+        # torch's own text advises to read it with weights_only=False
+        raise _damaged(path, "no file of torch.save, or one whose pickle is damaged") from error
     except Exception as error:  # a damaged pickle fails with whatever its bytes lead to
         if "torchscript" in str(error).lower():
             raise _refused(path, "it is a TorchScript archive, a program") from error
@@ -228,10 +237,19 @@ def _sort(label: str, content: object) -> Weights:
         f"{key}.{name}": value
         for key in _CONFIGURATION
         if key in content
-        for name, value in _flat(_as_mapping(content[key])).items()
+        for name, value in flat(_as_mapping(content[key])).items()
     }
-    card = content.get("stethoscope", {})
-    return Weights(label, groups, facts, card if isinstance(card, Mapping) else {})
+    return Weights(label, groups, facts, _card(content.get("stethoscope")))
+
+
+def _card(value: object) -> Mapping[str, Any]:
+    """The record of `audits.describe`; whatever else stands under its name is left alone."""
+    held = value if isinstance(value, Mapping) else {}
+    facts, modules = held.get("facts"), held.get("modules")
+    card = {"facts": facts} if isinstance(facts, Mapping) else {}
+    if isinstance(modules, Mapping) and all(isinstance(module, Mapping) for module in modules.values()):
+        card["modules"] = modules
+    return card
 
 
 def _groups(content: Mapping[Any, Any], path: str, depth: int) -> list[tuple[str, Mapping[str, Tensor]]]:
@@ -251,13 +269,13 @@ def _as_mapping(value: object) -> object:
     return vars(value) if isinstance(value, argparse.Namespace) else value
 
 
-def _flat(value: object, path: str = "") -> dict[str, JSON]:
+def flat(value: object, path: str = "") -> dict[str, JSON]:
     """Scalars by dotted path; short lists of scalars count as one."""
     if isinstance(value, Mapping):
         return {
             name: scalar
             for key, nested in value.items()
-            for name, scalar in _flat(nested, f"{path}.{key}" if path else str(key)).items()
+            for name, scalar in flat(nested, f"{path}.{key}" if path else str(key)).items()
         }
     if (
         isinstance(value, (list, tuple))

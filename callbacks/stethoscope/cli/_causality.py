@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
+import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +19,9 @@ def causality(
         str, typer.Argument(help="package.module:name of a model, or of a function or class that makes one.")
     ],
     shape: Annotated[list[str], typer.Option(help="Shape of the input, e.g. 2,1,8000. Again for further inputs.")],
+    arguments: Annotated[
+        str, typer.Option(help="Keyword arguments to call it with, as JSON, e.g. '{\"causal\": true}'.")
+    ] = "{}",
     time_axis: Annotated[int, typer.Option(help="Axis of the input along which time runs.")] = -1,
     out_time_axis: Annotated[int | None, typer.Option(help="The same of the output; found by itself.")] = None,
     allowed: Annotated[int, typer.Option(help="Declared look-ahead, in input steps.")] = 0,
@@ -37,10 +38,11 @@ def causality(
     import torch
 
     from stethoscope import audits
+    from stethoscope.cli._model import load
 
     torch.manual_seed(seed)
     try:
-        model = _made(factory)
+        model = load(factory, arguments)
         inputs = tuple(_input(one, dtype) for one in shape)
         report = audits.causality(
             model,
@@ -57,6 +59,9 @@ def causality(
     except (ValueError, TypeError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
+    except Exception as error:  # of the user's code; python's own exit code for it, 1, would say that the model leaks
+        traceback.print_exc()
+        raise typer.Exit(2) from error
     if as_json:
         typer.echo(json.dumps(_plain(report), indent=2))
     else:
@@ -64,28 +69,6 @@ def causality(
 
         Console(soft_wrap=True).print(report)
     raise typer.Exit(0 if report.ok else 1)
-
-
-def _made(factory: str) -> Any:
-    """Import what `package.module:name` says and call it where it is not a model yet."""
-    from torch import nn
-
-    path, separator, name = factory.partition(":")
-    if not separator or not path or not name:
-        raise ValueError(f"{factory!r} is not of the form package.module:name.")
-    # As `python -m` does: the user's own code lies where they stand.
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = importlib.import_module(path)
-    except ImportError as error:
-        raise ValueError(
-            f"Cannot import {path!r}: {error}. Run from the folder that holds it, or install it."
-        ) from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{path!r} has no {name!r}.")
-        found = getattr(found, part)
-    return found if isinstance(found, nn.Module) else found()
 
 
 def _input(shape: str, dtype: str) -> Any:
@@ -98,6 +81,8 @@ def _input(shape: str, dtype: str) -> Any:
         sizes = [int(size) for size in shape.split(",")]
     except ValueError as error:
         raise ValueError(f"--shape {shape!r} is not a list of whole numbers such as 2,1,8000.") from error
+    if min(sizes) < 1:
+        raise ValueError(f"--shape {shape!r}: every size must be 1 or more.")
     return torch.randint(0, 2, sizes) if dtype == "int64" else torch.randn(sizes, dtype=kind)
 
 

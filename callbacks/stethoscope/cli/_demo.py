@@ -27,7 +27,7 @@ _BATCH, _SECONDS = 4, 1.0
 
 
 class _Stop(Exception):  # noqa: N818  # not an error: the way to end the training from on_finding
-    """Raised on the first finding of severity error."""
+    """Raised on the first finding of severity error in the loop."""
 
 
 def demo(
@@ -37,7 +37,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder of the run. If it holds something, OUT-2, OUT-3 ... is taken.")
     ] = Path("runs/demo"),
-    fault: Annotated[str, typer.Option(help="Plant a real mistake and see it found: nan.")] = "",
+    fault: Annotated[str, typer.Option(help="Plant a real mistake and see it found: nan or sparsity.")] = "",
     wandb: Annotated[
         bool, typer.Option("--wandb", help="Write a W&B run as well, offline, into the same folder.")
     ] = False,
@@ -85,7 +85,11 @@ def demo(
         gains: list[float] = []
         try:
             with _findings_once(), monitor:
+                for audit in training.before:
+                    monitor.add(audit())
                 _train(training, validation, monitor, console, gains)
+                for audit in training.after:
+                    monitor.add(audit())
         except _Stop:
             console.print("The demo stops here: after an error, the rest of the training tells nothing new.")
 
@@ -100,7 +104,8 @@ def demo(
         first = serious[0]
         again = f"stethoscope demo --steps {steps} --every {every} --seed {seed}{f' --fault {fault}' if fault else ''}"
         where = f" in {first.module}" if first.module else ""
-        console.print(f"[bold red]Found[/] {first.code}{where} at step {first.step}. To see it again:", soft_wrap=True)
+        when = "before the first step" if first.step is None else f"at step {first.step}"
+        console.print(f"[bold red]Found[/] {first.code}{where} {when}. To see it again:", soft_wrap=True)
         console.print(f"  {again}", soft_wrap=True, markup=False)
         raise typer.Exit(1)
 
@@ -146,6 +151,7 @@ def _train(training: Training, validation: Batch, monitor: Monitor, console: Con
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
             clip_grad_norm_(training.model.parameters(), 5.0)
             training.optimizer.step()
+            training.sparsify(step + 1)
             monitor.step(loss=loss, estimates=estimates, references=sources, mixture=mixture)
             if (step + 1) * _VALIDATIONS // training.steps > step * _VALIDATIONS // training.steps:
                 gains.append(_validate(training, validation, monitor))
@@ -169,7 +175,7 @@ def _validate(training: Training, batch: Batch, monitor: Monitor) -> float:
 
 
 def _stop(finding: Finding) -> None:
-    if finding.severity == "error":
+    if finding.severity == "error" and finding.step is not None:  # an audit's error leaves the training worth seeing
         raise _Stop
 
 

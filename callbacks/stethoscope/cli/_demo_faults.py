@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from stethoscope import audits
 from stethoscope.cli._demo_audio import SAMPLE_RATE, Batch
 
 if TYPE_CHECKING:
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from stethoscope import Report
     from stethoscope.cli._demo_model import Separator
 
 
@@ -26,6 +30,9 @@ class Training:
         batch: optimizer step to its batch.
         loss: estimates and sources, both `(batch, 2, samples)`, to a 0-d loss.
         steps: how many optimizer steps there will be.
+        sparsify: called after each optimizer step with their number so far.
+        before: audits to run before the first step.
+        after: audits to run after the last step.
     """
 
     model: Separator
@@ -33,6 +40,9 @@ class Training:
     batch: Callable[[int], Batch]
     loss: Callable[[Tensor, Tensor], Tensor]
     steps: int
+    sparsify: Callable[[int], None] = lambda _: None
+    before: tuple[Callable[[], Report], ...] = ()
+    after: tuple[Callable[[], Report], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,33 @@ def _nan(training: Training) -> None:
     training.batch = batch
 
 
+def _sparsity(training: Training) -> None:
+    schedule = audits.Schedule("sparsify", start=2 * training.steps, stop=6 * training.steps)
+    weight = training.model.masker.mask.weight
+
+    def sparsify(count: int) -> None:
+        if schedule.last_action(count) == count:
+            smallest = weight.detach().abs().flatten().argsort()
+            removed = round((1 - schedule.density(count, _KEPT)) * weight.numel())
+            with torch.no_grad():
+                weight.view(-1)[smallest[:removed]] = 0
+
+    training.sparsify = sparsify
+    training.before = (lambda: audits.plan(schedule, training.steps),)
+    training.after = (lambda: audits.sparsity(training.model, weights="masker.mask.weight", target=_KEPT),)
+
+
+_KEPT = 0.25
+
 FAULTS = {
     "nan": Fault(
         "masker.norm divides by the standard deviation of a frame without eps, and after two thirds of the training a "
         "recording begins with 50 ms of digital silence.",
         _nan,
+    ),
+    "sparsity": Fault(
+        "masker.mask is to keep a quarter of its weights, but the sparsification starts after twice as many steps as the "
+        "training makes.",
+        _sparsity,
     ),
 }

@@ -13,10 +13,24 @@ if TYPE_CHECKING:
 
 
 def make(factory: str, arguments: str = "{}") -> nn.Module:
+    """`load`, and insist on a module.
+
+    Raises:
+        ValueError: see `load`; or it is no module.
+    """
+    from torch import nn
+
+    found = load(factory, arguments)
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"{factory!r} is a {type(found).__name__}, not a torch.nn.Module.")  # noqa: TRY004  # the user's text
+    return found
+
+
+def load(factory: str, arguments: str = "{}") -> Any:
     """Import what `package.module:name` says and call it with keyword arguments where it is not a model yet.
 
     Raises:
-        ValueError: not of that form, not importable, no such name, or no model; arguments that are no JSON object.
+        ValueError: not of that form, not importable, no such name; arguments that are no JSON object.
     """
     from torch import nn
 
@@ -42,6 +56,4 @@ def make(factory: str, arguments: str = "{}") -> nn.Module:
         if not isinstance(given, dict):
             raise ValueError(f"--arguments {arguments!r} is no JSON object such as '{{\"n_src\": 2}}'.")  # noqa: TRY004  # the user's text
         found = found(**given)
-    if not isinstance(found, nn.Module):
-        raise ValueError(f"{factory!r} is a {type(found).__name__}, not a torch.nn.Module.")  # noqa: TRY004  # the user's text
     return found

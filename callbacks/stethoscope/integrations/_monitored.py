@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _PLACE = re.compile(r"\{\s*([^{}:!\[\]]+?)\s*(?:[:!\[][^{}]*)?\}")
-_ALWAYS = frozenset({"epoch", "step", "global_step"})
-"""What Lightning itself puts into a checkpoint's name."""
+_ALWAYS = frozenset({"epoch", "step"})
+"""What a ModelCheckpoint knows without being told, for its name and as its monitor."""
+_ASKED = re.compile(r"""(?:monitor["']?\s*[:=]\s*|EarlyStopping\(\s*)(?:"[^"]*"|'[^']*')""")
+"""A name in quotes by which source code asks for a metric."""
+_LOGS = re.compile(r"(?:self|module|model)\.log(?:_dict)?\(")
+_FRAMEWORKS = frozenset({"builtins", "torch", "lightning", "pytorch_lightning", "stethoscope"})
 
 
 def lightning(trainer: Any) -> list[tuple[str, str]]:
@@ -27,7 +32,7 @@ def lightning(trainer: Any) -> list[tuple[str, str]]:
     for callback in getattr(trainer, "callbacks", ()):
         who = type(callback).__name__
         key = getattr(callback, "monitor", None)
-        if isinstance(key, str):
+        if isinstance(key, str) and not (key in _ALWAYS and hasattr(callback, "filename")):
             asked.append((who, key))
         template = getattr(callback, "filename", None)
         if isinstance(template, str):
@@ -42,8 +47,9 @@ def lightning_known(trainer: Any) -> dict[str, set[str]]:
     """Return phase -> names that a Lightning run has logged, or has begun to gather for the end of its epoch.
 
     Call it after the first training batch: validation has run once then in the sanity check. A name in quotes in
-    the source of the module or of a callback counts as logged, since hooks such as `on_train_epoch_end` have not run
-    yet.
+    the source of the module or of a callback counts as logged, unless it is asked for there. A phase is left out while
+    its names cannot be known: train where a module or callback that logs has a hook of its own at the end of the epoch, val where it
+    has logged nothing so far or something in it depends on `sanity_checking`.
     """
     held = set(getattr(trainer, "callback_metrics", {})) | set(getattr(trainer, "logged_metrics", {}))
     loop = getattr(trainer, "fit_loop", None)
@@ -55,12 +61,22 @@ def lightning_known(trainer: Any) -> dict[str, set[str]]:
             loader = "" if meta.dataloader_idx is None else f"/dataloader_idx_{meta.dataloader_idx}"
             forked = ("", "_step", "_epoch") if meta.on_step and meta.on_epoch else ("",)
             known[phase] |= {f"{meta.name}{fork}{loader}" for fork in forked}
-    ran_val = bool(getattr(trainer, "num_sanity_val_steps", 0)) and bool(held or known["val"])
-    asked = {key for _, key in lightning(trainer)}
-    known["train"] |= held | _quoted(
-        asked, [getattr(trainer, "lightning_module", None), *getattr(trainer, "callbacks", ())]
-    )
-    return known if ran_val or known["val"] else {"train": known["train"]}
+    sources = [
+        _source(each) for each in (getattr(trainer, "lightning_module", None), *getattr(trainer, "callbacks", ()))
+    ]
+    text = "\n".join(sources)
+    logging = _ASKED.sub("", text)
+    known["train"] |= held | {key for _, key in lightning(trainer) if f'"{key}"' in logging or f"'{key}'" in logging}
+    if any("def on_train_epoch_end" in source and _LOGS.search(source) for source in sources):
+        del known["train"]
+    if not known["val"] or "sanity_checking" in text:
+        del known["val"]
+    return known
+
+
+def lightning_absent(trainer: Any) -> set[str]:
+    """Return the phases that a Lightning fit does not have: val where it has no loader, no step or no batches."""
+    return set() if getattr(trainer, "enable_validation", True) else {"val"}
 
 
 def huggingface(args: Any, callbacks: Iterable[Any] = ()) -> list[tuple[str, str]]:
@@ -76,21 +92,11 @@ def huggingface(args: Any, callbacks: Iterable[Any] = ()) -> list[tuple[str, str
     return asked
 
 
-def _quoted(keys: set[str], things: list[Any]) -> set[str]:
+def _source(thing: object) -> str:
+    """Return the source of an object's classes as far as they are the user's; `""` where it is not to be had."""
     sources = []
-    for thing in things:
-        for cls in type(thing).__mro__:
-            if cls.__module__.partition(".")[0] in {
-                "builtins",
-                "torch",
-                "lightning",
-                "pytorch_lightning",
-                "stethoscope",
-            }:
-                continue
-            try:
+    for cls in type(thing).__mro__:
+        if cls.__module__.partition(".")[0] not in _FRAMEWORKS:
+            with suppress(OSError, TypeError):
                 sources.append(inspect.getsource(cls))
-            except (OSError, TypeError):
-                continue
-    text = "\n".join(sources)
-    return {key for key in keys if f'"{key}"' in text or f"'{key}'" in text}
+    return "\n".join(sources)

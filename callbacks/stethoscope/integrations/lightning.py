@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from stethoscope import presets
 from stethoscope._monitor import Monitor
 from stethoscope._protocols import Probe, Sink, Watch  # noqa: TC001  # LightningCLI reads the annotations
+from stethoscope.integrations import _monitored
+from stethoscope.watches import MetricSchema, unknown_monitors
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -86,9 +88,11 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
             "probes": [*(each for each in chosen["probes"] if type(each) not in map(type, probes)), *probes],
             "watches": [*(each for each in chosen["watches"] if each not in watches), *watches],
             "every": every,
-            "guard": guard,
             "planned_steps": planned_steps,
         }
+        if guard not in (None, "raise", "skip"):
+            raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")
+        self._guard = guard
         self._sinks = sinks
         # thrown away: whoever made a mistake hears of it here, not when the trainer has loaded all data
         Monitor(nn.Identity(), sinks=() if sinks is None else sinks, **self._options)
@@ -111,6 +115,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         self._backwards = 0  # in this batch
         self._before_epoch: dict[str, Tensor] = {}  # metrics that training has not logged in this epoch
         self._before_phase: dict[str, Tensor] = {}  # metrics that the phase under way has not logged
+        self._epoch_over = False  # whether its metrics are still to be taken
+        self._names = ""  # of metrics: "new" after the first training batch of a fit, then "judged"
 
     # -- a monitor's life --------------------------------------------------------------------------------------------
 
@@ -121,7 +127,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put hooks on the model, which is on its device by now, before anything compiled is called."""
         self._open(trainer, pl_module)
-        self._before_epoch = {}
+        self._before_epoch, self._names, self._epoch_over = {}, "", False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint or the last fit of this trainer ended: all state is restored by now."""
@@ -134,6 +140,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off. Lightning calls nothing else after an exception."""
+        self._take_epoch(trainer)
         self._close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,7 +154,9 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
     def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
         sinks = _loggers(trainer) if self._sinks is None else self._sinks
-        self.monitor = Monitor(pl_module, trainer.optimizers, sinks=sinks, **self._options)
+        # a validation or test of its own has no optimizer to guard
+        guard = self._guard if trainer.optimizers else None
+        self.monitor = Monitor(pl_module, trainer.optimizers, sinks=sinks, guard=guard, **self._options)
         self._observing = True
         self._losses, self._rates = {}, {}
 
@@ -169,6 +178,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Offer the batch to the probes."""
+        self._judge_names(trainer)
         self._backwards = 0
         self._at_work().observe(batch=batch)
 
@@ -177,6 +187,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         if loss.numel() != 1:
             return
         loss = loss.detach()
+        self._at_work().observe(loss=loss)  # for the guard, which decides before the optimizer writes
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             loss = loss / scaler.scale(torch.ones_like(loss))
@@ -202,6 +213,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Close the step if an optimizer has stepped in this batch."""
+        self._names = self._names or "new"
         if trainer.global_step == self._counted:
             return
         self._counted = trainer.global_step
@@ -210,7 +222,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         self._at_work().step(**losses, **rates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if Lightning has counted no optimizer step."""
+        """Take the last epoch's metrics. Say so if Lightning has counted no optimizer step."""
+        self._take_epoch(trainer)
         if trainer.global_step == 0:
             logging.getLogger("stethoscope").warning(
                 "MonitorCallback has recorded no step: Lightning has counted no optimizer step. In a manual optimisation "
@@ -222,6 +235,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record under the phase `val`, except for the sanity check."""
         if not trainer.sanity_checking:
+            self._judge_names(trainer)
             self._enter(trainer, pl_module, "val")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,11 +253,38 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics of the last epoch: they stay in the trainer until they are logged again."""
+        self._take_epoch(trainer)
         self._before_epoch = dict(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take what training has logged in this epoch."""
-        self._at_work().log(_without_forks(_new(trainer.callback_metrics, self._before_epoch)), phase="train")
+        """Note that the epoch is over; the module's hook of the same name comes after this one and may log."""
+        self._judge_names(trainer)
+        self._epoch_over = True
+
+    def _take_epoch(self, trainer: Trainer) -> None:
+        """Take what training has logged in the epoch that is over."""
+        if self._epoch_over:
+            self._epoch_over = False
+            self._at_work().log(_without_forks(_new(trainer.callback_metrics, self._before_epoch)), phase="train")
+
+    def _judge_names(self, trainer: Trainer) -> None:
+        """Compare names, once the first training batch is over for the module and all callbacks."""
+        if self._names != "new":
+            return
+        self._names = "judged"
+        try:
+            known = _monitored.lightning_known(trainer)
+            absent = _monitored.lightning_absent(trainer)
+            found = unknown_monitors(_monitored.lightning(trainer), known, absent=absent)
+            schemas = [each for each in self._options["watches"] if isinstance(each, MetricSchema)]
+            said = [finding for schema in schemas for finding in schema.compare(known)]
+            # what is logged now and then is no news in the first batch
+            found += [finding for finding in said if finding.severity != "info"]
+        except Exception as error:  # Lightning's private parts may change; a training without this check is no less one
+            logging.getLogger("stethoscope").warning("Names of metrics could not be compared: %r", error)
+            return
+        for finding in found:
+            self._at_work().add(finding)
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         if not self._observing:

@@ -25,6 +25,9 @@ STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant")
 MAX_TENSORS = 8
 """Of one call that are told apart; a list of a thousand crops is not worth a thousand series."""
 
+ENOUGH_VALUES = 8
+"""Of an item that may count as constant: fewer are alike by chance, and one always is."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -33,7 +36,7 @@ class Inputs:
     **Records**, per phase, over all calls since the last reading: `input/mean`; `input/rms`; `input/absmax`;
     `input/roughness`, the rms of differences along the last axis over the rms, 0 for a constant and 1.41 for white noise (it
     falls with the bandwidth of audio and with the blur of images); `input/length`, size of the last axis; `input/constant`,
-    share of items (first axis) whose values are all equal, in [0, 1]. The first tensor carries the plain name, others their
+    share of items (first axis) of 8 and more values that are all equal, in [0, 1]. The first tensor carries the plain name, others their
     path, e.g. `input/rms.mask`. Token numbers (integers other than uint8) have a length only.
     **Cost:** one pre-hook on the model and about five passes over its input on observed steps; device, no wait.
 
@@ -166,8 +169,10 @@ def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
     length = float(x.shape[-1])
     x = torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    low, high = x.reshape(x.shape[0], -1).aminmax(dim=1)
+    items = x.reshape(x.shape[0], -1)
+    low, high = items.aminmax(dim=1)
+    constant = (low == high).to(x.dtype).mean() if items.shape[1] >= ENOUGH_VALUES else x.new_zeros(())
     change = x.diff(dim=-1).square().mean() if x.shape[-1] > 1 else x.new_zeros(())
     one = x.new_ones(())
-    sums = torch.stack([one, x.mean(), x.square().mean(), change, one * length, (low == high).to(x.dtype).mean()])
+    sums = torch.stack([one, x.mean(), x.square().mean(), change, one * length, constant])
     return sums, torch.maximum(high.amax(), -low.amin())

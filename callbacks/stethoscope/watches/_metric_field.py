@@ -120,7 +120,7 @@ class Field:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what JSON cannot hold is refused by the caller
                 return dict(self._adapter.json_schema())
-        except (PydanticUserError, PydanticInvalidForJsonSchema, TypeError):
+        except (PydanticUserError, PydanticInvalidForJsonSchema, TypeError, AttributeError):  # of no type at all
             return {}
 
     @cached_property

@@ -6,7 +6,7 @@ entry per bare name, see `_fresh`. An entry that fares as usual is not touched, 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.watches import _metric_findings as findings
@@ -33,6 +33,9 @@ then metrics are logged piece by piece, and nothing tells which piece is late.""
 LOCKED = 2
 """Times that a phase must have been come back to before a new key in it is worth an info: by then what
 is logged once per epoch has been seen, also in Lightning, which validates before its training epoch ends."""
+OTHERS = 10
+"""Times that a key must be absent for each time that it was there, while every dictionary is of another kind: one
+loss per task in turn, one set of names per validation loader."""
 KEYS = 1000
 """Most keys kept per phase; names that hold a step or a file name would fill the memory."""
 SHAPES = 32
@@ -250,6 +253,7 @@ class _Dictionary:
 
     def _absences(self, novel: list[str], *, subset: bool) -> None:
         gaps = False
+        usual = _companions(tuple(self.old["shapes"]), frozenset(self.plan.bares))
         companion = any(
             not self.keys[bare]["missed"] and not self.keys[bare]["since"]
             for bare in self.plan.bares
@@ -276,6 +280,8 @@ class _Dictionary:
             # that was healthy so far.
             steady = not entry["longest"]
             patience = 2 * entry["longest"] + (1 if companion else STRANGE)
+            if bare not in usual:
+                patience = max(patience, OTHERS * count)
             if (subset and companion and steady and count == self.old["n"]) or entry["absent"] > patience:
                 self._say("metric-vanished", bare, findings.vanished, entry["raw"], count, entry["absent"])
             elif steady and novel and (renamed := names.nearest(entry["raw"], novel)):
@@ -308,6 +314,13 @@ class _Dictionary:
             ]
             self.after["active"] = keep + list(self.problems)
         return {**self.state, "phases": phases, "last": phase, "said": [*said, *compared] if compared else said}, found
+
+
+@lru_cache(maxsize=1024)
+def _companions(shapes: tuple[str, ...], present: frozenset[str]) -> frozenset[str]:
+    """Return the bare names in those shapes that hold all that is present: what a dictionary of its kind may hold."""
+    kinds = [frozenset(names.split(raw).bare for raw in shape.split("\n")) for shape in shapes]
+    return frozenset().union(*(kind for kind in kinds if present <= kind))
 
 
 def _missing(at: At, name: str, given: Sequence[str], others: Sequence[str]) -> Finding:

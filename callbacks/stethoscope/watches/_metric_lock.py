@@ -41,11 +41,20 @@ def load(path: Path) -> dict[str, Field]:
             )
         if version != VERSION:
             raise ValueError(f"{path} is no lock file of metrics: version {version!r}. {way_out}")
-        return {name: _field(entry) for name, entry in content["metrics"].items()}
+        entries = content["metrics"].items()
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no lock file of metrics: it is not JSON ({error}). {way_out}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no lock file of metrics: {error!r}. {way_out}") from error
+    fields = {}
+    for name, entry in entries:
+        try:
+            fields[name] = _field(entry)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no lock file of metrics: {name!r} cannot be read ({error}). {way_out}"
+            ) from error
+    return fields
 
 
 def difference(old: Mapping[str, Field], new: Mapping[str, Field]) -> str:
@@ -111,6 +120,9 @@ def _field(entry: Mapping[str, Any]) -> Field:
     unknown = entry.keys() - {"type", *_LIMITS, *_PLAIN}
     if unknown:
         raise TypeError(f"unknown properties {sorted(unknown)}")
+    for key in ("required", "nullable", "finite", "tensor"):
+        if not isinstance(entry.get(key, True), bool):
+            raise TypeError(f"{key} must be true or false, got {entry[key]!r}")
     limits: dict[str, Any] = {_LIMITS[key]: entry[key] for key in _LIMITS if key in entry}
     plain: dict[str, Any] = {
         key: tuple(entry[key]) if isinstance(entry[key], list) else entry[key] for key in _PLAIN if key in entry

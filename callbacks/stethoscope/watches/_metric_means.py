@@ -60,13 +60,15 @@ class Tally(NamedTuple):
         """Return how a mean that was shown differs from the batches, and why if a known fault explains it; `""` if not.
 
         With weights it must be the weighted mean to `TOLERANCE`. Without them batches may be of any size, so it must
-        only lie between the smallest and the largest, and must not be what a known fault would give.
+        only lie between the smallest and the largest, and must not be what a known fault would give. Half a unit of the
+        last decimal that is shown is rounding.
         """
         if not self.batches or not self.weight:
             return ""
         allowed = TOLERANCE * max(abs(self.low), abs(self.high), 1e-30)
+        decimals = len(repr(shown).partition(".")[2]) if "e" not in repr(shown) else 17
         mean = self.total / self.weight
-        if abs(shown - mean) <= allowed or (self.lost and math.isnan(shown)):
+        if abs(shown - mean) <= max(allowed, 0.5 * 10.0**-decimals) or (self.lost and math.isnan(shown)):
             return ""
         both = self.weight + self.lost_weight
         faults = {

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def unknown_monitors(
-    asked: Sequence[tuple[str, str]], known: Mapping[str, Iterable[str]], phase: str = "train"
+    asked: Sequence[tuple[str, str]],
+    known: Mapping[str, Iterable[str]],
+    phase: str = "train",
+    absent: Iterable[str] = (),
 ) -> list[Finding]:
     """Return one finding per key that is asked for and was not logged, with the nearest name.
 
@@ -23,6 +26,7 @@ def unknown_monitors(
         asked: who asks for which key, e.g. `("EarlyStopping", "val/loss")`.
         known: phase to the names that it has logged so far.
         phase: phase in which this is found, for the finding.
+        absent: phases that the run does not have: nothing will be logged in them.
 
     Example:
         >>> found = unknown_monitors([("EarlyStopping", "val_los")], {"train": ["loss"], "val": ["val_loss"]})
@@ -32,6 +36,7 @@ def unknown_monitors(
     logged = {names.phase(each): list(given) for each, given in known.items()}
     everything = [name for given in logged.values() for name in given]
     seen = {names.split(name).phase or each for each, given in logged.items() for name in given}
+    seen |= set(map(names.phase, absent))
     found = []
     for who, key in asked:
         needed = {names.split(key).phase} - {""} or {"train", "val"}

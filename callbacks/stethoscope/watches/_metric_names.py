@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
+from collections import Counter
+from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,7 +31,8 @@ _TOKEN = re.compile(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*|\d+")
 
 _COUNTED = re.compile(
     r"lrs?|times?|timing|runtime|seconds?|secs?|speed|throughput|memory|mem|vram|gpu|cpu|counts?|num|denom|numerator|"
-    r"denominator|flops?|flos|samples|tokens|utts|frames|eta|elapsed|iters?|iterations?|epochs|momentum"
+    r"denominator|flops?|flos|samples|tokens|utts|frames|eta|elapsed|iters?|iterations?|epochs|momentum|wd|decay|dropout|"
+    r"temperature|progress|skipped"
 )
 _COUNTED_PAIR = re.compile(
     r"(learning_rate|(grad|gradient)_norm|batch_size|per_(second|sec)|(global|optimizer)_steps?|current_epoch|"
@@ -82,7 +84,7 @@ def tokens(name: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def bookkeeping(name: str) -> bool:
-    """Whether a name stands for a count, a time, a speed, memory or a rate of learning: no result of the model.
+    """Whether a name stands for a count, a time, a speed, memory or a setting of training: no result of the model.
 
     Example:
         >>> [name for name in ("lr-AdamW", "val_wer_num", "grad_norm", "per_second", "loss") if bookkeeping(name)]
@@ -119,10 +121,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the name in `known` that was most likely meant, None if none is near.
 
     In this order: a synonym, the same words in another order or case, a spelling at least 0.7 alike (the ratio of
-    `difflib`: twice the matching characters over all characters; one typing error in four letters is 0.75).
+    `difflib`: twice the matching characters over all characters; one typing error in four letters is 0.75) in what
+    the two names do not have in common, with the same numbers: `g_loss` and `d_loss`, `top1` and `top5` are two things.
 
     Example:
-        >>> nearest("th_acuracy", ["loss", "th_accuracy"]), nearest("bleu", ["loss"])
+        >>> nearest("th_acuracy", ["loss", "th_accuracy"]), nearest("g_loss", ["d_loss"])
         ('th_accuracy', None)
     """
     by_bare = {split(other).bare: other for other in known if other != name}
@@ -134,5 +137,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     for other, full in by_bare.items():
         if sorted(tokens(other)) == words:
             return full
-    close = get_close_matches(bare, by_bare, n=1, cutoff=0.7)
-    return by_bare[close[0]] if close else None
+    alike = {full: max(_alike(bare, other), _alike(name, full)) for other, full in by_bare.items()}
+    best = max(alike, key=alike.__getitem__, default=None)
+    return best if best is not None and alike[best] >= 0.7 else None
+
+
+def _alike(one: str, other: str) -> float:
+    """Return how alike two spellings are where they differ, 0 to 1."""
+    if re.findall(r"\d+", one) != re.findall(r"\d+", other):
+        return 0.0
+    words = Counter(tokens(one)), Counter(tokens(other))
+    left, right = ("_".join((words[i] - words[1 - i]).elements()) for i in (0, 1))
+    return SequenceMatcher(None, left, right).ratio()

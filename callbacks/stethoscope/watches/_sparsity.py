@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite
@@ -12,7 +13,7 @@ from stethoscope._schedule import Schedule, judge
 from stethoscope.probes import Density
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Record
@@ -35,7 +36,8 @@ class Sparsity:
     known. `sparsity-missed` when the last action of the schedule should have removed half of what it is to remove in the
     end and the density has never been below 0.99, or when the schedule is complete and a matrix is 0.05 or more above its
     target. `sparsity-lost` when a matrix that was sparse (density below 0.9) has shown no such density for two intervals;
-    without a schedule, for twice the longest pause so far and at least 200 steps. Between the interval steps of a
+    without a schedule, for twice the longest pause so far and at least 200 steps. `watch-starved` when a pattern of `target`
+    matches no matrix. Between the interval steps of a
     sparsifier an optimizer refills the zeros within one step: this saw-tooth is no loss.
     **Cost:** host, O(matrices). **Needs:** `Density` at every step; call `monitor.step()` after the sparsifier.
 
@@ -77,7 +79,15 @@ class Sparsity:
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"planned": False, "missed": False, "complete": False, "matrices": {}, "before": None, "told": False}
+        return {
+            "planned": False,
+            "missed": False,
+            "complete": False,
+            "matrices": {},
+            "before": None,
+            "told": False,
+            "unmatched": False,
+        }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the densities of one step."""
@@ -106,6 +116,8 @@ class Sparsity:
                         lost[record.module] = float(record.value)
         if lost and step is not None:
             found.append(_lost(lost, state["matrices"], step))
+        if step is not None and not state["unmatched"]:
+            found += self._unmatched(state, step)
         if step is not None and self.schedule is not None:
             found += self._against_schedule(state, self.schedule, step)
         return state, found
@@ -166,6 +178,25 @@ class Sparsity:
                     "weights": weights,
                     "kept": round(kept),
                 },
+            )
+        ]
+
+    def _unmatched(self, state: State, step: int) -> list[Finding]:
+        """A target for a matrix that does not exist is judged by nobody."""
+        state["unmatched"] = True
+        names = list(state["matrices"])
+        patterns = list(self.target) if isinstance(self.target, Mapping) else []
+        idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+        if not idle:
+            return []
+        return [
+            Finding(
+                "watch-starved",
+                "warning",
+                f"Sparsity has a target for {', '.join(map(repr, idle))}, which matches none of the {len(names)} weight matrices.",
+                f"Targets go by parameter name: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}.",
+                step=step,
+                evidence={"patterns": idle},
             )
         ]
 

@@ -82,7 +82,8 @@ def causality(
     runs = Runs(subject, budget)
     distinct = modes if subject.module is not None else modes[:1]
     try:
-        with runs.guard():
+        # Under inference mode there are no gradients to ask, and torch does not count the writes into a tensor.
+        with torch.inference_mode(mode=False), runs.guard():
             with runs.mode(distinct[0]):
                 setup = plan(runs, inputs, out_time_axis, output)
             per_mode = _examined(runs, setup, distinct, allowed, budget)
@@ -143,6 +144,8 @@ def _inputs(x: Any, time_axis: int, lengths: Tensor | None) -> Inputs:
             f"x has shape {tuple(first.shape)}, {first.size(time_axis)} steps along axis {time_axis}: too few to tell past from future. "
             "Give at least 4, and more than the receptive field; or is time_axis another one?"
         )
+    if not first.numel():
+        raise ValueError(f"x has shape {tuple(first.shape)}: it holds nothing.")
     inputs = Inputs(args, time_axis, lengths)
     for i in inputs.timed:
         tensor = args[i]
@@ -155,10 +158,11 @@ def _inputs(x: Any, time_axis: int, lengths: Tensor | None) -> Inputs:
     if lengths is not None and (
         not isinstance(lengths, Tensor)
         or lengths.dim() != 1
+        or (first.dim() > 1 and len(lengths) != first.size(1 if time_axis % first.dim() == 0 else 0))
         or int(lengths.min()) < 1
         or int(lengths.max()) > first.size(time_axis)
     ):
         raise ValueError(
-            f"`lengths` must be a (batch,) tensor of steps from 1 to {first.size(time_axis)}, got {lengths}."
+            f"`lengths` must be a (batch,) tensor of steps from 1 to {first.size(time_axis)}, one for each item of x of shape {tuple(first.shape)}, got {lengths}."
         )
     return inputs

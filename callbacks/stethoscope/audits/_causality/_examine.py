@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stethoscope.audits._causality._accuse import accuse
 from stethoscope.audits._causality._opinions import disagreements, gradient_leaks, nan_leaks
-from stethoscope.audits._causality._perturb import TOLERANCES, Moved, Scan, changes
+from stethoscope.audits._causality._perturb import TOLERANCES, Moved, Scan, changes, measured
 from stethoscope.audits._causality._repeat import BudgetError, Narrow, Runs
 from stethoscope.audits._causality._report import ModeVerdict
 
@@ -142,9 +142,9 @@ class Examiner:
                     continue
                 change = changes(scan.base[track.slot], other[track.slot], track)
                 rest = torch.cat([change[:item], change[item + 1 :]])
-                largest = float(change.max())
-                if 0 < largest < inf and float(rest.max()) > scan.tolerance * largest:
-                    return Moved(item, kind, size=float(rest.max()) / largest, slot=track.slot)
+                largest = float(measured(change).max())
+                if float(rest.max()) > scan.tolerance * largest:
+                    return Moved(item, kind, slot=track.slot)
         return None
 
     def _padding_leak(self, scan: Scan) -> bool | None:
@@ -165,7 +165,7 @@ class Examiner:
             # What a window reaches beyond the end by right is not a leak.
             valid = [max(0, ceil((int(n) - self.allowed) / track.hop)) for n in lengths]
             early = max((float(row[:n].max()) for row, n in zip(change, valid, strict=True) if n), default=0.0)
-            if early > scan.tolerance * max(float(change.max()), _size(base[track.slot])):
+            if early > scan.tolerance * max(float(measured(change).max()), _size(base[track.slot])):
                 return True
         return False
 
@@ -190,13 +190,12 @@ class Examiner:
 
 def _where(scan: Scan, allowed: int) -> str:
     """Where outputs look ahead, judged by which perturbed steps moved an earlier output."""
-    leaks = {m.start: False for m in scan.seen if m.ahead > -inf}
-    for moved in scan.seen:
-        if moved.ahead > allowed:
-            leaks[moved.start] = True
-    bad = [start for start, leak in leaks.items() if leak]
-    # Steps too near to the start to look ahead by more than allowed say nothing.
-    good = [start for start, leak in leaks.items() if not leak and start > allowed]
+    seen = [moved for moved in scan.seen if moved.ahead > -inf]
+    bad = {moved.start for moved in seen if moved.ahead > allowed}
+    # Steps too near to the start to look ahead by more than allowed say nothing, nor do perturbations of a kind that no
+    # step shows a leak for: a gate may open for loud ones only.
+    kinds = {moved.kind for moved in seen if moved.ahead > allowed}
+    good = {moved.start for moved in seen if moved.kind in kinds and moved.start > allowed} - bad
     if not bad:
         return "nowhere"
     if not good:

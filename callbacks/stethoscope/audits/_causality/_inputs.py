@@ -181,7 +181,7 @@ class Inputs:
 
 def _moved(span: Tensor, noise: Tensor, kind: str, level: Tensor | float) -> Tensor:
     if isinstance(level, Tensor):
-        place = torch.searchsorted(level, span.contiguous())
+        place = torch.searchsorted(level.long(), span.long().contiguous())  # for booleans, too
         return level[(place + 1 + (noise.abs() * 1e3).long() % (len(level) - 1)) % len(level)]
     if kind == "silent":
         return torch.zeros_like(span)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+_UNSET = ("empty", "new_empty")
+"""Operations that return whatever was in memory: it differs from run to run and says nothing."""
 
 
 class Line(NamedTuple):
@@ -81,7 +83,7 @@ class Operations(TorchFunctionMode):
             made = args[0] if name == "__setitem__" else result
             looked = {}
             number = len(self.seen)
-            for path, tensor in tensors(made):
+            for path, tensor in tensors(made) if not name.startswith(_UNSET) else ():
                 slot = Slot(name, number, "out", path)
                 looked[slot] = self._look(slot, tensor)
             if looked:

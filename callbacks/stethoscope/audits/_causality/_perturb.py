@@ -105,9 +105,9 @@ class Scan:
                 continue
             base = self.base[track.slot]
             change = changes(base, other[track.slot], track)
-            largest = change.amax(dim=1, keepdim=True)
+            largest = measured(change).amax(dim=1, keepdim=True)
             rounding = 16 * torch.finfo(base.dtype).eps * _absmax(base)
-            above = (change > (self.tolerance * largest).clamp(min=rounding)) & (largest > 0)
+            above = change > (self.tolerance * largest).clamp(min=rounding)
             exact = max(exact, start - _first(change > 0, track))
             if not bool(above.any()):
                 continue
@@ -115,13 +115,13 @@ class Scan:
             first = _first(above, track)
             if start - first > best.ahead:
                 early = change[:, : max(0, -floor(-start / track.hop))]
-                relative = (early / largest.clamp(min=1e-300)).nan_to_num(0.0, posinf=0.0)
+                relative = (early / largest.clamp(min=1e-300)).clamp(max=1.0)
                 best = replace(
                     best,
                     ahead=start - first,
                     first=int(first),
                     size=float(relative.max()) if early.numel() else 0.0,
-                    output_size=float(early.max()) / (_rms(base) or 1.0) if early.numel() else 0.0,
+                    output_size=float(measured(early).max()) / (_rms(base) or 1.0) if early.numel() else 0.0,
                     slot=track.slot,
                     moved=tuple(above.any(dim=0).tolist()),
                 )
@@ -210,6 +210,11 @@ def changes(base: Tensor, other: Tensor, track: Track) -> Tensor:
         return change.reshape(len(change), -1).amax(dim=1)[None] if change.dim() > 1 else change[None]
     batch = track.batch + 1 if track.batch < track.axis else track.batch
     return change.movedim(batch, 0).reshape(change.size(batch), change.size(0), -1).amax(dim=2)
+
+
+def measured(change: Tensor) -> Tensor:
+    """Changes that are a measure for others: a number that turned into NaN or Inf, or back, has moved, but is none."""
+    return change.nan_to_num(posinf=0.0)
 
 
 def _first(moved: Tensor, track: Track) -> float:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,12 +106,17 @@ class Runs:
         self.subject = subject
         self.limit = limit
         self.passes = 0
+        self._wide = False
         self._modules = list(subject.module.modules()) if subject.module is not None else []
         # Flags, and what modules keep between calls: caches, hidden states, counters.
         self._attributes = [dict(module.__dict__) for module in self._modules]
         self._buffers = [(module, dict(module._buffers)) for module in self._modules]  # noqa: SLF001
         if any(nn.parameter.is_lazy(tensor) for tensor in self._tensors()):
             raise ValueError("The model has lazy parameters without a shape yet. Call it once on x before the audit.")
+        if any(tensor.is_inference() for tensor in self._tensors()):
+            raise ValueError(
+                "The model was made in torch.inference_mode(), which forbids to set it back. Make it outside."
+            )
         self._values = [_Value(tensor) for tensor in self._tensors()]
         self._random = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002  # the legacy generator is the one that models draw from
@@ -129,7 +136,7 @@ class Runs:
         self._restore_tensors(thorough=False)
         if fresh:
             self._restore_random()
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), _Widening() if self._wide else nullcontext():
             return self.subject.call(*arguments)
 
     @property
@@ -158,7 +165,10 @@ class Runs:
 
     @contextmanager
     def wide(self) -> Iterator[None]:
-        """Compute in float64: parameters, buffers and tensor attributes are swapped, not written, and swapped back."""
+        """Compute in float64: parameters, buffers and tensor attributes are swapped, not written, and swapped back.
+
+        What a function made itself, or holds beside any module, is widened where it is used.
+        """
         kept: list[tuple[Any, dict[str, Tensor]]] = []
         flat: list[tuple[nn.RNNBase, list[Any]]] = []
         values, buffers = self._values, self._buffers
@@ -175,8 +185,10 @@ class Runs:
                     module._flat_weights = [module._parameters[name] for name in names]  # noqa: SLF001
             self._buffers = [(module, dict(module._buffers)) for module in self._modules]  # noqa: SLF001
             self._values = [_Value(tensor) for tensor in self._tensors()]
+            self._wide = True
             yield
         finally:
+            self._wide = False
             for members, narrow in kept:
                 members.update(narrow)
             for module, weights in flat:
@@ -221,6 +233,33 @@ class _Value:
             with torch.no_grad():
                 self._tensor.copy_(self._kept)
             self._version = self._tensor._version  # noqa: SLF001
+
+
+class _Widening(TorchFunctionMode):
+    """Gives every operation float64 for shorter numbers, except for what it writes into.
+
+    A constant that no module owns would otherwise keep its float32, and `rfft(constant)` its rounding, which a float64
+    run takes for a leak. What operations make is widened at once, so that nothing short is there to be written into.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation on wide arguments and widen what it made."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # an attribute such as .data or .dtype: nothing is computed
+            return func(*args, **kwargs)
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
+            return func(*args[:1], *_widened(args[1:]), **_widened(kwargs))
+        if kwargs.get("out") is not None:
+            return func(*_widened(args), **{k: v if k == "out" else _widened(v) for k, v in kwargs.items()})
+        return _widened(func(*_widened(args), **_widened(kwargs)))
+
+
+def _widened(value: Any) -> Any:
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.to(_WIDE[tensor.dtype]) if tensor.dtype in _WIDE else tensor
+
+    return tree_map_only(Tensor, wide, value)
 
 
 class Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

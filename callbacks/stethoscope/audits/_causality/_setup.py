@@ -83,11 +83,12 @@ def plan(runs: Runs, inputs: Inputs, out_time_axis: int | None, output: Any) -> 
         return pick(runs(other.call()))
 
     try:
-        full = shapes(run(inputs))
+        whole = runs(inputs.call())
     except REFUSALS as error:
         raise ValueError(
             f"The model fails on x of shape {shape}: {type(error).__name__}: {error}. Where x is shorter than the receptive field, give a longer one."
         ) from error
+    full = shapes(pick(whole))
     refused: list[str] = []
     second = second_length(inputs, run, full, refused=refused)
     inputs, wider = _with_batch(inputs, run, full)

@@ -80,8 +80,8 @@ def reason(module: nn.Module | None, *, whole: bool, ahead: int, statistic: str 
             "Compute each output step from inputs up to that step only.",
         )
     return Reason(
-        f"reads {ahead} steps ahead: padding on both sides, a shift, or a block",
-        "Pad on the left only, or declare the latency: allowed=.",
+        f"reads {ahead} steps ahead: padding on both sides, a shift, a block, or a backward direction that soon forgets",
+        "Pad on the left only, run recurrent layers forward only, or declare the latency: allowed=.",
     )
 
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from stethoscope import audits
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
+
+
+class Offset(nn.Module):
+    """Loses its digits in the second module: nearly equal numbers on an offset."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+        self.first.bias.data.fill_(100.0)
+        self.first.weight.data *= 0.1
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reference", ["float64", torch.float32])
+def test_a_healthy_model_loses_little(dtype, reference):
+    model, x = net(), torch.randn(6, 8)
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        report = audits.precision(model, x, reference=reference)
+    assert report.ok
+    assert report.module is None
+    assert [each.module for each in report.modules] == ["0", "1", "2", "3", "4", ""]
+    assert all(each.error < report.tolerance for each in report.modules)
+    assert report.finite_rms[0] == pytest.approx(1e-6)
+    assert "headroom" in str(report)
+    assert model.training
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_module_that_loses_the_digits_is_named():
+    torch.manual_seed(0)
+    model = Offset().bfloat16()
+    report = audits.precision(model, torch.randn(6, 8, dtype=torch.bfloat16))
+    assert report.module == "norm"
+    assert report.findings[0].code == "precision-loss"
+    by_name = {each.module: each for each in report.modules}
+    assert by_name["first"].error < 0.01 < by_name["norm"].error
+
+
+def test_an_operation_between_modules_is_its_parents():
+    class Between(Offset):
+        def forward(self, x):
+            x = self.first(x)
+            return self.last((x - x.mean(-1, keepdim=True)).clone())
+
+    torch.manual_seed(0)
+    report = audits.precision(Between().bfloat16(), torch.randn(6, 8, dtype=torch.bfloat16))
+    assert report.module == ""
+
+
+def test_little_headroom_is_told_before_there_is_an_inf():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    x = torch.randn(6, 8)
+    model[0].weight.data *= 50000 / float((x @ model[0].weight.detach().T).abs().max())
+    model[0].bias.data.zero_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        report = audits.precision(model, x)
+        louder = audits.precision(model, 20 * x)
+    assert "precision-headroom" in [each.code for each in report.findings]
+    assert report.modules[0].headroom_bits < 1
+    assert report.finite_rms[1] < 1e3
+    assert louder.module == "0"
+    assert math.isinf(louder.modules[0].error)
+    assert not louder.ok
+
+
+def test_two_models_are_compared_by_the_names_of_their_modules():
+    model = net().eval()
+    other = copy.deepcopy(model)
+    assert audits.precision(model, torch.randn(3, 8), reference=other).module is None
+    with torch.no_grad():
+        other[4].weight += 1
+    report = audits.precision(model, torch.randn(3, 8), reference=other)
+    assert report.module == "4"
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match="Module"):
+        audits.precision(torch.sum, torch.ones(2))
+    with pytest.raises(ValueError, match="float64"):
+        audits.precision(net(), torch.ones(2, 8), reference="int8")
