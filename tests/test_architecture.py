@@ -19,11 +19,12 @@ LAYERS = {
     "_record.py": set(),
     "_protocols.py": {"_record"},
     "_tree.py": set(),
+    "_aside.py": set(),
     "stats.py": set(),
     "_parts.py": {"_record"},
     "_metrics.py": set(),
     "_transfer.py": {"_protocols", "_record"},
-    "probes": {"", "_protocols", "_record", "_density", "_tree", "stats", "separation_stats"},
+    "probes": {"", "_aside", "_protocols", "_record", "_density", "_tree", "stats", "separation_stats"},
     "watches": {
         "",
         "_metrics",

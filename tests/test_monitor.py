@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from stethoscope import Finding, Monitor, Record, Report, presets, probes, sinks, watches
+from stethoscope import Finding, Monitor, Record, Report, audits, presets, probes, sinks, watches
 from stethoscope.testing import replay, series
 
 
@@ -303,6 +303,24 @@ def test_close_twice_and_step_after_close():
     monitor.close()
     with pytest.raises(RuntimeError, match="closed"):
         monitor.step()
+
+
+def test_passes_of_audits_are_not_read_and_their_findings_are_delivered():
+    seen = {}
+    for audited in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4))
+        x, memory = torch.randn(2, 4, 50), sinks.Memory()
+        with Monitor(model, **presets.full(), sinks=memory, every=1) as monitor:
+            if audited:
+                monitor.add(audits.causality(model, x))
+            loss = model(x).square().mean()
+            loss.backward()
+            monitor.step(loss=loss)
+        seen[audited] = [(r.name, r.module, r.step, r.value) for r in memory.records]
+        assert [f.code for f in memory.findings].count("causality-leak") == 2 * audited
+    assert any(name.startswith("input/") for name, *_ in seen[True])
+    assert seen[True] == seen[False]
 
 
 def test_two_monitors_on_one_model_and_a_model_without_modules_or_parameters():

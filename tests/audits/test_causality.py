@@ -144,6 +144,13 @@ def test_constants_beside_any_module_are_widened_for_the_decision_in_float64():
     assert (report.lookahead, report.per_mode["eval"].dtype) == (2, "float64")
 
 
+def test_a_rounding_behind_an_fft_convolution_makes_no_leak_of_a_last_bit():
+    x = noise(2, 4, 4000)
+    assert causality(lambda x: (100 * fft_convolution(x)).round(), x).ok
+    ahead = causality(lambda x: (100 * fft_convolution(x).roll(-2, -1)).round(), x, modes="eval")
+    assert ahead.lookahead == 2
+
+
 def test_fft_convolution_before_a_norm_is_causal():
     class Model(nn.Module):
         def forward(self, x):

@@ -61,7 +61,7 @@ def test_a_sparsification_that_never_begins_is_found_before_the_run_and_at_its_e
     assert [(each.code, each.step) for each in findings] == [("schedule-unreachable", None), ("sparsity-missed", None)]
     assert "4.0 times as many" in findings[1].message
     assert [record.step for each in deliveries for record in each.records if record.name == "loss"] == list(range(8))
-    assert "schedule-unreachable before the first step" in result.output
+    assert "schedule-unreachable before the training" in result.output
 
 
 def test_the_planted_sparsifier_works_where_it_acts():
@@ -71,6 +71,17 @@ def test_the_planted_sparsifier_works_where_it_acts():
     assert not training.after[0]().ok
     training.sparsify(60)
     assert training.after[0]().ok
+
+
+def test_a_model_that_looks_further_ahead_than_it_promises_is_found_before_the_training(tmp_path):
+    result = demo("--steps", 8, "--fault", "causal", "--out", tmp_path / "demo")
+    assert result.exit_code == 1
+    deliveries = sinks.read(tmp_path / "demo")
+    assert [(each.code, each.module) for one in deliveries for each in one.findings] == [
+        ("causality-leak", "masker.norm")
+    ]
+    assert not [record for one in deliveries for record in one.records if record.name == "loss"]
+    assert "in masker.norm before the training" in result.output
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from stethoscope.audits import causality
 from stethoscope.cli._demo_model import FrameNorm, Separator, pit_loss, si_sdr_db
 
 
@@ -13,6 +14,13 @@ def test_without_eps_a_silent_frame_is_divided_by_zero(eps, finite):
     x = torch.randn(2, 4, 5)
     x[1, :, 3] = 0
     assert FrameNorm(4, eps)(x).isfinite().all() == finite
+
+
+def test_the_separator_looks_ahead_as_far_as_it_says_unless_its_norm_spans_the_recording():
+    model, x = Separator(dilations=(1, 3)), torch.randn(2, 400)
+    assert causality(model, x, modes="eval").lookahead == model.lookahead == 47
+    model.masker.norm.over = (1, 2)
+    assert causality(model, x, allowed=model.lookahead, modes="eval").culprit == "masker.norm"
 
 
 def test_si_sdr_ignores_scale_and_counts_what_is_orthogonal():

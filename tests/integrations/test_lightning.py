@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stethoscope import presets, probes, sinks, watches
+from stethoscope import audits, presets, probes, sinks, watches
 from stethoscope._protocols import Probe, Sink, Watch
 from stethoscope._record import FindingsError
 from stethoscope.integrations.lightning import MonitorCallback
@@ -113,6 +113,31 @@ def test_one_batch_is_one_step_with_its_loss_and_learning_rate():
     assert [r.value for r in steps if r.name == "plan/steps"] == [8.0]
     activations = {r.step for r in memory.records if r.name == "activation/rms" and r.module == "layers.0"}
     assert activations == {0, 2, 4, 6}
+
+
+def test_an_audit_at_the_start_of_the_fit_reaches_the_sinks_and_no_record():
+    class Audited(Net):
+        audited = True
+
+        def on_fit_start(self):
+            x = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0))
+            if self.audited:
+                callback.monitor.add(audits.causality(lambda x: self.layers(x.flip(1)), x, time_axis=1))
+
+    found = {}
+    for audited in (True, False):
+        torch.manual_seed(0)
+        model, memory = Audited(), sinks.Memory()
+        model.audited = audited
+        callback = MonitorCallback(sinks=memory, every=1)
+        fit(model, callback)
+        codes = [(finding.code, finding.phase) for finding in memory.findings if finding.code == "causality-leak"]
+        assert codes == ([("causality-leak", "eval"), ("causality-leak", "train")] if audited else [])
+        found[audited] = [
+            (r.name, r.module, r.step, r.value) for r in memory.records if r.name.startswith("activation")
+        ]
+    assert found[True] == found[False]
+    assert found[True]
 
 
 def test_accumulated_batches_are_one_step_and_the_loss_is_the_mean_of_what_training_step_returned():

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from stethoscope._aside import aside
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -32,7 +34,7 @@ def untouched(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
     Put back: parameters, buffers, gradients and training flags of modules, whatever has `state_dict` and
     `load_state_dict` (optimizers, schedulers, scalers), and the random states of Python, NumPy and torch. Not put back:
     plain Python attributes, files, and what cannot be reached through closures, bound objects, defaults, `partial` and
-    globals that the functions name. Costs one copy of the weights.
+    globals that the functions name. A monitor does not read these calls. Costs one copy of the weights.
     """
     reached = list(_reached(functions))
     modules = {id(module): module for thing in reached if isinstance(thing, nn.Module) for module in thing.modules()}
@@ -51,7 +53,8 @@ def untouched(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     inner = {id(child) for module in modules.values() for child in module.children()}
     try:
-        yield [module for name, module in modules.items() if name not in inner]
+        with aside():
+            yield [module for name, module in modules.items() if name not in inner]
     finally:
         with torch.no_grad():
             # by way of .data: a graph that the caller still holds must not see a change

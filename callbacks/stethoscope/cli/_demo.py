@@ -37,7 +37,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder of the run. If it holds something, OUT-2, OUT-3 ... is taken.")
     ] = Path("runs/demo"),
-    fault: Annotated[str, typer.Option(help="Plant a real mistake and see it found: nan or sparsity.")] = "",
+    fault: Annotated[str, typer.Option(help="Plant a real mistake and see it found: nan, causal, sparsity.")] = "",
     wandb: Annotated[
         bool, typer.Option("--wandb", help="Write a W&B run as well, offline, into the same folder.")
     ] = False,
@@ -48,7 +48,8 @@ def demo(
     """
     from rich.console import Console
 
-    from stethoscope import Monitor, presets, sinks
+    from stethoscope import Monitor, audits, presets, sinks
+    from stethoscope.cli._demo_audio import SAMPLE_RATE
     from stethoscope.cli._demo_faults import FAULTS
     from stethoscope.cli._layers import Layers
 
@@ -85,6 +86,12 @@ def demo(
         gains: list[float] = []
         try:
             with _findings_once(), monitor:
+                example, promised = validation.mixture[:2, : SAMPLE_RATE // 2], training.model.lookahead
+                monitor.add(
+                    audits.causality(
+                        training.model, example, allowed=promised, modes=("eval",), sample_rate=SAMPLE_RATE
+                    )
+                )
                 for audit in training.before:
                     monitor.add(audit())
                 _train(training, validation, monitor, console, gains)
@@ -93,8 +100,8 @@ def demo(
         except _Stop:
             console.print("The demo stops here: after an error, the rest of the training tells nothing new.")
 
-    console.print(layers.table())
-    if gains:
+    if gains:  # the training has begun
+        console.print(layers.table())
         console.print(
             f"SI-SDR improvement on held-out mixtures: {gains[0]:.1f} dB untrained, {gains[-1]:.1f} dB at the end"
         )
@@ -104,7 +111,7 @@ def demo(
         first = serious[0]
         again = f"stethoscope demo --steps {steps} --every {every} --seed {seed}{f' --fault {fault}' if fault else ''}"
         where = f" in {first.module}" if first.module else ""
-        when = "before the first step" if first.step is None else f"at step {first.step}"
+        when = "before the training" if first.step is None else f"at step {first.step}"
         console.print(f"[bold red]Found[/] {first.code}{where} {when}. To see it again:", soft_wrap=True)
         console.print(f"  {again}", soft_wrap=True, markup=False)
         raise typer.Exit(1)

@@ -90,6 +90,11 @@ def _sparsity(training: Training) -> None:
 
 _KEPT = 0.25
 
+
+def _causal(training: Training) -> None:
+    training.model.masker.norm.over = (1, 2)
+
+
 FAULTS = {
     "nan": Fault(
         "masker.norm divides by the standard deviation of a frame without eps, and after two thirds of the training a "
@@ -100,5 +105,10 @@ FAULTS = {
         "masker.mask is to keep a quarter of its weights, but the sparsification starts after twice as many steps as the "
         "training makes.",
         _sparsity,
+    ),
+    "causal": Fault(
+        "the model promises to look ahead by no more than 123 ms, but masker.norm takes mean and variance over the "
+        "whole recording.",
+        _causal,
     ),
 }

@@ -12,6 +12,8 @@ class FrameNorm(nn.Module):
     Args:
         channels: of the input `(batch, channels, frames)`.
         eps: added to the variance; 0 divides a silent frame by zero.
+
+    `over` is what mean and variance are taken over: (1,), the channels; with (1, 2) they would be of the whole recording.
     """
 
     def __init__(self, channels: int, eps: float = 1e-8) -> None:
@@ -19,11 +21,12 @@ class FrameNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(channels, 1))
         self.bias = nn.Parameter(torch.zeros(channels, 1))
         self.eps = eps
+        self.over: tuple[int, ...] = (1,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the same shape."""
-        centred = x - x.mean(1, keepdim=True)
-        variance = centred.square().mean(1, keepdim=True)
+        centred = x - x.mean(self.over, keepdim=True)
+        variance = centred.square().mean(self.over, keepdim=True)
         return self.gain * centred / (variance + self.eps).sqrt() + self.bias
 
 
@@ -61,11 +64,12 @@ class Masker(nn.Module):
 class Separator(nn.Module):
     """Learned encoder, masker, decoder: mixtures `(batch, samples)` to talkers `(batch, 2, samples)`.
 
-    The number of samples is a multiple of the hop, 8 samples or 1 ms. Looks 121 ms to each side.
+    The number of samples is a multiple of the hop, 8 samples or 1 ms. Looks `lookahead` samples ahead, 123 ms.
     """
 
     def __init__(self, filters: int = 64, dilations: tuple[int, ...] = (1, 3, 9, 27, 81)) -> None:
         super().__init__()
+        self.lookahead = 8 * sum(dilations) + 15
         self.encoder = nn.Sequential(nn.Conv1d(1, filters, 16, 8, padding=8, bias=False), nn.ReLU())
         self.masker = Masker(filters, dilations)
         self.decoder = nn.ConvTranspose1d(filters, 1, 16, 8, padding=8, bias=False)

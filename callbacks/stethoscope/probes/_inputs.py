@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stethoscope._aside import is_aside
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._tree import tensors
 from stethoscope.probes._hook import Hook, takes_hooks
@@ -72,7 +73,7 @@ class _Before(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.owner.armed or get_ident() != self.owner.thread:
+        if not self.owner.armed or get_ident() != self.owner.thread or is_aside():
             return
         try:
             self.owner.take([*tensors(args), *tensors(kwargs)])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stethoscope._aside import aside
 from stethoscope.audits._causality._examine import Examiner
 from stethoscope.audits._causality._inputs import Inputs
 from stethoscope.audits._causality._repeat import BudgetError, Runs, resolve
@@ -83,7 +84,7 @@ def causality(
     distinct = modes if subject.module is not None else modes[:1]
     try:
         # Under inference mode there are no gradients to ask, and torch does not count the writes into a tensor.
-        with torch.inference_mode(mode=False), runs.guard():
+        with aside(), torch.inference_mode(mode=False), runs.guard():
             with runs.mode(distinct[0]):
                 setup = plan(runs, inputs, out_time_axis, output)
             per_mode = _examined(runs, setup, distinct, allowed, budget)

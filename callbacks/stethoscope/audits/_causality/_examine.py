@@ -43,7 +43,9 @@ class Examiner:
         reach = max((moved.ahead for moved in scan.seen), default=-inf)
         exact = max((moved.exact for moved in scan.seen), default=-inf)
         short = dtype in (torch.float16, torch.bfloat16)
-        if (exact <= max(reach, self.allowed) and not short) or dtype in (torch.float64, torch.complex128):
+        if dtype in (torch.float64, torch.complex128):
+            return self._verdict(scan, ())
+        if exact <= max(reach, self.allowed) and not short and (reach <= self.allowed or self._confirmed(scan)):
             return self._verdict(scan, ())
         verdict = self._verdict_in_float64() if self.runs.widens and self.runs.left >= _AGAIN else None
         if verdict is not None:
@@ -55,19 +57,37 @@ class Examiner:
         note = f"Changes near rounding were seen; they could not be looked at in float64, so up to {scan.tolerance:.0e} of the largest change counts as rounding."
         return self._verdict(scan, (note,))
 
+    def _confirmed(self, scan: Scan) -> bool:
+        """Whether the furthest leak is there in float64, too: a rounding or a comparison makes much of a last bit."""
+        best = scan.furthest()
+        if best is None or not self.runs.widens or self.runs.left < 2 * _AGAIN:
+            return True
+        with self.runs.wide():
+            wide = self.setup.wide()
+            base = self._base_in_float64(wide)
+            if base is None:
+                return True
+            again = Scan(self.runs, wide.inputs, wide.tracks, base, TOLERANCES[torch.float64], wide.pick)
+            return again.look(best.start, best.kind).ahead >= best.ahead
+
     def _verdict_in_float64(self) -> ModeVerdict | None:
         """The verdict with everything in float64; None where the model insists on less."""
         with self.runs.wide():
             wide = self.setup.wide()
-            try:
-                with Narrow() as narrow:
-                    base = wide.outputs(self.runs)
-            except (RuntimeError, TypeError, ValueError):
-                return None
-            if narrow.seen or not all(t.dtype in (torch.float64, torch.complex128) for t in base.values()):
+            base = self._base_in_float64(wide)
+            if base is None:
                 return None
             scan = self._scanned(wide, base, TOLERANCES[torch.float64])
             return self._verdict(scan, ("Decided in float64: changes near rounding were seen.",))
+
+    def _base_in_float64(self, wide: Plan) -> dict[str, Tensor] | None:
+        try:
+            with Narrow() as narrow:
+                base = wide.outputs(self.runs)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        whole = all(tensor.dtype in (torch.float64, torch.complex128) for tensor in base.values())
+        return base if whole and not narrow.seen else None
 
     def _scanned(self, setup: Plan, base: dict[str, Tensor], tolerance: float) -> Scan:
         scan = Scan(self.runs, setup.inputs, setup.tracks, base, tolerance, setup.pick)
