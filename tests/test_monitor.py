@@ -561,3 +561,55 @@ def test_process_wide_settings_of_torch_do_not_matter(setting):
     assert not memory.findings
     assert {r.step for r in memory.records if r.name == "activation/rms"} == {0, 2}
     assert [r.value for r in memory.records if r.name == "loss"] == [1.0] * 4
+
+
+def test_a_monitor_that_was_never_given_a_step_says_so():
+    model = nn.Linear(2, 1)
+    with Monitor(model, watches=[watches.NonFinite()]) as monitor:
+        model(torch.ones(3, 2)).sum().backward()
+    (finding,) = monitor.findings
+    assert finding.severity == "warning"
+    assert "monitor.step(loss=loss)" in finding.advice
+    with pytest.raises(KeyError), Monitor(model) as monitor:
+        raise KeyError
+    assert monitor.findings == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda monitor: monitor.step(loss=1.0),
+        lambda monitor: monitor.log({"a": 1.0}),
+        lambda monitor: monitor.phase("val").__enter__(),
+        lambda monitor: monitor.add(Finding("output-silent", "error", "Silent.", "Listen.")),
+    ],
+)
+def test_what_is_given_to_a_closed_monitor_is_refused_and_not_lost_in_silence(call):
+    monitor = Monitor(nn.Linear(2, 1))
+    monitor.close()
+    monitor.close()
+    with pytest.raises(RuntimeError, match="Create a new one"):
+        call(monitor)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"version": 1, "step": 3}, {"version": 2, "step": 3}])
+def test_a_state_that_is_none_is_refused_and_changes_nothing(state):
+    monitor = Monitor(nn.Linear(2, 1))
+    before = monitor.state_dict()
+    with pytest.raises(ValueError, match="Not a state"):
+        monitor.load_state_dict(state)
+    assert monitor.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"probes": probes.Activations()}, r"list such as \[Activations\(\)\]"),
+        ({"watches": watches.NonFinite()}, r"list such as \[NonFinite\(\)\]"),
+        ({"every": 2.5}, "an int"),
+        ({"every": "5"}, "an int"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused_with_what_to_write(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Monitor(nn.Linear(2, 1), **arguments)

@@ -99,6 +99,8 @@ class Monitor:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}.")
+        if not isinstance(every, int):
+            raise TypeError(f"every must be a number of steps, an int, got {describe(every)}.")
         if every < 1 or (planned_steps is not None and planned_steps < 1):
             raise ValueError(f"every and planned_steps must be at least 1, got every={every}, {planned_steps=}.")
         if overhead is not None:
@@ -116,6 +118,7 @@ class Monitor:
         self._planned = False  # whether the plan was recorded
         self._given: dict[str, Tensor] = {}
         self._closed = False
+        self._used = False  # whether anything was given to it
         self._notes = Notes(strict)
         self._transfer = Transfer()
         chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
@@ -177,8 +180,7 @@ class Monitor:
         Raises:
             RuntimeError: the monitor is closed.
         """
-        if self._closed:
-            raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
+        self._use()
         self.observe(batch, **{name: value for name, value in tensors.items() if not isinstance(value, Real)})
         step, given = self._step, self._given
         stamp = Record("", None, step, rank=self._run.rank, source="step")
@@ -218,7 +220,11 @@ class Monitor:
         Args:
             metrics: names to numbers, nested at will; tensors are read later, without waiting for the device.
             phase: e.g. `"train"`, `"val"`, `"test"`.
+
+        Raises:
+            RuntimeError: the monitor is closed.
         """
+        self._use()
         stamp = Record("", None, self._notes.step, phase=phase, rank=self._run.rank, source="log")
         ready: list[Record] = []
         by_kind: dict[str, dict[Key, Tensor]] = {}
@@ -241,7 +247,11 @@ class Monitor:
         """Record what runs inside under another phase: `with monitor.phase("val"): validate()`.
 
         Read once, at the end, and stamped with the last closed step.
+
+        Raises:
+            RuntimeError: the monitor is closed.
         """
+        self._use()
         outer, given = self._phase, self._given
         self._phase, self._given = name, {}
         self._probing.arm(self._step, name)
@@ -256,7 +266,12 @@ class Monitor:
         self._deliver([], parts)
 
     def add(self, found: Report | Finding) -> None:
-        """Send an audit's findings the way of all findings: to `findings`, `on_finding`, logging and sinks."""
+        """Send an audit's findings the way of all findings: to `findings`, `on_finding`, logging and sinks.
+
+        Raises:
+            RuntimeError: the monitor is closed.
+        """
+        self._use()
         self._notes.pending.extend(found.findings if isinstance(found, Report) else [found])
         self._deliver()
 
@@ -284,7 +299,22 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and not self._closed and not self._used:
+            self._notes.pending.append(
+                Finding(
+                    "probe-read-nothing",
+                    "warning",
+                    "Nothing was recorded: the monitor was closed before the first step() or log().",
+                    "Call monitor.step(loss=loss) in the loop, after optimizer.step().",
+                    evidence={"probe": "Monitor"},
+                )
+            )
         self.close()
+
+    def _use(self) -> None:
+        self._used = True
+        if self._closed:
+            raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
 
     def _new_guard(self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None) -> Guard:
         return Guard(
@@ -328,8 +358,10 @@ class Monitor:
         Raises:
             ValueError: not such a state.
         """
-        if state.get("version") != 1 or not isinstance(state.get("step"), int):
-            raise ValueError(f"Not a state of this version of Monitor: keys {sorted(state)}, version 1 expected.")
+        keys = sorted(state) if isinstance(state, Mapping) else None
+        wanted = ["diagnosis", "run", "step", "version", "watches"]
+        if keys is None or not set(wanted) <= set(keys) or state["version"] != 1 or not isinstance(state["step"], int):
+            raise ValueError(f"Not a state of this version of Monitor: keys {keys}, of version 1 are {wanted}.")
         step = state["step"]
         if step < self._step:
             self._notes.pending.append(

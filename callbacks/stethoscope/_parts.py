@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,14 @@ class Notes:
         self.said.add(failure)
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
+        first = "Check the path, its permissions and the space on the disk. " if isinstance(error, OSError) else ""
         self.pending.append(
             Finding(
                 "part-disabled",
                 severity_for(part),
                 f"The {role} {type(part).__name__} failed with {type(error).__name__}: {error}{where}. It is switched "
                 "off; the training and all other parts go on.",
-                "Read the traceback in this finding's evidence; Monitor(strict=True) raises it where it happens.",
+                f"{first}Read the traceback in this finding's evidence; Monitor(strict=True) raises it where it happens.",
                 self.step,
                 evidence={"part": type(part).__name__, "traceback": "".join(traceback.format_exception(error))},
             )
@@ -78,6 +80,8 @@ def check_parts(given: Sequence[Any], method: str, argument: str, example: str) 
     Raises:
         TypeError: one of them lacks the method, for instance because it is a class and not an object.
     """
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{argument} must be a list such as [{example}()], got {describe(given)} alone.")
     for part in given:
         if isinstance(part, type) or not callable(getattr(part, method, None)):
             hint = f" Write {part.__name__}() with parentheses." if isinstance(part, type) else ""

@@ -137,6 +137,20 @@ def nonfinite_level(low: Tensor, high: Tensor) -> Tensor:
     return (~(low.isfinite() & high.isfinite())).float() + (low.isnan() | high.isnan())
 
 
+def nonfinite_level_masked(high: Tensor) -> Tensor:
+    """Return `nonfinite_level` of values among which -Inf counts as finite, as in a mask, float32.
+
+    Args:
+        high: largest values, any shape; NaN where any value is NaN.
+
+    Example:
+        >>> nonfinite_level_masked(torch.tensor([0.0, -torch.inf, torch.inf, torch.nan])).tolist()
+        [0.0, 0.0, 1.0, 2.0]
+    """
+    high = high.clamp(min=0)
+    return nonfinite_level(high, high)
+
+
 def nonfinite_count(x: Tensor) -> Tensor:
     """Return the number of NaN and Inf values, int64, 0-d.
 

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from stethoscope import Monitor, sinks
-from stethoscope.probes import Activations
+from stethoscope.probes import Activations, Inputs, Parameters
+from stethoscope.sinks import Memory
 
 ALL = (
     "mean",
@@ -463,3 +465,67 @@ def test_half_precision_under_autocast_is_read(statistics):
         monitor.step()
     flags = [record for record in memory.records if record.name == "activation/nonfinite"]
     assert [record.module for record in flags] == ["0", "1", ""]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("statistics", [("nonfinite",), ("rms",)])
+def test_a_scripted_part_is_left_out_and_said(statistics):
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
+    model = nn.Sequential(scripted, nn.Linear(8, 1))
+    probe = Activations(statistics=statistics, every=1)
+    with Monitor(model, probes=[probe, Parameters(every=1), Inputs(every=1)], strict=True) as monitor:
+        monitor.step(loss=model(torch.randn(3, 4)).sum())
+    assert [(finding.severity, finding.module) for finding in monitor.findings] == [("info", "0")]
+    assert "ScriptModule" in monitor.findings[0].message
+    with Monitor(scripted, probes=[probe, Inputs(every=1)], strict=True) as monitor:
+        monitor.step(loss=scripted(torch.randn(3, 4)).sum())
+    assert {finding.code for finding in monitor.findings} == {"probe-read-nothing"}
+
+
+class Image(torch.Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.as_subclass(Image),
+        nn.Parameter,
+        lambda x: x.to_sparse(),
+        lambda x: torch.nested.nested_tensor([x, x[:2]]),
+        lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+        lambda x: x.to(torch.complex64),
+    ],
+    ids=["subclass", "parameter", "sparse", "nested", "jagged", "complex"],
+)
+def test_flags_survive_every_kind_of_tensor(make):
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            return self.inner(x), torch.full((2, 2), torch.nan)
+
+    model, memory = First(), Memory()
+    with Monitor(
+        model, probes=[Activations(statistics=("nonfinite",), every=1)], sinks=[memory], strict=True
+    ) as monitor:
+        model(make(torch.randn(3, 4)))
+        monitor.step()
+    assert {record.name: record.value for record in memory.records if record.source == "probe"}[
+        "activation/nonfinite.1"
+    ] == 2.0
+
+
+def test_flags_work_with_parametrized_weights():
+    model = nn.Sequential(weight_norm(nn.Linear(4, 4)), orthogonal(nn.Linear(4, 4)))
+    memory = Memory()
+    with Monitor(
+        model, probes=[Activations(statistics=("nonfinite",), every=1)], sinks=[memory], strict=True
+    ) as monitor:
+        model(torch.full((3, 4), torch.nan))
+        monitor.step()
+    bad = [record.module for record in memory.records if record.name == "activation/nonfinite"]
+    assert bad == ["0", "1", ""]

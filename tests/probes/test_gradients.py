@@ -103,3 +103,26 @@ def test_sparse_gradients_of_embeddings():
 def test_unknown_statistics_are_refused():
     with pytest.raises(ValueError, match="Known"):
         Gradients(("std",))
+
+
+def test_a_lazy_module_is_read_once_it_has_a_shape():
+    model, memory = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1)), sinks.Memory()
+    with Monitor(model, probes=[Gradients(every=1)], sinks=[memory], strict=True) as monitor:
+        for _ in range(2):
+            loss = model(torch.randn(5, 4)).square().mean()
+            loss.backward()
+            monitor.step(loss=loss)
+    norms = [(r.step, r.module) for r in memory.records if r.name == "gradient/norm"]
+    assert (0, "0.weight") not in norms
+    assert (1, "0.weight") in norms
+
+
+def test_a_model_that_moves_between_the_start_of_a_step_and_its_backward_is_read():
+    model, memory = nn.Linear(4, 1), sinks.Memory()
+    with Monitor(model, probes=[Gradients(every=1)], sinks=[memory], strict=True) as monitor:
+        for step in range(2):
+            model.to(torch.float64 if step else torch.float32)
+            model(torch.randn(5, 4, dtype=model.weight.dtype)).square().mean().backward()
+            monitor.step()
+    last = {r.module: r.value for r in memory.records if r.step == 1 and r.name == "gradient/norm"}
+    assert last["weight"] == pytest.approx(model.weight.grad.norm().item(), rel=1e-6)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from stethoscope import Monitor, sinks
-from stethoscope.probes import Parameters
+from stethoscope.probes import Gradients, Parameters
+from stethoscope.probes._parameters import KNOWN
 
 
 def run(model, steps, probe=None):
@@ -121,3 +122,32 @@ def test_complex_lazy_and_scalar_parameters():
 
     records = run(Odd(), [lambda model: None])
     assert values(records, "parameter/norm") == {"gain": 2.0, "filter": 5.0}
+
+
+@pytest.mark.parametrize("statistics", [("nonfinite",), KNOWN])
+def test_channels_last_and_several_of_one_shape(statistics):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last)
+    model[1].weight.data[3, 2, 1, 0] = torch.nan
+    memory = sinks.Memory()
+    with Monitor(model, probes=[Parameters(statistics=statistics, every=1)], sinks=[memory], strict=True) as monitor:
+        model(torch.randn(2, 8, 9, 9))
+        monitor.step()
+    assert [r.module for r in memory.records if r.name == "parameter/nonfinite"] == ["1.weight"]
+
+
+def test_a_part_that_moves_and_a_lazy_part_are_read():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4), nn.Linear(4, 1))
+    memory = sinks.Memory()
+    probes = [Parameters(every=1), Gradients(every=1)]
+    with Monitor(model, probes=probes, sinks=[memory], strict=True) as monitor:
+        for step in range(4):
+            if step == 2:
+                model[1].double()
+            hidden = model[1](model[0](torch.randn(3, 4)).to(torch.float64 if step >= 2 else torch.float32))
+            loss = model[2](hidden.float()).sum()
+            loss.backward()
+            monitor.step(loss=loss)
+    for name in ("parameter/norm", "gradient/norm"):
+        last = {r.module: r.value for r in memory.records if r.step == 3 and r.name == name}
+        assert {"0.weight", "1.weight", "2.weight"} <= set(last)
+    assert last["1.weight"] == pytest.approx(model[1].weight.grad.norm().item())

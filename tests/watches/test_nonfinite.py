@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stethoscope import Monitor, Record
+from stethoscope.probes import Activations
 from stethoscope.testing import replay
 from stethoscope.watches import NonFinite
 
@@ -205,3 +206,135 @@ def test_any_records_are_survived_and_the_state_is_json(records):
         json.dumps(dict(finding.evidence))
     state, _ = watch.update(watch.init(), records)
     assert json.loads(json.dumps(state)) == state
+
+
+class Masked(nn.Module):
+    """Attends over scores that a module of its own fills with -Inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.mask, self.softmax, self.head = Causal(), nn.Softmax(-1), nn.Linear(4, 1)
+
+    def forward(self, x):
+        scores = self.mask(self.query(x) @ self.key(x).mT)
+        return self.head(self.softmax(scores) @ self.value(x))
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = 1
+
+    def forward(self, scores):
+        return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(self.first), -torch.inf)
+
+
+def masked_training(fault=None, steps=4, loss_of=lambda out: out.square().mean()):
+    torch.manual_seed(0)
+    model = Masked()
+    with Monitor(model, watches=[NonFinite()], strict=True) as monitor:
+        for step in range(steps):
+            if step == steps - 1 and fault is not None:
+                fault(model)
+            monitor.step(loss=loss_of(model(torch.randn(3, 5, 4))))
+    return monitor.findings
+
+
+def test_a_mask_that_was_there_in_healthy_steps_is_not_accused_later():
+    assert masked_training() == []
+    (weight,) = masked_training(lambda model: model.value.bias.data.fill_(torch.nan))
+    assert (weight.code, weight.module) == ("nonfinite-parameter", "value")
+    (absurd,) = masked_training(lambda model: model.head.weight.data.fill_(3e38))
+    assert (absurd.code, absurd.module, absurd.evidence["origin"]) == ("nonfinite-activation", "head", "operation")
+    (whole,) = masked_training(lambda model: setattr(model.mask, "first", 0))
+    assert (whole.module, whole.evidence["origin"]) == ("softmax", "operation")
+    assert whole.evidence["harmless"] == ["mask"]
+
+
+def test_a_loss_function_is_accused_beside_a_harmless_mask():
+    (finding,) = masked_training(loss_of=lambda out: torch.log(-out.abs()).sum())
+    assert finding.module == "mask"  # at the first step nothing is known to be harmless
+    losses = iter([1.0, 1.0, 1.0, torch.nan])
+    (finding,) = masked_training(loss_of=lambda out: out.mean() * next(losses))
+    assert (finding.code, finding.module) == ("nonfinite-loss", "")
+    assert "but for 'mask' as in healthy steps" in finding.message
+
+
+@pytest.mark.parametrize("rows", [8, 2000])
+def test_without_a_loss_masked_scores_of_minus_inf_are_healthy(rows):
+    class Policy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).index_fill(1, torch.tensor([2]), -torch.inf)
+
+    model = Policy(4, 6)
+    with Monitor(model, watches=[NonFinite()], strict=True) as monitor:
+        model(torch.randn(rows, 4))
+        monitor.step()
+        with monitor.phase("val"):
+            model(torch.randn(rows, 4))
+    assert monitor.findings == []
+
+
+def test_without_a_loss_an_overflow_is_a_warning():
+    model = nn.Linear(4, 6)
+    model.weight.data.fill_(1.0)
+    with Monitor(model, watches=[NonFinite()], strict=True) as monitor:
+        model(torch.full((8, 4), 3e38))
+        monitor.step()
+    assert [(finding.severity, finding.code) for finding in monitor.findings] == [("warning", "nonfinite-activation")]
+
+
+@pytest.mark.parametrize("statistics", [("nonfinite",), ("nonfinite", "rms")])
+@pytest.mark.parametrize("length", [5, 80])
+def test_a_mask_handed_over_is_no_bad_input_whatever_its_size(length, statistics):
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.attention = nn.Linear(4, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            x, mask = self.embed(x), torch.full((length, length), -torch.inf).triu(0)  # masks the first row whole
+            return self.attention(x, x, x, attn_mask=mask)[0]
+
+    model = Attend()
+    probe = Activations(statistics=statistics, every=1)
+    with Monitor(model, probes=[probe], watches=[NonFinite()], strict=True) as monitor:
+        monitor.step(loss=model(torch.randn(2, length, 4)).sum())
+    (finding,) = monitor.findings
+    assert (finding.module, finding.evidence["origin"]) == ("attention", "operation")
+
+
+def test_a_bad_input_is_seen_when_a_leaf_is_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(input=x / 0)
+
+    model = Keyword()
+    with Monitor(model, watches=[NonFinite()], strict=True) as monitor:
+        monitor.step(loss=model(torch.randn(3, 4)).sum())
+    (finding,) = monitor.findings
+    assert (finding.module, finding.evidence["origin"]) == ("fc", "input")
+
+
+def test_an_absurd_finite_weight_is_not_called_non_finite():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    model[1].weight.data.fill_(3e38)
+    with Monitor(model, watches=[NonFinite()], strict=True) as monitor:
+        monitor.step(loss=model(torch.full((3, 4), 5.0)).square().sum())
+    (finding,) = monitor.findings
+    assert (finding.code, finding.module, finding.evidence["origin"]) == ("nonfinite-activation", "1", "operation")
+
+
+def test_the_loss_function_is_not_accused_where_no_module_was_seen():
+    model = nn.Linear(2, 2).eval()
+    model.bias.data.fill_(torch.nan)
+    with Monitor(model, probes=[], watches=[NonFinite()], strict=True) as monitor:
+        monitor.step(loss=model(torch.ones(3, 2)).sum())
+    finding = monitor.findings[0]
+    assert (finding.code, finding.evidence["origin"]) == ("nonfinite-loss", "unknown")
+    assert "not observed" in finding.message

@@ -29,7 +29,8 @@ class Activations:
     `mean`, `rms` = sqrt(mean(x^2)), `min`, `max`, `absmax`, `std` (population), `kurtosis` = m4 / m2^2, exact over all
     values; `zero_fraction` in [0, 1] and `histogram` (`stats.HISTOGRAM_EDGES`) from a regular sample; `nonfinite` is 1
     where there is an Inf, 2 where there is a NaN, and left out where there is neither; `nonfinite_count` counts both.
-    `outermost_nonfinite` says the same of what the model as a whole returned, healthy or not.
+    `outermost_nonfinite` says the same of what the model as a whole returned, healthy or not; -Inf counts as finite in
+    it, since masked scores and log(0) are healthy, and in second and further inputs, where masks are handed over.
     The first tensor of an output carries the plain name, others their path, e.g. `activation/rms.1.0` for the hidden
     state of an LSTM. Complex tensors are measured by magnitude. Integer tensors count where they are all there is.
 

@@ -255,7 +255,7 @@ class Bank:
             elif name == "nonfinite":
                 column = stats.nonfinite_level(low, high)
             elif name == "nonfinite_masked":
-                column = stats.nonfinite_level(high, high.clamp(min=0))
+                column = stats.nonfinite_level_masked(high)
             elif name == "mean":
                 column = gathered[:, TOTAL] / self._upload("numel", self._total_numel)
             elif name == "rms":

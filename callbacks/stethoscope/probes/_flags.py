@@ -16,10 +16,10 @@ from torch.compiler import is_compiling
 
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
-from stethoscope._tree import plain, tensors
+from stethoscope._tree import tensors
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._passes import MAX_CALLS, replaying
-from stethoscope.probes._select import as_patterns, select
+from stethoscope.probes._select import as_patterns, named_modules, select
 from stethoscope.stats import measurable, upload
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class _Tape:
     def levels(self) -> tuple[Tensor, Tensor]:
         """`stats.nonfinite_level` of all used rows, and the same with -Inf taken for finite, shape (rows,) each."""
         low, high = torch.cat(self.chunks)[: self.used].unbind(1)
-        return stats.nonfinite_level(low, high), stats.nonfinite_level(high, high.clamp(min=0))
+        return stats.nonfinite_level(low, high), stats.nonfinite_level_masked(high)
 
 
 class _Site:
@@ -134,8 +134,9 @@ class FlagHooks:
         self.last_version, self.last_row = 0, 0
         self._called: list[_Site] = []
         self._paths: dict[int, str] = {}
-        modules = [(plain(name), module, module) for name, module in model.named_modules()]
-        chosen, self.notes = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
+        modules, self.notes = named_modules(model, "Activations")
+        chosen, unmatched = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
+        self.notes += unmatched
         observed = {id(module) for _, module in chosen}
         self._sites: list[tuple[_Site, nn.Module]] = []
         self._handles: list[RemovableHandle] = []
@@ -153,7 +154,7 @@ class FlagHooks:
             for site, module in self._sites:
                 if site.enters:
                     self._handles.append(module.register_forward_pre_hook(_Before(self, site), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(_After(self, site)))
+                self._handles.append(module.register_forward_hook(_After(self, site), with_kwargs=True))
         elif not self.armed:
             self._release()
 
@@ -178,16 +179,19 @@ class FlagHooks:
 
     def read_value(self, code: int, value: object) -> None:
         """Take the flags of a tensor, or of the tensors in a container. Gradients must be off."""
-        if type(value) is not Tensor:
+        if type(value) is Tensor:
+            self._read_tensor(code, value)
+        else:
             self._read_container(code, value)
-            return
+
+    def _read_tensor(self, code: int, value: Tensor) -> None:
         here = self.here
         try:
             version = value._version  # noqa: SLF001  # the only way to see changes in place
         except RuntimeError:  # inference tensors have none
             version = -1
         if value is not self.last or version != self.last_version or here is None:
-            real = value if value.dtype is torch.float32 else _countable(value)
+            real = value if _is_plain(value) and value.dtype is torch.float32 else _countable(value)
             if real is None:
                 return
             if here is None or here.device != real.device:
@@ -200,12 +204,11 @@ class FlagHooks:
 
     def _read_container(self, code: int, value: object) -> None:
         for i, (path, x) in enumerate(tensors(value)):
-            real = _countable(x) if i < _MAX_TENSORS else None
-            if real is not None:
+            if i < _MAX_TENSORS and (x.is_floating_point() or x.is_complex()):
                 at = code | i << _INDEX
                 if i and at & ~_OUTERMOST not in self._paths:
                     self._paths[at & ~_OUTERMOST] = f".{path}"
-                self.read_value(at, x if type(x) is Tensor else real)
+                self._read_tensor(at, x)
 
     def read(self, given: Mapping[str, Tensor]) -> Readings:
         """See `Attachment`."""
@@ -225,8 +228,8 @@ class FlagHooks:
     def _lay_out(self, gathered: _Gathered) -> list[_Column]:
         """Name the flags; the same every step until other tensors pass by."""
         plainly, masked = _Naming(masked=False, sparse=True), _Naming(masked=True, sparse=True)
-        # one record stays although it is zero, so that silence and health differ
-        returned = _Naming(masked=False, sparse=False)
+        # one record stays although it is zero, so that silence and health differ; masked scores and log(0) are healthy
+        returned = _Naming(masked=True, sparse=False)
         for code, row in zip(gathered.codes, gathered.rows, strict=True):
             module, call = self._sites[code >> _SITE][0].name, code >> _CALL & MAX_CALLS - 1
             side = "input_" if code & _INPUT else ""
@@ -281,7 +284,15 @@ def _countable(x: Tensor) -> Tensor | None:
     """A tensor that can be summed into a tape: floating, strided, not empty if possible to tell; else None."""
     if not (x.is_floating_point() or x.is_complex()):
         return None
-    return x if x.dtype in (torch.float16, torch.bfloat16) and type(x) is Tensor and not x.is_nested else measurable(x)
+    return x if _is_plain(x) and x.dtype in (torch.float16, torch.bfloat16) else measurable(x)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+
+
+def _given(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    return args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
 
 
 class _Before(Hook):
@@ -304,8 +315,7 @@ class _Before(Hook):
             attached.count(site)
             if attached.spec.inputs:
                 with torch.no_grad():
-                    value = args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
-                    attached.read_value(site.index << _SITE | call << _CALL | _INPUT, value)
+                    attached.read_value(site.index << _SITE | call << _CALL | _INPUT, _given(args, kwargs))
         except Exception as error:  # instrumentation never stops a training
             attached.armed, attached.failure = False, error
 
@@ -317,7 +327,7 @@ class _After(Hook):
         self.attached, self.site = attached, site
         self.code, self.enters = site.index << _SITE, site.enters
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         attached = self.attached
         if is_compiling() or not attached.armed or get_ident() != attached.thread:
             return
@@ -337,7 +347,7 @@ class _After(Hook):
                 code = self.code if site.calls == 0 else self.code | min(site.calls, MAX_CALLS - 1) << _CALL
                 attached.count(site)
                 if attached.spec.inputs:
-                    attached.read_value(code | _INPUT, args[0] if len(args) == 1 else args)
+                    attached.read_value(code | _INPUT, _given(args, kwargs))
                 attached.read_value(code if attached.depth else code | _OUTERMOST, output)
         except Exception as error:
             attached.armed, attached.failure = False, error

@@ -109,7 +109,8 @@ class GradientHooks:
             return
         wanted: dict[tuple[torch.device, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self._parameters:
-            if parameter.requires_grad:
+            # a lazy module's parameter takes no hook until its first call has given it a shape
+            if parameter.requires_grad and not isinstance(parameter, nn.parameter.UninitializedParameter):
                 place = parameter.device, stats.precision(parameter.dtype, parameter.device)
                 wanted.setdefault(place, []).append((name, parameter))
         for place, members in wanted.items():
@@ -125,8 +126,9 @@ class GradientHooks:
         """A parameter's gradient is complete for this backward pass; a later one writes over it."""
         with torch.no_grad():
             real = stats.measurable(gradient.coalesce().values() if gradient.is_sparse else gradient)
-            if real is None:
-                return
+            if real is None or real.device != group.norms.device:
+                return  # the model was moved since the step began
+            real = real.to(group.norms.dtype)
             if "norm" in self.spec.statistics:
                 torch.linalg.vector_norm(real, out=group.norm_views[index])
             if "nonfinite" in self.spec.statistics:

@@ -1,6 +1,13 @@
-"""What all our hooks have in common: a copy of them does nothing."""
+"""What all our hooks have in common: which modules take them, and that a copy of them does nothing."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.jit._script import RecursiveScriptModule
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Nothing:
@@ -23,3 +30,8 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Nothing], tuple[()]]:
         return Nothing, ()
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether a module calls Python hooks; a scripted one refuses to take any."""
+    return not isinstance(module, RecursiveScriptModule)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stethoscope._aside import is_aside
 from stethoscope._protocols import Attachment, Columns, Key, Readings
 from stethoscope._tree import tensors
-from stethoscope.probes._hook import Hook
+from stethoscope.probes._hook import Hook, takes_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -73,8 +73,12 @@ class _Before(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.owner.armed and get_ident() == self.owner.thread and not is_aside():
+        if not self.owner.armed or get_ident() != self.owner.thread or is_aside():
+            return
+        try:
             self.owner.take([*tensors(args), *tensors(kwargs)])
+        except Exception as error:  # instrumentation never stops a training
+            self.owner.armed, self.owner.failure = False, error
 
 
 class _Gathered:
@@ -93,10 +97,13 @@ class InputsAttachment:
 
     def __init__(self, model: nn.Module) -> None:
         self.armed = False
+        self.failure: Exception | None = None
         self.thread = get_ident()
         self._phases: dict[str, _Gathered] = {}
         self._phase = "train"
-        self._handle: RemovableHandle | None = model.register_forward_pre_hook(_Before(self), with_kwargs=True)
+        self._handle: RemovableHandle | None = None
+        if takes_hooks(model):
+            self._handle = model.register_forward_pre_hook(_Before(self), with_kwargs=True)
 
     def arm(self, on: bool, phase: str) -> None:
         """See `Attachment`."""
@@ -117,6 +124,8 @@ class InputsAttachment:
 
     def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:
         """See `Attachment`."""
+        if self.failure is not None:
+            raise self.failure
         if not self.armed:
             return {}
         if self._phase not in self._phases:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
-from stethoscope.probes._hook import Hook
+from stethoscope.probes._hook import Hook, takes_hooks
 from stethoscope.probes._select import Pattern, as_patterns, named_parameters, select
 
 if TYPE_CHECKING:
@@ -96,24 +96,33 @@ class ParameterReader:
         self._flags: list[Columns] | None = None
         self._handles: list[RemovableHandle] = []
         if "nonfinite" in spec.statistics:
-            self._handles = [each.register_forward_pre_hook(_Enters(self)) for each in _entrances(model)]
+            self._handles = [
+                each.register_forward_pre_hook(_Enters(self)) for each in _entrances(model) if takes_hooks(each)
+            ]
         self.failure: Exception | None = None
         self._sorted: list[_Group] = []
-        self._ends: list[tuple[torch.device, torch.dtype]] = []
+        self._places: list[tuple[type, torch.device, torch.dtype]] = []  # of all parameters, when they were sorted
+        self._lazy = False
         self._armed = False
 
-    def _groups(self) -> list[_Group]:
-        """The parameters by device and dtype, sorted anew when the model has moved."""
+    def _groups(self, *, thorough: bool = False) -> list[_Group]:
+        """The parameters by device and dtype, sorted anew when the model has moved.
+
+        To ask each parameter where it is takes 1 us; the first and the last one tell for the whole model, but not where
+        only a part of it has moved, or a lazy part has got its shape.
+        """
         if not self._parameters:
             return []
-        ends = [(each.device, each.dtype) for _, each in (self._parameters[0], self._parameters[-1])]
-        if self._ends != ends:
+        asked = range(len(self._parameters)) if thorough or self._lazy else (0, -1)
+        if not self._places or any(_place(self._parameters[i][1]) != self._places[i] for i in asked):
             groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
             for name, parameter in self._parameters:
                 if _readable(parameter):
                     place = parameter.device, parameter.dtype
                     groups.setdefault(place, _Group([], [])).add(name, parameter)
-            self._ends, self._sorted = ends, list(groups.values())
+            self._places = [_place(each) for _, each in self._parameters]
+            self._lazy = any(isinstance(each, nn.parameter.UninitializedParameter) for _, each in self._parameters)
+            self._sorted = list(groups.values())
         return self._sorted
 
     def arm(self, on: bool, phase: str) -> None:
@@ -124,7 +133,7 @@ class ParameterReader:
         sampled, checked = "update_ratio" in self.spec.statistics, "unchanged" in self.spec.statistics
         if self._armed and (sampled or checked):
             with torch.no_grad():
-                for group in self._groups():
+                for group in self._groups(thorough=True):
                     values = group.values()
                     group.samples = _samples(values) if sampled else None
                     group.checksums = _checksums(values) if checked else None
@@ -145,7 +154,7 @@ class ParameterReader:
         columns = list(self._flags or ())
         if set(self.spec.statistics) != {"nonfinite"}:
             with torch.no_grad():
-                for group in self._groups():
+                for group in self._groups(thorough=True):
                     columns += self._moved(group)
         return Readings(columns)
 
@@ -185,7 +194,8 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
 
 
 def _has_no_forward(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward
+    # of a ScriptModule's class, asking for `forward` raises; its own is there all the same
+    return getattr(type(module), "forward", None) is nn.Module.forward
 
 
 class _Enters(Hook):
@@ -230,13 +240,13 @@ class _Group:
             for i, each in enumerate(self._members):
                 places.setdefault((each.shape, not self._exotic and each.numel() <= _SMALL), []).append(i)
             for (_, small), indices in places.items():
-                keys = [Key("parameter/nonfinite", self.names[i]) for i in indices]
-                self._alike.append((small and len(keys) > 1, keys, indices))
+                self._alike.append((small, [Key("parameter/nonfinite", self.names[i]) for i in indices], indices))
         values = self.values()
         for joined, keys, indices in self._alike:
             members = [values[i] for i in indices]
             if joined:
-                low, high = (torch.cat if members[0].dim() else torch.stack)(members).view(len(keys), -1).aminmax(dim=1)
+                rows = (torch.cat if members[0].dim() else torch.stack)(members).reshape(len(keys), -1)
+                low, high = rows.aminmax(dim=1)
                 flags = ~(low.isfinite() & high.isfinite())
             else:
                 flags = ~_norms(members).isfinite()
@@ -249,6 +259,11 @@ class _Group:
             owners = [i for i, size in enumerate(sizes) for _ in range(size)]
             self._owners = stats.upload(owners, torch.int64, values[0].device)
         return self._owners
+
+
+def _place(parameter: nn.Parameter) -> tuple[type, torch.device, torch.dtype]:
+    # the class of a lazy parameter changes when it gets its shape
+    return type(parameter), parameter.device, parameter.dtype
 
 
 def _readable(parameter: nn.Parameter) -> bool:

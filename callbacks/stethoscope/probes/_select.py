@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from stethoscope._record import Finding
 from stethoscope._tree import plain
+from stethoscope.probes._hook import takes_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -33,6 +34,24 @@ def as_patterns(given: Pattern | Iterable[Pattern]) -> tuple[Pattern, ...]:
                 "predicate of name and module."
             )
     return patterns
+
+
+def named_modules(model: nn.Module, probe: str) -> tuple[list[tuple[str, nn.Module, nn.Module]], list[Finding]]:
+    """Return the modules that can be hooked, as candidates for `select`, and a finding about those that cannot."""
+    modules = [(plain(name), module, module) for name, module in model.named_modules()]
+    able = [each for each in modules if takes_hooks(each[1])]
+    if len(able) == len(modules):
+        return able, []
+    first = next(name for name, module, _ in modules if not takes_hooks(module))
+    note = Finding(
+        "probe-read-nothing",
+        "info",
+        f"{probe}: {f'the module {first!r}' if first else 'the model'} is a ScriptModule, which takes no hooks.",
+        "Observe the module that it was scripted from, or a module before or after it.",
+        module=first,
+        evidence={"probe": probe, "modules": len(modules) - len(able)},
+    )
+    return able, [note]
 
 
 def matches(pattern: Pattern, name: str, owner: nn.Module) -> bool:

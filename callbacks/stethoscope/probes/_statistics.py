@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._record import Finding
-from stethoscope._tree import plain, tensors
+from stethoscope._tree import tensors
 from stethoscope.probes._bank import Bank
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._passes import MAX_CALLS, replaying
-from stethoscope.probes._select import as_patterns, select
+from stethoscope.probes._select import as_patterns, named_modules, select
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,8 +99,9 @@ class ActivationHooks:
         self._last: tuple[Tensor, int, _Slot] | None = None
         self._unreadable: set[str] = set()
         self._names = [name for name in spec.statistics if name != "histogram"]
-        modules = [(plain(name), module, module) for name, module in model.named_modules()]
-        chosen, self.notes = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
+        modules, self.notes = named_modules(model, "Activations")
+        chosen, unmatched = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
+        self.notes += unmatched
         observed = {id(module) for _, module in chosen}
         self._sites: list[tuple[_Site, nn.Module]] = []
         self._handles: list[RemovableHandle] = []
@@ -315,14 +316,16 @@ class ActivationHooks:
         width = len(self._columns())
         for slot, outermost, bank, row in places:
             for column, name in enumerate(self._names):
-                flag = name == "nonfinite"
+                flag, masked_at = name == "nonfinite", row * width + width - 1
                 # a mask handed over beside the activations may hold -Inf and be healthy
-                at = row * width + (width - 1 if name == "nonfinite" and slot.masked else column)
+                at = masked_at if flag and slot.masked else row * width + column
                 key = Key(f"activation/{slot.name.format(name)}", slot.module, slot.call)
                 add(bank, key, at, sparse=flag)
                 if flag and outermost:
-                    # one record stays although it is zero, so that silence and health differ
-                    add(bank, Key(f"activation/{slot.name.format('outermost_nonfinite')}", slot.module, slot.call), at)
+                    # one record stays although it is zero, so that silence and health differ; masked scores and
+                    # log(0) are healthy
+                    key = Key(f"activation/{slot.name.format('outermost_nonfinite')}", slot.module, slot.call)
+                    add(bank, key, masked_at)
         if "histogram" in self.spec.statistics:
             for slot, _, bank, row in places:
                 key = Key(f"activation/{slot.name.format('histogram')}", slot.module, slot.call, stats.HISTOGRAM_EDGES)

@@ -28,8 +28,9 @@ class NonFinite:
     """Names the module where NaN or Inf is born, apart from those that only pass it on.
 
     **What it decides:** a step is bad when its loss is NaN or Inf; without a loss, when what the model returned holds
-    a NaN (error) or an Inf (warning). A mask of -Inf or a NaN that `where` removes is healthy and not reported. In a
-    bad step the first module in call order with a non-finite output decides:
+    a NaN (error) or an Inf other than -Inf (warning). A mask of -Inf or a NaN that `where` removes is healthy and not
+    reported, nor accused later: what was non-finite in the last healthy step of the phase counts as finite. In a bad
+    step the first module in call order with a non-finite output decides:
 
     - its parameters were non-finite before the step: the parameter is the origin (`nonfinite-parameter`);
     - its inputs were finite: the module is the origin;
@@ -65,8 +66,8 @@ class NonFinite:
         )
 
     def init(self) -> State:
-        """Nothing seen; no parameter known to be non-finite; no phase in a bad state."""
-        return {"seen": False, "weights": [], "bad": []}
+        """Nothing seen; no parameter known to be non-finite; no phase in a bad state; no flag known to be harmless."""
+        return {"seen": False, "weights": [], "bad": [], "harmless": {}}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
@@ -74,7 +75,10 @@ class NonFinite:
             return state, ()
         step, phase, rank = records[0].step, records[0].phase, records[0].rank
         losses = [r.value for r in records if r.source == "step" and r.name == self.loss and isinstance(r.value, float)]
-        flags = [r for r in records if "/" in r.name and "nonfinite" in r.name and r.value]
+        raised = [r for r in records if "/" in r.name and "nonfinite" in r.name and r.value]
+        # a phase that has had no healthy step yet is compared with training
+        harmless: dict[str, float] = state["harmless"].get(phase) or state["harmless"].get("train", {})
+        flags = [r for r in raised if not _within(r, harmless)]
         origin, first_nan = _first(flags, 1.0), _first(flags, 2.0)
         weights = [r.module for r in flags if r.name == "parameter/nonfinite"]
         severity = _severity(flags, losses)
@@ -87,14 +91,34 @@ class NonFinite:
                 "first_nan": first_nan.module if first_nan else None,
                 "loss": str(losses[0]) if losses else None,
                 "modules": len({r.module for r in flags if r.name == "activation/nonfinite"}),
+                "harmless": sorted({r.module for r in raised if _is_output(r) and _within(r, harmless)})[:100],
             }
+            if not any(r.name.startswith("activation/outermost_") for r in records):
+                evidence["origin"] = "unknown"
             # weights are looked at while training; in other phases the last look counts
             culprit = _reached(weights if phase == "train" else known, origin)
             findings.append(_explain(origin, first_nan, culprit, losses, severity, place, evidence))
         elif weights and not known and not severity:
             findings.append(_waiting(weights, place))
         bad = [each for each in state["bad"] if each != phase] + ([phase] if severity else [])
-        return {"seen": True, "weights": weights[:100] if phase == "train" else known, "bad": bad}, findings
+        weights = weights[:100] if phase == "train" else known
+        if not severity and not weights:
+            seen = {_series(r): r.value for r in raised if r.name.startswith("activation/") and r.value in (1.0, 2.0)}
+            state = {**state, "harmless": {**state["harmless"], phase: seen}}
+        return {**state, "seen": True, "weights": weights, "bad": bad}, findings
+
+
+def _series(flag: Record) -> str:
+    return f"{flag.name} {flag.module}"
+
+
+def _within(flag: Record, harmless: dict[str, float]) -> bool:
+    """Whether the flag was as high in a healthy step."""
+    return isinstance(flag.value, float) and flag.value <= harmless.get(_series(flag), 0.0)
+
+
+def _is_output(flag: Record) -> bool:
+    return flag.name == "activation/nonfinite" or flag.name.startswith("activation/nonfinite.")
 
 
 def _reached(weights: Sequence[str], origin: _Origin | None) -> str:
@@ -110,8 +134,7 @@ def _first(flags: Sequence[Record], level: float) -> _Origin | None:
     """The first output in call order that is that bad, and whether the inputs of its module were finite."""
     dirty = {(flag.module, flag.call) for flag in flags if flag.name.startswith("activation/input_nonfinite")}
     for flag in flags:
-        output = flag.name == "activation/nonfinite" or flag.name.startswith("activation/nonfinite.")
-        if output and isinstance(flag.value, float) and flag.value >= level:
+        if _is_output(flag) and isinstance(flag.value, float) and flag.value >= level:
             return _Origin(flag.module, (flag.module, flag.call) not in dirty)
     return None
 
@@ -134,12 +157,25 @@ def _explain(
     evidence: dict[str, Any],
 ) -> Finding:
     then = f" The loss is {losses[0]}." if losses else ""
-    if origin is None:
+    if origin is None and evidence.get("origin") == "unknown":
         return Finding(
             "nonfinite-loss",
             severity,
-            f"The loss is {losses[0] if losses else 'not finite'} although every module's output is finite: the loss "
-            "function made it so.",
+            f"The loss is {losses[0]}. No module was seen to make it so, but what the model returned was not seen either: "
+            "it comes from the loss function or from a part that is not observed.",
+            "See what probe-read-nothing says: a compiled model, one in eval mode or one on another thread shows nothing. "
+            "Run a few steps without torch.compile.",
+            evidence=evidence,
+            **place,
+        )
+    if origin is None:
+        same = evidence["harmless"]
+        others = f", but for {same[0]!r}{' and others' if same[1:] else ''} as in healthy steps" if same else ""
+        return Finding(
+            "nonfinite-loss",
+            severity,
+            f"The loss is {losses[0] if losses else 'not finite'} although every module's output is finite{others}: the "
+            "loss function made it so.",
             "Look for log, sqrt or a division of something that can be zero in the loss, and for a target out of range.",
             evidence={**evidence, "origin": "loss"},
             **place,
