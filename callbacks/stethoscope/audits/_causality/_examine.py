@@ -12,7 +12,7 @@ from torch import Tensor
 from stethoscope.audits._causality._accuse import accuse
 from stethoscope.audits._causality._opinions import disagreements, gradient_leaks, nan_leaks
 from stethoscope.audits._causality._perturb import TOLERANCES, Moved, Scan, changes, measured
-from stethoscope.audits._causality._repeat import BudgetError, Narrow, Runs
+from stethoscope.audits._causality._repeat import BudgetError, Runs
 from stethoscope.audits._causality._report import ModeVerdict
 
 if TYPE_CHECKING:
@@ -82,12 +82,11 @@ class Examiner:
 
     def _base_in_float64(self, wide: Plan) -> dict[str, Tensor] | None:
         try:
-            with Narrow() as narrow:
-                base = wide.outputs(self.runs)
+            base = wide.outputs(self.runs)
         except (RuntimeError, TypeError, ValueError):
             return None
         whole = all(tensor.dtype in (torch.float64, torch.complex128) for tensor in base.values())
-        return base if whole and not narrow.seen else None
+        return base if whole and not self.runs.narrowed else None
 
     def _scanned(self, setup: Plan, base: dict[str, Tensor], tolerance: float) -> Scan:
         scan = Scan(self.runs, setup.inputs, setup.tracks, base, tolerance, setup.pick)

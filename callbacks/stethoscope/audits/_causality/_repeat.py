@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class Runs:
         self.subject = subject
         self.limit = limit
         self.passes = 0
-        self._wide = False
+        self._wide: _Widening | None = None
         self._modules = list(subject.module.modules()) if subject.module is not None else []
         # Flags, and what modules keep between calls: caches, hidden states, counters.
         self._attributes = [dict(module.__dict__) for module in self._modules]
@@ -136,13 +135,18 @@ class Runs:
         self._restore_tensors(thorough=False)
         if fresh:
             self._restore_random()
-        with torch.set_grad_enabled(grad), _Widening() if self._wide else nullcontext():
+        with torch.set_grad_enabled(grad), self._wide or nullcontext():
             return self.subject.call(*arguments)
 
     @property
     def widens(self) -> bool:
         """Whether the modules let their tensors be swapped: scripted ones do not."""
         return all(isinstance(module._buffers, dict) for module in self._modules)  # noqa: SLF001
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether, within `wide`, an operation has turned 64-bit numbers into shorter ones: then it is no float64 run."""
+        return self._wide is not None and self._wide.narrowed
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -185,10 +189,10 @@ class Runs:
                     module._flat_weights = [module._parameters[name] for name in names]  # noqa: SLF001
             self._buffers = [(module, dict(module._buffers)) for module in self._modules]  # noqa: SLF001
             self._values = [_Value(tensor) for tensor in self._tensors()]
-            self._wide = True
+            self._wide = _Widening()
             yield
         finally:
-            self._wide = False
+            self._wide = None
             for members, narrow in kept:
                 members.update(narrow)
             for module, weights in flat:
@@ -242,6 +246,10 @@ class _Widening(TorchFunctionMode):
     run takes for a leak. What operations make is widened at once, so that nothing short is there to be written into.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrowed = False
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation on wide arguments and widen what it made."""
         kwargs = kwargs or {}
@@ -249,10 +257,16 @@ class _Widening(TorchFunctionMode):
         if name == "__get__":  # an attribute such as .data or .dtype: nothing is computed
             return func(*args, **kwargs)
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
-            return func(*args[:1], *_widened(args[1:]), **_widened(kwargs))
-        if kwargs.get("out") is not None:
-            return func(*_widened(args), **{k: v if k == "out" else _widened(v) for k, v in kwargs.items()})
-        return _widened(func(*_widened(args), **_widened(kwargs)))
+            args, kwargs = (*args[:1], *_widened(args[1:])), _widened(kwargs)
+            written = args[0]
+        else:
+            written = kwargs.get("out")
+            args, kwargs = _widened(args), {k: v if k == "out" else _widened(v) for k, v in kwargs.items()}
+        made = func(*args, **kwargs)
+        given = [value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        results = [value.dtype for value in (made, written) if isinstance(value, Tensor)]
+        self.narrowed |= any(d in _WIDE for d in results) and any(d in _WIDE.values() for d in given)
+        return made if written is not None else _widened(made)
 
 
 def _widened(value: Any) -> Any:
@@ -260,19 +274,3 @@ def _widened(value: Any) -> Any:
         return tensor.to(_WIDE[tensor.dtype]) if tensor.dtype in _WIDE else tensor
 
     return tree_map_only(Tensor, wide, value)
-
-
-class Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Notes whether any operation turned 64-bit numbers into shorter ones: then a float64 run is none."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.seen = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and compare the types of what went in and what came out."""
-        out = func(*args, **(kwargs or {}))
-        made = out if isinstance(out, (tuple, list)) else (out,)
-        if any(isinstance(tensor, Tensor) and tensor.dtype in _WIDE for tensor in made):
-            self.seen |= any(isinstance(arg, Tensor) and arg.dtype in _WIDE.values() for arg in args)
-        return out
