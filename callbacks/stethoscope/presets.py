@@ -43,7 +43,9 @@ def separation() -> Preset:
         1
     """
     base = first_aid()
-    return _marked((*base["probes"], Separation()), (*base["watches"], OutputCollapse(), OutputCollapse(phase="val"), Assignment()))
+    return _marked(
+        (*base["probes"], Separation()), (*base["watches"], OutputCollapse(), OutputCollapse(phase="val"), Assignment())
+    )
 
 
 def full() -> Preset:

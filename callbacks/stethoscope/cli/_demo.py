@@ -37,7 +37,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder of the run. If it holds something, OUT-2, OUT-3 ... is taken.")
     ] = Path("runs/demo"),
-    fault: Annotated[str, typer.Option(help="Plant a real mistake and see it found: nan.")] = "",
+    fault: Annotated[str, typer.Option(help="Plant a real mistake and see it found: nan, collapse or plateau.")] = "",
     wandb: Annotated[
         bool, typer.Option("--wandb", help="Write a W&B run as well, offline, into the same folder.")
     ] = False,
@@ -76,7 +76,7 @@ def demo(
         monitor = Monitor(
             training.model,
             training.optimizer,
-            **presets.first_aid(),
+            **presets.separation(),
             sinks=outputs,
             every=every,
             planned_steps=steps,
@@ -161,7 +161,9 @@ def _validate(training: Training, batch: Batch, monitor: Monitor) -> float:
 
     training.model.eval()
     with torch.no_grad(), monitor.phase("val"):
-        reached = -pit_loss(training.model(batch.mixture), batch.sources)
+        estimates = training.model(batch.mixture)
+        monitor.observe(estimates=estimates, references=batch.sources, mixture=batch.mixture)
+        reached = -pit_loss(estimates, batch.sources)
     training.model.train()
     given = si_sdr_db(batch.mixture[:, None].expand_as(batch.sources), batch.sources).mean()
     monitor.log({"si_sdr_db": reached, "si_sdri_db": reached - given}, phase="val")
