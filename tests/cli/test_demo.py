@@ -46,10 +46,13 @@ def test_a_planted_nan_is_found_where_and_when_it_is_born(tmp_path, caplog):
     result = demo("--steps", 8, "--every", 5, "--fault", "nan", "--out", tmp_path / "demo")
     assert result.exit_code == 1
     findings = [finding for delivery in sinks.read(tmp_path / "demo") for finding in delivery.findings]
-    assert [(each.code, each.module, each.step) for each in findings] == [("nonfinite-activation", "masker.norm", 5)]
+    assert [(each.code, each.module, each.step, each.cause) for each in findings] == [
+        ("nonfinite-activation", "masker.norm", 5, ""),
+        ("output-nonfinite", "", 5, "nonfinite-activation"),
+    ]
     assert "in masker.norm at step 5" in result.output
     assert "stethoscope demo --steps 8 --every 5 --seed 0 --fault nan" in result.output
-    assert result.output.count("Try:") == 1
+    assert result.output.count("Try:") == 2  # once per finding
     assert not any(isinstance(each, Finding) for record in caplog.records for each in record.args or ())
 
 
@@ -91,6 +94,32 @@ def test_a_renamed_metric_is_found_before_the_first_step(tmp_path):
     (missing, unexpected) = findings
     assert (missing.code, missing.phase, missing.evidence["nearest"]) == ("metric-missing", "val", "si_sdr_i_db")
     assert (unexpected.code, unexpected.step) == ("metric-unexpected", 0)
+
+
+def found(folder):
+    return [finding for delivery in sinks.read(folder) for finding in delivery.findings if finding.severity != "info"]
+
+
+@pytest.mark.slow
+def test_a_loss_without_pit_is_found_by_outputs_that_are_alike(tmp_path):
+    result = demo("--steps", 200, "--every", 5, "--fault", "collapse", "--out", tmp_path / "demo")
+    assert result.exit_code == 1
+    assert "output-collapse" in {finding.code for finding in found(tmp_path / "demo")}
+
+
+@pytest.mark.slow
+def test_a_learning_rate_cut_to_nothing_is_found_as_a_plateau(tmp_path):
+    result = demo("--steps", 300, "--fault", "plateau", "--out", tmp_path / "demo")
+    assert result.exit_code == 1
+    first = found(tmp_path / "demo")[0]
+    assert first.code == "loss-plateau"
+    assert first.step > 100  # the cut
+
+
+def test_outputs_are_measured_in_training_and_in_validation(healthy):
+    _, folder, _ = healthy
+    records = [record for delivery in sinks.read(folder) for record in delivery.records]
+    assert {record.phase for record in records if record.name == "separation/out_cos"} == {"train", "val"}
 
 
 def test_nothing_is_overwritten(tmp_path):

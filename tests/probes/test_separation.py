@@ -205,6 +205,12 @@ def test_missing_estimates_record_nothing_and_disarmed_reads_nothing():
         ({"estimates": torch.zeros(4, 1000, 2)}, r"'estimates' has shape \(4, 1000, 2\).*source_axis=1"),
         ({"estimates": torch.zeros(1000)}, "has shape"),
         ({"estimates": torch.zeros(4, 2, 100), "references": torch.zeros(3, 2, 100)}, "differ in batch size"),
+        ({"estimates": torch.zeros(0, 2, 100)}, "batch is empty"),
+        ({"estimates": torch.zeros(4, 2, 0)}, "batch is empty"),
+        ({"estimates": some(4, 2, 100), "lengths": torch.tensor([100, 90])}, "'lengths' has shape .* 4 items"),
+        ({"estimates": some(4, 2, 100), "ids": torch.tensor([1, 2])}, "'ids' has shape .* 4 items"),
+        ({"estimates": some(4, 2, 100), "pairwise": some(3, 2, 2)}, "'pairwise' has shape .* 4 items"),
+        ({"estimates": [some(4, 100), some(3, 100)]}, "parts of 'estimates' differ"),
     ],
 )
 def test_unreadable_layout_is_noted_once(given, message):
@@ -215,6 +221,13 @@ def test_unreadable_layout_is_noted_once(given, message):
     assert note.code == "separation-layout"
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(note.message)
+
+
+def test_listed_outputs_of_different_length_are_compared_where_both_are():
+    given = scene()
+    first, second = given["estimates"].unbind(1)
+    cut = {**given, "estimates": given["estimates"][..., :1500]}
+    assert measure({**given, "estimates": [first, second[:, :1500]]}) == pytest.approx(measure(cut))
 
 
 def test_reading_never_waits_for_the_device():

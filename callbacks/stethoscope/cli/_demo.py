@@ -38,7 +38,8 @@ def demo(
         Path, typer.Option(help="Folder of the run. If it holds something, OUT-2, OUT-3 ... is taken.")
     ] = Path("runs/demo"),
     fault: Annotated[
-        str, typer.Option(help="Plant a real mistake and see it found: nan, causal, metric, sparsity.")
+        str,
+        typer.Option(help="Plant a real mistake and see it found: nan, causal, metric, sparsity, collapse, plateau."),
     ] = "",
     wandb: Annotated[
         bool, typer.Option("--wandb", help="Write a W&B run as well, offline, into the same folder.")
@@ -77,13 +78,13 @@ def demo(
         outputs.append(sinks.TensorBoard(folder, max_series=None))
     with _wandb_run(folder, {"steps": steps, "seed": seed, "fault": fault}, wanted=wandb) as run:
         outputs += [run] if run is not None else []
-        first_aid = presets.first_aid()
+        preset = presets.separation()
         agreed = MetricSchema({name: Field(float, unit="dB", phases=("val",)) for name in METRICS})
         monitor = Monitor(
             training.model,
             training.optimizer,
-            probes=first_aid["probes"],
-            watches=[*first_aid["watches"], agreed],
+            probes=preset["probes"],
+            watches=[*preset["watches"], agreed],
             sinks=outputs,
             every=every,
             planned_steps=steps,
@@ -180,7 +181,9 @@ def _validate(training: Training, batch: Batch, monitor: Monitor) -> float:
 
     training.model.eval()
     with torch.no_grad(), monitor.phase("val"):
-        reached = -pit_loss(training.model(batch.mixture), batch.sources)
+        estimates = training.model(batch.mixture)
+        monitor.observe(estimates=estimates, references=batch.sources, mixture=batch.mixture)
+        reached = -pit_loss(estimates, batch.sources)
     training.model.train()
     given = si_sdr_db(batch.mixture[:, None].expand_as(batch.sources), batch.sources).mean()
     monitor.log(dict(zip(training.names, (reached, reached - given), strict=True)), phase="val")

@@ -105,6 +105,24 @@ def _metric(training: Training) -> None:
     training.names = ("si_sdr_db", "si_sdr_i_db")
 
 
+def _collapse(training: Training) -> None:
+    from stethoscope.cli._demo_model import si_sdr_db
+
+    training.loss = lambda estimates, sources: -si_sdr_db(estimates, sources).mean()
+
+
+def _plateau(training: Training) -> None:
+    recorded, first = training.batch, training.steps // 3
+
+    def batch(step: int) -> Batch:
+        if step == first:
+            for group in training.optimizer.param_groups:
+                group["lr"] *= 1e-4
+        return recorded(step)
+
+    training.batch = batch
+
+
 FAULTS = {
     "nan": Fault(
         "masker.norm divides by the standard deviation of a frame without eps, and after two thirds of the training a "
@@ -124,5 +142,14 @@ FAULTS = {
     "metric": Fault(
         "validation returns si_sdr_i_db, where si_sdri_db is what was agreed on and what others will read.",
         _metric,
+    ),
+    "collapse": Fault(
+        "the loss compares outputs and talkers in the order given instead of the better one (no PIT), and that order is "
+        "random: equal outputs are the best answer.",
+        _collapse,
+    ),
+    "plateau": Fault(
+        "after a third of the training the learning rate is divided by 10,000, as a scheduler counting steps as epochs does.",
+        _plateau,
     ),
 }

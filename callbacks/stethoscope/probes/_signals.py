@@ -27,6 +27,8 @@ class Names(Protocol):
     @property
     def lengths(self) -> str | None: ...
     @property
+    def pairwise(self) -> str | None: ...
+    @property
     def source_axis(self) -> int: ...
 
 
@@ -76,7 +78,12 @@ class SignalBatch:
         if len({row.shape[0] for row in rows}) > 1:
             sizes = [tuple(row.shape) for row in rows]
             raise LayoutError(f"Estimates, references and mixture differ in batch size: (B, S, T) are {sizes}.")
-        size = min(row.shape[-1] for row in rows)
+        items, size = len(rows[0]), min(row.shape[-1] for row in rows)
+        if not items or not size:
+            raise LayoutError(f"The batch is empty: {spec.estimates!r} has shape {tuple(rows[0].shape)}.")
+        for name in (spec.lengths or "lengths", spec.pairwise or "pairwise", "ids"):
+            if name in given and given[name].shape[:1].numel() != items:
+                raise LayoutError(f"{name!r} has shape {tuple(given[name].shape)}, the batch has {items} items.")
         device = rows[0].device
         signals = torch.cat([row[..., :size].to(device, non_blocking=True) for row in rows], 1)
         lengths = given.get(spec.lengths or "lengths")
@@ -105,7 +112,11 @@ def find(given: Mapping[str, Tensor], name: str) -> Tensor | Sequence[Tensor] | 
 def _signals(given: Tensor | Sequence[Tensor], source_axis: int, name: str) -> Tensor:
     """Any of the layouts as (B, S, T) float32."""
     if not isinstance(given, torch.Tensor):
-        given, source_axis = torch.stack([*given], 1), 1
+        shapes = [tuple(part.shape) for part in given]
+        if len({shape[:-1] for shape in shapes}) > 1:
+            raise LayoutError(f"The parts of {name!r} differ in shape: {shapes}.")
+        size = min(shape[-1] for shape in shapes)  # the common part counts
+        given, source_axis = torch.stack([part[..., :size] for part in given], 1), 1
     given = given.detach()
     if given.is_complex():
         given = torch.view_as_real(given).flatten(-2)

@@ -26,6 +26,7 @@ FEWEST = 8  # blocks that a verdict needs
 UNPLANNED = 1000  # steps of patience where the length of the run is unknown
 SHORTEST = 20  # steps of patience in a planned run
 LR_CHANGE = 2.0  # factor
+HUGE = 1e100  # left out as infinite: squares of it would overflow, and no float32 is as large
 LEFT = 0.2  # share of the planned run that must be ahead for a warning
 
 
@@ -118,7 +119,8 @@ class Plateau:
         for record in records:
             if record.name != self.name or record.phase != self.phase or not isinstance(record.value, (int, float)):
                 continue
-            if not math.isfinite(record.value) or (state["last"] is not None and record.step <= state["last"]):
+            # The negation leaves out NaN as well.
+            if not abs(record.value) < HUGE or (state["last"] is not None and record.step <= state["last"]):
                 continue
             return self._take(state, record.step, float(record.value))
         return state, ()
