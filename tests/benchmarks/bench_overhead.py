@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -121,8 +122,16 @@ PLAIN = {
 
 @contextmanager
 def anomaly(loop: Loop):
-    with torch.autograd.detect_anomaly(check_nan=True):
-        yield
+    plain = loop.step
+
+    def watched() -> None:
+        # around the observed loop alone: the switch is global
+        with warnings.catch_warnings(action="ignore"), torch.autograd.detect_anomaly(check_nan=True):
+            plain()
+
+    loop.step = watched  # type: ignore[method-assign]
+    yield
+    del loop.step
 
 
 @contextmanager
