@@ -126,8 +126,10 @@ def anomaly(loop: Loop):
 
     def watched() -> None:
         # around the observed loop alone: the switch is global
-        with warnings.catch_warnings(action="ignore"), torch.autograd.detect_anomaly(check_nan=True):
-            plain()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.autograd.detect_anomaly(check_nan=True):
+                plain()
 
     loop.step = watched  # type: ignore[method-assign]
     yield
