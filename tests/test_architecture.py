@@ -119,7 +119,7 @@ def test_the_public_names():
     exported = {
         alias.asname for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    values = {"Finding", "Monitor", "Record", "Report"}
+    values = {"Finding", "FindingsError", "Monitor", "Record", "Report"}
     assert exported == values | {"audits", "presets", "probes", "sinks", "testing", "watches"}
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stethoscope import Monitor, presets, sinks
-from stethoscope._record import FindingsError
+from stethoscope import FindingsError, Monitor, presets, sinks
 
 nan, inf = float("nan"), float("inf")
 

@@ -8,5 +8,6 @@ from stethoscope import testing as testing
 from stethoscope import watches as watches
 from stethoscope._monitor import Monitor as Monitor
 from stethoscope._record import Finding as Finding
+from stethoscope._record import FindingsError as FindingsError
 from stethoscope._record import Record as Record
 from stethoscope._record import Report as Report

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from stethoscope._delivery import Delivery
@@ -21,10 +15,11 @@ from stethoscope._guard import Guard
 from stethoscope._metrics import normalise
 from stethoscope._parts import Notes, check_parts, describe
 from stethoscope._probing import Probing, with_needs
-from stethoscope._protocols import Key, Probe, Run, Sink, Watch
+from stethoscope._protocols import Key, Probe, Sink, Watch
 from stethoscope._record import JSON, Finding, Record, Report
+from stethoscope._run import new_run
 from stethoscope._transfer import Part, Transfer
-from stethoscope._tree import plain, tensors, unwrap
+from stethoscope._tree import tensors, unwrap
 from stethoscope.sinks import resolve
 
 if TYPE_CHECKING:
@@ -112,7 +107,7 @@ class Monitor:
         self.model = unwrap(model)
         self._planned_steps = planned_steps
         self._optimizers = _optimizers(optimizer)
-        self._run = _new_run(self.model, planned_steps, every)
+        self._run = new_run(self.model, planned_steps, every)
         self._step = 0  # the step under way
         self._phase = "train"
         self._planned = False  # whether the plan was recorded
@@ -399,34 +394,3 @@ def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimize
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {describe(optimizer)}.")
     return several
-
-
-def _new_run(model: nn.Module, planned_steps: int | None, every: int) -> Run:
-    now = datetime.now(timezone.utc)
-    rank, world_size = _rank()
-    return Run(
-        id=f"{now:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}",
-        started=now.isoformat(timespec="seconds"),
-        modules=tuple((plain(name), type(module).__name__) for name, module in model.named_modules()),
-        planned_steps=planned_steps,
-        every=every,
-        versions=_versions(),
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def _rank() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("stethoscope", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found

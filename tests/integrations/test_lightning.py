@@ -15,9 +15,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stethoscope import audits, presets, probes, sinks, watches
+from stethoscope import FindingsError, audits, presets, probes, sinks, watches
 from stethoscope._protocols import Probe, Sink, Watch
-from stethoscope._record import FindingsError
 from stethoscope.integrations.lightning import MonitorCallback
 
 pytestmark = [

@@ -1,0 +1,50 @@
+"""The facts about a run that its sinks are told."""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import torch
+
+from stethoscope._protocols import Run
+from stethoscope._tree import plain
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def new_run(model: nn.Module, planned_steps: int | None, every: int) -> Run:
+    """Gather the facts about a run that begins now. Its name is drawn by the operating system, not by a random state."""
+    now = datetime.now(timezone.utc)
+    rank, world_size = _rank()
+    return Run(
+        id=f"{now:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}",
+        started=now.isoformat(timespec="seconds"),
+        modules=tuple((plain(name), type(module).__name__) for name, module in model.named_modules()),
+        planned_steps=planned_steps,
+        every=every,
+        versions=_versions(),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _rank() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("stethoscope", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
