@@ -132,6 +132,8 @@ def _prepare(steps: int, seed: int) -> tuple[Training, Batch]:
     from stethoscope.cli._demo_faults import Training
     from stethoscope.cli._demo_model import Separator, pit_loss
 
+    # layers this small gain nothing from a second thread, and lose minutes to it on a machine that is busy
+    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)
     talkers = Talkers.record(48, 3.0, generator)
     validation = Talkers.record(8, 3.0, generator).mix(16, _SECONDS, generator)
