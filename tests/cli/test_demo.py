@@ -157,7 +157,7 @@ def test_a_wandb_run_is_written_offline(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [4, 5])
 def test_it_learns_to_separate_without_a_finding(tmp_path, seed):
-    result = demo("--steps", 200, "--seed", seed, "--out", tmp_path / "demo")
+    result = demo("--steps", 400, "--seed", seed, "--out", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     records = [record for delivery in sinks.read(tmp_path / "demo") for record in delivery.records]
     gains = [record.value for record in records if record.name == "si_sdri_db"]
