@@ -368,3 +368,17 @@ def test_the_outermost_calls_are_followed_whatever_is_called(whole):
         ("nonfinite-input", 3, [2])
     ]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_part_is_no_obstacle():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Tanh()), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        for scale in (1.0, torch.nan):
+            optimizer.zero_grad()
+            loss = model(torch.full((6, 4), scale)).square().mean()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+    assert all(p.isfinite().all() for p in model.parameters())

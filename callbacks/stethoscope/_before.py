@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stethoscope.probes._hook import Hook
+from stethoscope._tree import has_no_forward
+from stethoscope.probes._hook import Hook, takes_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +59,7 @@ class Before:
         self._owners = [
             (module._buffers, name)  # noqa: SLF001 - the module's own dictionary, as a buffer may be replaced
             for module in model.modules()
+            if takes_hooks(module)  # a scripted part lets nobody into its buffers
             for name in module._buffers  # noqa: SLF001
         ]
         self._kept: dict[int, tuple[Tensor, Tensor, int]] = {}
@@ -70,6 +72,8 @@ class Before:
         self._spare = [handle for child in _children(model) for handle in self._follow(child)]
 
     def _follow(self, module: nn.Module) -> list[RemovableHandle]:
+        if not takes_hooks(module):
+            return []
         return [
             module.register_forward_pre_hook(_Entry(self), with_kwargs=True, prepend=True),
             module.register_forward_hook(_Exit(self), always_call=True),
@@ -182,7 +186,7 @@ def _children(model: nn.Module) -> list[nn.Module]:
     """Modules that may be called from outside without the model: its children, and those of lists without a forward."""
     found = []
     for child in model.children():
-        found += _children(child) if type(child).forward is nn.Module.forward else [child]
+        found += _children(child) if has_no_forward(child) else [child]
     return found
 
 

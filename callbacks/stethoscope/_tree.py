@@ -38,6 +38,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def has_no_forward(module: nn.Module) -> bool:
+    """Whether a module has no forward of its own, like `ModuleList` and models that are called by another method."""
+    # of a ScriptModule's class, asking for `forward` raises; its own is there all the same
+    return getattr(type(module), "forward", None) is nn.Module.forward
+
+
 def plain(name: str) -> str:
     """Return a module or parameter name without the segments that wrappers of submodules add.
 

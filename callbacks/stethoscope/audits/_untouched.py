@@ -65,7 +65,8 @@ def untouched(*functions: Callable[..., Any]) -> Iterator[list[nn.Module]]:
                 if gradient is not None and before is not None:
                     gradient.data.copy_(before)
         for module, held, training in buffers:
-            module._buffers.update(held)  # noqa: SLF001
+            for name, buffer in held.items():  # a scripted module's buffers have no update
+                module._buffers[name] = buffer  # noqa: SLF001
             module.training = training
         for thing, state in states:
             thing.load_state_dict(state)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stethoscope.probes._bank import MOMENTS, RANGE, SAMPLED
 from stethoscope.probes._flags import FlagHooks
-from stethoscope.probes._select import Pattern, as_patterns
+from stethoscope.probes._select import Pattern, includes, settle
 from stethoscope.probes._statistics import ActivationHooks
 
 if TYPE_CHECKING:
@@ -63,12 +63,7 @@ class Activations:
     sample: int = 2048
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "statistics", tuple(self.statistics))
-        object.__setattr__(self, "include", as_patterns(self.include))
-        object.__setattr__(self, "exclude", as_patterns(self.exclude))
-        unknown = sorted(set(self.statistics) - KNOWN)
-        if unknown or not self.statistics:
-            raise ValueError(f"Unknown activation statistics {unknown}. Known: {sorted(KNOWN)}.")
+        settle(self, sorted(KNOWN), "activation")
         if self.sample < 1 or (self.every is not None and self.every < 1):
             raise ValueError(f"sample and every must be at least 1, got sample={self.sample}, every={self.every}.")
 
@@ -80,9 +75,7 @@ class Activations:
         """Whether `other` asks for nothing that this one does not record at least as often."""
         return (
             isinstance(other, Activations)
-            and set(other.statistics) <= set(self.statistics)
-            and (not (self.include or self.exclude) or (self.include, self.exclude) == (other.include, other.exclude))
+            and includes(self, other)
             and (self.inputs or not other.inputs)
             and (self.phases is None or (other.phases is not None and set(other.phases) <= set(self.phases)))
-            and (self.every == other.every or (self.every is not None and self.every == 1))
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope.probes._hook import Hook
-from stethoscope.probes._select import Pattern, as_patterns, named_parameters, select
+from stethoscope.probes._select import Pattern, as_patterns, includes, named_parameters, select, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -54,12 +54,7 @@ class Gradients:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "statistics", tuple(self.statistics))
-        object.__setattr__(self, "include", as_patterns(self.include))
-        object.__setattr__(self, "exclude", as_patterns(self.exclude))
-        unknown = sorted(set(self.statistics) - set(KNOWN))
-        if unknown or not self.statistics:
-            raise ValueError(f"Unknown gradient statistics {unknown}. Known: {list(KNOWN)}.")
+        settle(self, KNOWN, "gradient")
 
     def attach(self, model: nn.Module) -> Attachment:
         """Choose the parameters of `model`; they are hooked while armed."""
@@ -67,12 +62,7 @@ class Gradients:
 
     def covers(self, other: Probe) -> bool:
         """Whether `other` asks for nothing that this one does not record at least as often."""
-        return (
-            isinstance(other, Gradients)
-            and set(other.statistics) <= set(self.statistics)
-            and (not (self.include or self.exclude) or (self.include, self.exclude) == (other.include, other.exclude))
-            and (self.every == other.every or self.every == 1)
-        )
+        return isinstance(other, Gradients) and includes(self, other)
 
 
 class _Group:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
+from stethoscope._tree import has_no_forward
 from stethoscope.probes._hook import Hook, takes_hooks
-from stethoscope.probes._select import Pattern, as_patterns, named_parameters, select
+from stethoscope.probes._select import Pattern, as_patterns, includes, named_parameters, select, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,12 +65,7 @@ class Parameters:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "statistics", tuple(self.statistics))
-        object.__setattr__(self, "include", as_patterns(self.include))
-        object.__setattr__(self, "exclude", as_patterns(self.exclude))
-        unknown = sorted(set(self.statistics) - set(KNOWN))
-        if unknown or not self.statistics:
-            raise ValueError(f"Unknown parameter statistics {unknown}. Known: {list(KNOWN)}.")
+        settle(self, KNOWN, "parameter")
 
     def attach(self, model: nn.Module) -> Attachment:
         """Choose the parameters of `model`."""
@@ -77,12 +73,7 @@ class Parameters:
 
     def covers(self, other: Probe) -> bool:
         """Whether `other` asks for nothing that this one does not record at least as often."""
-        return (
-            isinstance(other, Parameters)
-            and set(other.statistics) <= set(self.statistics)
-            and (not (self.include or self.exclude) or (self.include, self.exclude) == (other.include, other.exclude))
-            and (self.every == other.every or self.every == 1)
-        )
+        return isinstance(other, Parameters) and includes(self, other)
 
 
 class ParameterReader:
@@ -185,17 +176,12 @@ class ParameterReader:
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
     """Modules of which one is called before any weight is used, without most leaves."""
-    if _has_no_forward(model):
+    if has_no_forward(model):
         return list(model.modules())
     found = [module for module in model.modules() if module is model or next(module.children(), None) is not None]
     # Lightning's training_step calls the model's layers, not the model, although there is a forward
-    passed_by = [model, *filter(_has_no_forward, model.modules())]
+    passed_by = [model, *filter(has_no_forward, model.modules())]
     return list(dict.fromkeys([*found, *(child for each in passed_by for child in each.children())]))
-
-
-def _has_no_forward(module: nn.Module) -> bool:
-    # of a ScriptModule's class, asking for `forward` raises; its own is there all the same
-    return getattr(type(module), "forward", None) is nn.Module.forward
 
 
 class _Enters(Hook):

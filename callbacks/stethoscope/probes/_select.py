@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from stethoscope._record import Finding
 from stethoscope._tree import plain
@@ -52,6 +52,54 @@ def named_modules(model: nn.Module, probe: str) -> tuple[list[tuple[str, nn.Modu
         evidence={"probe": probe, "modules": len(modules) - len(able)},
     )
     return able, [note]
+
+
+class Choice(Protocol):
+    """What a specification says about what to measure where, and how often."""
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of what to record."""
+        ...
+
+    @property
+    def include(self) -> Pattern | Iterable[Pattern]:
+        """What to look at; empty for all."""
+        ...
+
+    @property
+    def exclude(self) -> Pattern | Iterable[Pattern]:
+        """What to leave out."""
+        ...
+
+    @property
+    def every(self) -> int | None:
+        """In steps."""
+        ...
+
+
+def settle(probe: Choice, known: Iterable[str], kind: str) -> None:
+    """Make tuples of what a frozen specification was given, and refuse statistics that it does not know.
+
+    Raises:
+        ValueError: an unknown statistic, or none.
+        TypeError: see `as_patterns`.
+    """
+    object.__setattr__(probe, "statistics", tuple(probe.statistics))
+    object.__setattr__(probe, "include", as_patterns(probe.include))
+    object.__setattr__(probe, "exclude", as_patterns(probe.exclude))
+    unknown = sorted(set(probe.statistics) - set(known))
+    if unknown or not probe.statistics:
+        raise ValueError(f"Unknown {kind} statistics {unknown}. Known: {list(known)}.")
+
+
+def includes(probe: Choice, other: Choice) -> bool:
+    """Whether `other` chooses nothing that `probe`, a specification of its class, does not record as often."""
+    return (
+        set(other.statistics) <= set(probe.statistics)
+        and (not (probe.include or probe.exclude) or (probe.include, probe.exclude) == (other.include, other.exclude))
+        and (probe.every == other.every or probe.every == 1)
+    )
 
 
 def matches(pattern: Pattern, name: str, owner: nn.Module) -> bool:
