@@ -69,7 +69,7 @@ class Bank:
         self._dirty = False
         self._fresh, self._raw, self._gathered, self._counts_by_bin = self._buffers(_FIRST_ROWS)
         self._pool = self._empty(0)
-        self._owner = torch.empty(0, dtype=torch.int64, device=device)
+        self._row_of = torch.empty(0, dtype=torch.int64, device=device)
 
     def _empty(self, *shape: int) -> Tensor:
         # buffers made inside of inference_mode could not be written to outside of it
@@ -164,11 +164,11 @@ class Bank:
         if self._pool_size > len(self._pool):
             grown = self._empty(2 * self._pool_size).fill_(torch.nan)
             with torch.inference_mode(mode=False):
-                owner = torch.zeros(len(grown), dtype=torch.int64, device=self.device)
-            grown[:start], owner[:start] = self._pool[:start], self._owner[:start]
-            self._pool, self._owner = grown, owner
+                row_of = torch.zeros(len(grown), dtype=torch.int64, device=self.device)
+            grown[:start], row_of[:start] = self._pool[:start], self._row_of[:start]
+            self._pool, self._row_of = grown, row_of
             self._shapes.clear()  # they are views of the pool before it grew
-        self._owner[start : start + capacity] = index * stats.CODES
+        self._row_of[start : start + capacity] = index
         return start, capacity
 
     def fold(self) -> None:
@@ -193,7 +193,7 @@ class Bank:
         if self._samples:
             used = self._pool[: self._pool_size]
             # unused places hold NaN and so count as non-finite samples, which nobody reads
-            bins = self._owner[: self._pool_size] + stats.log_bins(used)
+            bins = self._row_of[: self._pool_size] * stats.CODES + stats.log_bins(used)
             self._counts_by_bin.view(-1).scatter_add_(0, bins, torch.ones_like(bins))
             used.fill_(torch.nan)
         raw.copy_(self._fresh)
@@ -209,7 +209,7 @@ class Bank:
         for larger ones.
         """
         raw, used = self._raw[: len(self.rows)], self._pool[: self._pool_size]
-        rows = self._owner[: self._pool_size] // stats.CODES
+        rows = self._row_of[: self._pool_size]
         largest = torch.maximum(raw[:, LOW].abs(), raw[:, HIGH].abs())
         scaled = (used / largest.clamp(min=torch.finfo(self.dtype).tiny)[rows]).nan_to_num(0.0)
         share = self._upload("now", self._numel) / self._upload("kept", self._sampled).clamp(min=1)
