@@ -271,8 +271,9 @@ class Monitor:
         self._deliver()
 
     def flush(self) -> None:
-        """Wait until everything measured so far is delivered."""
+        """Wait until everything measured so far is delivered, and written by the sinks."""
         self._deliver(wait=True)
+        self._delivery.flush(self._run)
 
     def close(self) -> None:
         """Remove all hooks, deliver everything, close the sinks. May be called twice."""
@@ -284,7 +285,7 @@ class Monitor:
             if self._guard is not None:
                 self._guard.close()
             self._delivery.judge_watches(self._step)
-            self._deliver(wait=True)
+            self.flush()
         finally:
             self._delivery.close()
 
@@ -341,7 +342,11 @@ class Monitor:
     # -- resuming ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, JSON]:
-        """Return what a resumed run needs, as JSON: the run's name, the next step, what the watches remember."""
+        """Return what a resumed run needs, as JSON: the run's name, the next step, what the watches remember.
+
+        All steps before are written by then, so that a run resumed from here misses none.
+        """
+        self.flush()
         return {"version": 1, "run": self._run.id, "step": self._step, **self._delivery.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, JSON]) -> None:

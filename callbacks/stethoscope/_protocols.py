@@ -171,7 +171,11 @@ class Run:
 
 @runtime_checkable
 class Sink(Protocol):
-    """Writes records and findings somewhere."""
+    """Writes records and findings somewhere.
+
+    A sink may carry a true attribute `background`: it is then opened and written from one thread of its own, which the
+    training never waits for. Without it, all happens on the training's thread.
+    """
 
     def open(self, run: Run) -> None:
         """Called once, before the first write."""

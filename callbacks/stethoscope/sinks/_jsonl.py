@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, ClassVar
 
 from stethoscope.sinks._lines import encode, encode_run
 
@@ -33,10 +33,10 @@ class Jsonl:
     these three gets a backslash in front.
 
     Each line is handed to the operating system before `write` returns, so a killed process loses at most the line that
-    it was writing. An existing file is never overwritten: a resumed run goes on, another run follows after it, and a
+    it was writing, and what was still on its way here: milliseconds, unless the disk is slow. An existing file is never overwritten: a resumed run goes on, another run follows after it, and a
     second sink that writes to the same place at the same time gets a file of its own, named in the log.
 
-    **Cost:** about 1 ms of the caller's time for 1000 scalars (`tests/benchmarks/bench_sinks.py`).
+    **Cost:** about 1 ms for 1000 scalars (`tests/benchmarks/bench_sinks.py`), on a thread of its own under a monitor.
 
     Args:
         path: a name that ends with `.jsonl` is the file, anything else a run folder that gets `records.jsonl`. Ranks
@@ -60,6 +60,8 @@ class Jsonl:
         >>> [delivery.records[0].value for delivery in read(folder)]
         [2.0]
     """
+
+    background: ClassVar[bool] = True
 
     path: str | Path
     max_bytes: int | None = None

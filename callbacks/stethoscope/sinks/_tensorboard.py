@@ -86,6 +86,11 @@ class TensorBoard:
         self._budget = Budget("TensorBoard", self.max_series)
         self._pictures = defaultdict(Picture)
 
+    @property
+    def background(self) -> bool:
+        """Whether a monitor may write from a thread of its own: not to a writer that the caller writes to as well."""
+        return isinstance(self.target, str | Path)
+
     def open(self, run: Run) -> None:
         """Create the event file, or take the writer as it is."""
         if not isinstance(self.target, str | Path):

@@ -34,6 +34,11 @@ class OnRank:
     _run: Run | None = field(default=None, init=False, repr=False)
     _opened: bool = field(default=False, init=False, repr=False)
 
+    @property
+    def background(self) -> bool:
+        """As the sink inside."""
+        return bool(getattr(self.sink, "background", False))
+
     def open(self, run: Run) -> None:
         """Open the sink inside, on the ranks that were asked for."""
         self._run = run
@@ -94,6 +99,11 @@ class Every:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every={self.every!r} must be a number of steps, at least 1.")
+
+    @property
+    def background(self) -> bool:
+        """As the sink inside."""
+        return bool(getattr(self.sink, "background", False))
 
     def open(self, run: Run) -> None:
         """Open the sink inside."""
