@@ -351,9 +351,10 @@ class Monitor:
             ValueError: not such a state.
         """
         keys = sorted(state) if isinstance(state, Mapping) else None
-        wanted = ["diagnosis", "run", "step", "version", "watches"]
-        if keys is None or not set(wanted) <= set(keys) or state["version"] != 1 or not isinstance(state["step"], int):
-            raise ValueError(f"Not a state of this version of Monitor: keys {keys}, of version 1 are {wanted}.")
+        wanted = {"version": int, "run": str, "step": int, "watches": Mapping, "diagnosis": Mapping}
+        right = keys is not None and all(isinstance(state.get(key), kind) for key, kind in wanted.items())
+        if not right or state["version"] != 1:
+            raise ValueError(f"Not a state of this version of Monitor: keys {keys}, of version 1 are {sorted(wanted)}.")
         step = state["step"]
         if step < self._step:
             self._notes.pending.append(
