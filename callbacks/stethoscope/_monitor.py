@@ -64,7 +64,7 @@ class Monitor:
         TypeError: a part that is none, such as a class in place of an object.
         ValueError: an argument out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from stethoscope import watches
         >>> model = torch.nn.Linear(4, 1)

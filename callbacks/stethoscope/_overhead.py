@@ -127,7 +127,7 @@ def parse(overhead: str | float | None) -> float | None:
     Raises:
         ValueError: no share of the time.
 
-    Example:
+    Examples:
         >>> parse("1%"), parse(0.02)
         (0.01, 0.02)
     """

@@ -40,7 +40,7 @@ class Density:
     Raises:
         ValueError: a block that is no pair of positive lengths.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(4, 2)
         >>> attached = Density().attach(layer)
