@@ -145,8 +145,9 @@ def test_a_picture_of_layers_by_steps_comes_early_and_at_the_end(tmp_path):
     images = events.Images("layers/activation/rms")
     assert [image.step for image in images] == [750, 950]
     pixels = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)))
-    assert pixels.shape == (2 * 16, 20 * 16, 3)
-    assert pixels[0, -1].tolist() == [255, 0, 255]
+    assert pixels.shape[0] > 2 * 16  # the frame is around it
+    assert pixels.shape[1] > 20 * 16
+    assert (pixels == [255, 0, 255]).all(axis=-1).sum() > 2 * 16 * 16  # NaN in the last column, and the scale
     legend = texts(events, "layers/activation/rms")[-1][1]
     assert "1. enc.0" in legend
     assert "&lt;b&gt;" in legend

@@ -98,8 +98,15 @@ def rows(records):
 
 def test_each_write_is_one_row_with_our_step_in_it(rows):
     ours = [row for row in rows if "stethoscope/step" in row]
-    assert [row["stethoscope/step"] for row in ours] == [0, 50, 50, 50]  # the last one is the table
-    assert [row.get("stethoscope/activation/rms/enc.0") for row in ours] == [0.5, 50.5, None, None]
+    assert [row["stethoscope/step"] for row in ours] == [
+        0,
+        50,
+        50,
+        50,
+        50,
+    ]  # the last two are the picture and the table
+    assert [row.get("stethoscope/activation/rms/enc.0") for row in ours] == [0.5, 50.5, None, None, None]
+    assert [key for key in ours[3] if "layers" in key]
     assert ours[2]["stethoscope/val/th_accuracy"] == 0.25
     assert math.isnan(ours[0]["stethoscope/activation/rms/<b>слой</b>"])
     assert math.isinf(ours[0]["stethoscope/step/loss"])

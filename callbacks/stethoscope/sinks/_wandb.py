@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stethoscope._record import Finding, Histogram, Record
 from stethoscope.sinks._bins import trim
 from stethoscope.sinks._budget import MAX_SERIES, Budget
 from stethoscope.sinks._markdown import escape
+from stethoscope.sinks._pictures import Painted, Pictures
 from stethoscope.sinks._tag import tag
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class WandB:
 
     Everything lies under `stethoscope/`, with `stethoscope/step` as its x axis; the run's own step is never given, since
     W&B drops rows whose step is below the last one. One `run.log` per write. Findings of warning and above become
-    alerts, and all of them a table `stethoscope/findings` at the end. The run stays open. On a rank other than 0 that has
+    alerts, and all of them a table `stethoscope/findings` at the end; a picture of layers by steps now and then. The run stays open. On a rank other than 0 that has
     no run, nothing is written.
 
     **Cost:** one `run.log` per write, 2-3 ms for 300 numbers, on a thread of its own under a monitor.
@@ -63,6 +65,7 @@ class WandB:
     _to: Any = field(default=None, init=False, repr=False)
     _step: int = field(default=0, init=False, repr=False)
     _findings: list[Finding] = field(default_factory=list[Finding], init=False, repr=False)
+    _pictures: Pictures = field(default_factory=Pictures, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.run is not None and not is_wandb_run(self.run):
@@ -92,19 +95,33 @@ class WandB:
         row = {name: value for name, value in row.items() if value is not None}
         if row:
             self._to.log(row | {_STEP: step})
+        for painted in self._pictures.add(step, records):
+            self._show(self._to, painted)
         for finding in findings:
             if finding.severity != "info":
                 self._alert(finding)
 
     def close(self) -> None:
-        """Log the table of findings."""
+        """Log the last pictures and the table of findings."""
         run, self._to, self._opened = self._to, None, False
         findings, self._findings = self._findings, []
-        if run is not None and findings:
+        if run is None:
+            return
+        for painted in self._pictures.last():
+            self._show(run, painted)
+        if findings:
             from wandb import Table
 
             rows = [[getattr(finding, column) for column in _COLUMNS] for finding in findings[-_MAX_ROWS:]]
             run.log({"stethoscope/findings": Table(columns=list(_COLUMNS), data=rows), _STEP: self._step})
+
+    def _show(self, run: Any, painted: Painted) -> None:
+        if find_spec("PIL") is None:  # W&B turns arrays into pictures by it, and does not bring it along
+            return
+        from wandb import Image
+
+        image = Image(painted.pixels, caption=painted.text)
+        run.log({f"stethoscope/layers/{painted.name}": image, _STEP: self._step})
 
     def _find_run(self, rank: int) -> Any:
         if self.run is not None:
