@@ -24,7 +24,7 @@ def test_the_cells_are_left_as_they_are_and_everything_stands_around_them():
 
 def test_names_of_any_length_and_alphabet_fit_and_tell_blocks_apart():
     pixels = np.zeros((600, 16, 3), dtype=np.uint8)
-    one, other = ("x" * 300 + tail for tail in ("a", "b"))
+    one, other = ("x" * 300 + tail for tail in ("ab", "ba"))
     framed = [frame(pixels, [name, "слой <b>\n"], "t", (0, 0), SCALE) for name in (one, other)]
     assert framed[0].shape[1] < 800
     assert (framed[0] != framed[1]).any()

@@ -33,6 +33,11 @@ class Pictures:
 
     def __init__(self) -> None:
         self._pictures: defaultdict[str, Picture] = defaultdict(Picture)
+        self._place: dict[str, int] = {}
+
+    def order(self, modules: Sequence[tuple[str, str]]) -> None:
+        """Take the order of the layers from the model; gradients, for one, are measured from the last to the first."""
+        self._place = {name: place for place, (name, _) in enumerate(modules)}
 
     def add(self, step: int, records: Sequence[Record]) -> Iterator[Painted]:
         """Take in one delivery; hand over the pictures that are due."""
@@ -48,7 +53,7 @@ class Pictures:
                 columns[record.name][layer] = record.value
         for name, column in columns.items():
             picture = self._pictures[name]
-            picture.add(step, column)
+            picture.add(step, {layer: column[layer] for layer in sorted(column, key=self._depth)})
             if picture.due:
                 yield self._painted(name)
 
@@ -57,6 +62,10 @@ class Pictures:
         for name in list(self._pictures):
             yield self._painted(name)
         self._pictures.clear()
+
+    def _depth(self, layer: str) -> int:
+        name = layer.partition("#")[0]
+        return self._place.get(name, self._place.get(name.rpartition(".")[0], 0))
 
     def _painted(self, name: str) -> Painted:
         picture = self._pictures[name]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ import numpy as np
 from stethoscope._record import Finding, Histogram, Record
 from stethoscope.sinks._bins import Bins, trim
 from stethoscope.sinks._budget import MAX_SERIES, Budget
+from stethoscope.sinks._layout import layout
 from stethoscope.sinks._markdown import escape, table
 from stethoscope.sinks._pictures import Painted, Pictures
 from stethoscope.sinks._tag import FOREIGN, tag
@@ -92,6 +91,7 @@ class TensorBoard:
 
     def open(self, run: Run) -> None:
         """Create the event file, or take the writer as it is."""
+        self._pictures.order(run.modules)
         if not isinstance(self.target, str | Path):
             self._writer, self._prefix, self._laid_out = self.target, FOREIGN, True
             if self._writer.file_writer is None:
@@ -153,7 +153,7 @@ class TensorBoard:
         # There is one layout per run, so it waits for the probes.
         if not self._laid_out and any(record.source == "probe" for record in records):
             self._laid_out = True
-            self._writer.add_custom_scalars(_layout(records))
+            self._writer.add_custom_scalars(layout(records))
 
     def _paint(self, writer: Any, painted: Painted) -> None:
         rows = "\n".join(f"{row}. {escape(layer)}" for row, layer in enumerate(painted.layers, start=1))
@@ -186,14 +186,3 @@ def _histogram(bins: Bins) -> Any:
         bucket_limit=edges[1:].tolist(),
         bucket=counts.tolist(),
     )
-
-
-def _layout(records: Sequence[Record]) -> dict[str, dict[str, list[Any]]]:
-    """Make one category per group, with one chart per statistic that matches all layers and phases."""
-    named = {(record.source, record.name): record for record in records if isinstance(record.value, float | int)}
-    layout: defaultdict[str, dict[str, list[Any]]] = defaultdict(dict)
-    for record in named.values():
-        group, _, statistic = tag(record._replace(module="", call=0, phase="train")).partition("/")
-        if statistic and record.source != "log":
-            layout[group][statistic] = ["Multiline", [rf"{re.escape(group)}(_[^/]+)?/{re.escape(statistic)}(/|$)"]]
-    return dict(layout)

@@ -76,6 +76,7 @@ class WandB:
 
     def open(self, run: Run) -> None:
         """Tell W&B which x axis our series have."""
+        self._pictures.order(run.modules)
         self._to = self._find_run(run.rank)
         self._opened = True
         if self._to is not None:
