@@ -150,8 +150,8 @@ class TensorBoard:
             return
         # One event with many values costs a thirtieth of one add_scalar or add_histogram_raw for each.
         self._writer.file_writer.add_summary(Summary(value=values.values()), step)
-        # There is one layout per run, so it waits for the probes.
-        if not self._laid_out and any(record.source == "probe" for record in records):
+        # There is one layout per run, so it waits for what the training's probes read.
+        if not self._laid_out and any(record.source == "probe" and record.phase == "train" for record in records):
             self._laid_out = True
             self._writer.add_custom_scalars(layout(records))
 
