@@ -16,6 +16,7 @@ from stethoscope._metrics import normalise
 from stethoscope._parts import Notes, check_parts, describe
 from stethoscope._probing import Probing, with_needs
 from stethoscope._protocols import Key, Probe, Sink, Watch
+from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._transfer import Part, Transfer
@@ -55,6 +56,10 @@ class Monitor:
             `step`, `log`, `add` or `flush`: the way to stop a training.
         strict: raise what goes wrong inside of probes, watches and sinks (for tests).
         overhead: not available yet; None.
+        reduce: of a training on several ranks, combine the records of probes over all of them at observed steps; rank 0
+            writes the result. None does so for what is split over ranks (FSDP2), so that norms are those of the whole;
+            True for all records, so that a mean is the mean over all ranks; False for none. Never waits for other ranks.
+            See docs/distributed.md.
 
     Raises:
         TypeError: a part that is none, such as a class in place of an object.
@@ -91,6 +96,7 @@ class Monitor:
         on_finding: Callable[[Finding], object] | None = None,
         strict: bool = False,
         overhead: str | None = None,
+        reduce: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}.")
@@ -116,11 +122,12 @@ class Monitor:
         self._used = False  # whether anything was given to it
         self._notes = Notes(strict)
         self._transfer = Transfer()
+        self._ranks = Ranks(self._run, reduce, self._notes)
         chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
         several = sinks if isinstance(sinks, Sequence) and not isinstance(sinks, str) else (sinks,)
         self._delivery = Delivery(
             chosen,
-            [resolve(sink) for sink in several],
+            [*map(resolve, several), *self._ranks.sinks()],
             on_finding,
             self._run.rank,
             self._notes,
@@ -284,7 +291,9 @@ class Monitor:
             self._probing.detach()
             if self._guard is not None:
                 self._guard.close()
+            self._deliver(wait=True)
             self._delivery.judge_watches(self._step)
+            self._ranks.part(self.findings)
             self.flush()
         finally:
             self._delivery.close()
@@ -330,7 +339,8 @@ class Monitor:
         except Exception as error:
             self._notes.disabled(self._transfer, "transfer", error)
             self._transfer.send(ready, [part for part in parts if _can_be_sent(part)])
-        self._delivery.deliver(self._arrived(wait), self._run)
+        self._run = self._ranks.join(self._run)
+        self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:
         """What has arrived. Readings that make no records (on the meta device, say) are dropped and reported."""
