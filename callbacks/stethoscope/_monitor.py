@@ -340,7 +340,7 @@ class Monitor:
             self._notes.disabled(self._transfer, "transfer", error)
             self._transfer.send(ready, [part for part in parts if _can_be_sent(part)])
         self._run = self._ranks.join(self._run)
-        self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), wait=wait), self._run)
+        self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:
         """What has arrived. Readings that make no records (on the meta device, say) are dropped and reported."""

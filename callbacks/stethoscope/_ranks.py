@@ -54,7 +54,7 @@ class Ranks:
         self._met = False
         self._reduction: Reduction | None = None
         if self._several and (reduce or (reduce is None and run.shards)):
-            self._reduction = Reduction(run, bool(reduce), self._connect, notes)
+            self._reduction = Reduction(run, bool(reduce), (self._connect, self._all_ready), notes)
         self._post = Post() if self._several and run.rank else None
         self._listener = Listener(notes) if self._several and not run.rank else None
 
@@ -81,11 +81,17 @@ class Ranks:
             log.debug("The ranks do not meet: %r", error)
         return run
 
-    def pass_on(self, arrived: Iterable[list[Record]], *, wait: bool) -> Iterator[list[Record]]:
-        """Combine the records of all ranks, see `Reduction`; and on rank 0 ask what other ranks have found."""
+    def pass_on(self, arrived: Iterable[list[Record]], own: Sequence[Finding], *, wait: bool) -> Iterator[list[Record]]:
+        """Combine the records of all ranks, see `Reduction`; then, on rank 0, ask what other ranks have found.
+
+        Args:
+            arrived: from the device.
+            own: what this monitor has found so far.
+            wait: for other ranks, a moment.
+        """
         yield from arrived if self._reduction is None else self._reduction.pass_on(arrived, wait=wait)
         if self._listener is not None:
-            self._listener.listen()
+            self._listener.listen(own)
 
     def part(self, own: Sequence[Finding]) -> None:
         """Say the last words, and hear those of others."""
@@ -105,7 +111,13 @@ class Ranks:
         options._timeout = TIMEOUT  # noqa: SLF001
         # a connection is shared by turns, and gloo waits on it for ranks that are late
         store = _c10d.PrefixStore("reduce", self._store.clone())
-        return gloo(store, self._run.rank, self._run.world_size, options)
+        group = gloo(store, self._run.rank, self._run.world_size, options)
+        self._store.add("ready", 1)
+        return group
+
+    def _all_ready(self) -> bool:
+        # a message to a rank that never comes could not be taken back
+        return bool(self._store.add("ready", 0) >= self._run.world_size)
 
 
 @dataclass(eq=False)
@@ -162,7 +174,7 @@ class Listener:
         default_factory=dict[tuple[str, str, str], "set[int]"], init=False, repr=False
     )
 
-    def listen(self, *, now: bool = False) -> None:
+    def listen(self, own: Sequence[Finding], *, now: bool = False) -> None:
         """Look for news, not more often than once in `LISTEN_S`."""
         if self.store is None or (not now and time.monotonic() < self._next):
             return
@@ -173,6 +185,10 @@ class Listener:
             log.debug("Other ranks are out of reach: %r", error)
             self.store = None
             return
+        for finding in own if news else ():
+            key = finding.code, finding.module, finding.phase
+            self._alike.setdefault(key, set()).add(finding.rank)
+            self._told[key] = min(_when(finding), self._told.get(key, _when(finding)))
         for finding in sorted(news, key=_when):
             key = finding.code, finding.module, finding.phase
             self._alike.setdefault(key, set()).add(finding.rank)
@@ -203,10 +219,9 @@ class Listener:
                 time.sleep(0.005)
         except Exception as error:
             log.debug("Other ranks are out of reach: %r", error)
-        self.listen(now=True)
+        self.listen(own, now=True)
         self.store = None
         for (code, module, phase), ranks in self._alike.items():
-            ranks |= {each.rank for each in own if (each.code, each.module, each.phase) == (code, module, phase)}
             if len(ranks) > 1:
                 step, first = self._told[code, module, phase]
                 shown = ", ".join(map(str, sorted(ranks)[:8])) + (" ..." if len(ranks) > 8 else "")

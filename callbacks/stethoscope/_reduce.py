@@ -54,9 +54,6 @@ class _Message:
     sums: torch.Tensor
     works: Sequence[Any]
 
-    def done(self) -> bool:
-        return all(work.is_completed() for work in self.works)
-
 
 class Reduction:
     """Combines the records of all ranks: two sums over all numbers of a delivery at once, one of them a maximum.
@@ -64,14 +61,19 @@ class Reduction:
     Args:
         run: of this rank.
         everything: combine all records that have an operation; else only those of parts of a whole.
-        connect: makes the connection to the other ranks; called once, on the first delivery that needs it.
+        connect: makes the connection to the other ranks, and tells whether all of them have; called from the first
+            delivery on that needs it.
         notes: where to say what goes wrong.
     """
 
-    def __init__(self, run: Run, everything: bool, connect: Callable[[], Any], notes: Notes) -> None:
-        self._run, self._everything, self._connect, self._notes = run, everything, connect, notes
+    def __init__(
+        self, run: Run, everything: bool, connect: tuple[Callable[[], Any], Callable[[], bool]], notes: Notes
+    ) -> None:
+        self._run, self._everything, self._notes = run, everything, notes
+        self._connect, self._all_ready = connect
         self._held: deque[_Held] = deque()
         self._group: Any = None
+        self._ready = False
         self._message: _Message | None = None
         self._room = (0, 0)  # sums and peaks that fit into a message, the same on all ranks
         self._off = self._said = False
@@ -92,25 +94,39 @@ class Reduction:
                 yield self._held.popleft().records
                 continue
             try:
-                message = self._message = self._message or self._send(head)
-                while not message.done() and time.monotonic() < until:
+                while not (done := self._done(head)) and time.monotonic() < until:
                     time.sleep(0.001)
-                if not message.done():
+                if not done:
                     if not wait and len(self._held) <= MAX_HELD:
                         return
                     limit = f"{WAIT_S:g} s" if wait else f"{MAX_HELD} deliveries"
                     self.stop(f"other ranks have not sent theirs within {limit}")
                     continue
-                for work in message.works:
-                    work.wait()  # raises what went wrong
             except Exception as error:
                 self.stop(f"{type(error).__name__}: {error}")
                 continue
-            self._message = None
+            message, self._message = self._message, None
+            assert message is not None
             if self._make_room(message):
                 continue  # the same delivery again, on all ranks
             self._held.popleft()
             yield self._combined(head, message)
+
+    def _done(self, head: _Held) -> bool:
+        """Get the message of a delivery on its way, and see whether it is complete. Raises what went wrong with it."""
+        if self._group is None:
+            self._group = self._connect()
+        if not self._ready:
+            self._ready = self._all_ready()
+            if not self._ready:
+                return False
+        if self._message is None:
+            self._message = self._send(head)
+        if not all(work.is_completed() for work in self._message.works):
+            return False
+        for work in self._message.works:
+            work.wait()
+        return True
 
     def _choose(self, records: Sequence[Record]) -> list[int]:
         """Indices, in an order that is the same on all ranks."""
@@ -125,8 +141,6 @@ class Reduction:
         return sorted(chosen, key=lambda i: (records[i].name, records[i].module, records[i].call))
 
     def _send(self, held: _Held) -> _Message:
-        if self._group is None:
-            self._group = self._connect()
         if not held.terms:
             held.terms = [_combine.terms(held.records[i]) for i in held.chosen]
         sums = [number for each in held.terms for number in each.sums]
