@@ -39,6 +39,15 @@ def test_the_first_finding_tells_where_it_began(tmp_path):
     assert found == [(3, 1), (4, 0)]
 
 
+def test_a_finding_that_was_passed_on_to_rank_0_is_read_once(tmp_path):
+    finding = Finding("nonfinite-loss", "error", "m", "", 3, rank=1)
+    write(tmp_path, 0, [(3, [loss(1.0)], []), (5, [], [finding])])
+    write(tmp_path, 1, [(3, [loss(1.0)], [finding])])
+    assert [f for d in read(tmp_path, rank=None) for f in d.findings] == [finding]
+    (tmp_path / "records.rank1.jsonl").unlink()
+    assert [f for d in read(tmp_path, rank=None) for f in d.findings] == [finding]
+
+
 def test_a_whole_is_made_of_its_parts_and_not_when_one_is_missing(tmp_path):
     part = Record("parameter/shard_norm", 3.0, 0, module="w")
     write(tmp_path, 0, [(0, [part], []), (1, [part], [])], shards={"": 2})

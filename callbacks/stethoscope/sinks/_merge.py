@@ -12,6 +12,7 @@ from stethoscope.sinks._lines import Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from stethoscope._protocols import Run
 
@@ -38,7 +39,7 @@ def together(streams: Mapping[int, Iterable[Delivery]], run: Run) -> Iterator[De
         streams: rank -> its deliveries, in order of steps.
         run: facts about the run, of any rank.
     """
-    tagged = [_tagged(rank, stream) for rank, stream in streams.items()]
+    tagged = [_tagged(rank, stream, streams.keys() - {rank}) for rank, stream in streams.items()]
     for step, told in groupby(merge(*tagged, key=_step), key=_step):
         groups: dict[tuple[str, bool, int], list[_Told]] = {}
         seen: dict[tuple[int, str, bool], int] = {}
@@ -51,9 +52,12 @@ def together(streams: Mapping[int, Iterable[Delivery]], run: Run) -> Iterator[De
             yield Delivery(step, tuple(_records(several, run)), tuple(_findings(several)))
 
 
-def _tagged(rank: int, stream: Iterable[Delivery]) -> Iterator[_Told]:
+def _tagged(rank: int, stream: Iterable[Delivery], others: AbstractSet[int]) -> Iterator[_Told]:
     for delivery in stream:
-        yield rank, delivery
+        # what another rank has passed on to this one is in its own file as well
+        own = tuple(finding for finding in delivery.findings if finding.rank not in others)
+        if delivery.records or own:
+            yield rank, delivery._replace(findings=own)
 
 
 def _step(told: _Told) -> int:
