@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from stethoscope import Record
 from stethoscope._combine import OPERATIONS, WHOLES, add_up, combined, is_lone, operation, terms, with_ratios
+from stethoscope._pack import Layout
 from stethoscope._record import Histogram
 
 FLOATS = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=8)
@@ -100,3 +101,42 @@ def test_the_ratio_of_an_update_is_made_from_norms_of_the_whole():
 def test_every_part_has_a_whole_that_is_declared():
     for whole, _ in WHOLES.values():
         assert whole in OPERATIONS or whole == "parameter/update_norm"
+
+
+@given(
+    values=st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=4),
+    names=st.lists(st.sampled_from([name for name in OPERATIONS if "/" in name]), min_size=3, max_size=3, unique=True),
+)
+def test_packed_records_are_combined_as_single_ones_are(values, names):
+    """What `sinks.read(rank=None)` makes of files and what the monitor makes of messages is the same."""
+    ranks = []
+    for rank, several in enumerate(values):
+        made = [Record(name, value, 7, "a", rank=rank) for name, value in zip(names, several, strict=True)]
+        made = [r._replace(value=Histogram((0.0, 1.0), (1.0,))) if r.name.endswith("histogram") else r for r in made]
+        made.append(Record("parameter/shard_norm", 2.0, 7, "w", rank=rank))
+        ranks.append(made)
+    layouts = [Layout(made, True, len(ranks), {"": 2}) for made in ranks]
+    packed = [layout.pack(made) for layout, made in zip(layouts, ranks, strict=True)]
+    with np.errstate(all="ignore"):
+        sums, peaks = sum(each[0] for each in packed), np.max([each[1] for each in packed], axis=0)
+    unpacked = layouts[0].unpack(ranks[0], sums, peaks)
+    for i, (record, ours) in enumerate(zip(ranks[0], unpacked, strict=True)):
+        if is_lone(record):
+            assert ours is record
+            continue
+        alike = add_up([terms(made[i]) for made in ranks])
+        expected = combined(record, alike, len(ranks), 2)
+        assert ours._replace(value=None) == expected._replace(value=None)
+        if isinstance(expected.value, Histogram):
+            assert ours.value == expected.value
+        else:
+            assert ours.value == pytest.approx(expected.value, rel=1e-9, nan_ok=True)
+
+
+def test_a_layout_knows_deliveries_of_its_kind():
+    made = [Record("activation/rms", 1.0, 0, "a"), Record("loss", 1.0, 0, source="step")]
+    layout = Layout(made, True, 2, {})
+    assert layout.fits([record._replace(step=9, value=3.0) for record in made])
+    assert not layout.fits(made[:1])
+    assert not layout.fits([made[0]._replace(module="b"), made[1]])
+    assert layout.checksum != Layout([made[0]._replace(module="b")], True, 2, {}).checksum

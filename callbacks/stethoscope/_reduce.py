@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -18,17 +18,20 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
-from stethoscope import _combine
-from stethoscope._record import Finding, Histogram, Record
+from stethoscope._pack import Layout
+from stethoscope._record import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from stethoscope._parts import Notes
     from stethoscope._protocols import Run
+    from stethoscope._record import Record
 
 MAX_HELD = 64
 """Deliveries held back, as many as may be on their way from the device: a rank that is further behind does not come."""
+MAX_LAYOUTS = 16
+"""Kinds of deliveries that are remembered: a few per phase."""
 WAIT_S = 10.0
 """Seconds for which `flush` and `close` wait for other ranks. Ranks of one training are milliseconds apart."""
 TIMEOUT = timedelta(minutes=10)
@@ -39,11 +42,10 @@ _HEAD = 6
 
 @dataclass(eq=False)
 class _Held:
-    """A delivery, and which of its records are to be combined."""
+    """A delivery, and what to do with its records; nothing where none is to be combined."""
 
     records: list[Record]
-    chosen: list[int]
-    terms: list[_combine.Terms] = field(default_factory=list[_combine.Terms])
+    layout: Layout | None
 
 
 @dataclass(eq=False)
@@ -72,6 +74,7 @@ class Reduction:
         self._run, self._everything, self._notes = run, everything, notes
         self._connect, self._all_ready = connect
         self._held: deque[_Held] = deque()
+        self._layouts: dict[tuple[str, int], Layout] = {}
         self._group: Any = None
         self._ready = False
         self._message: _Message | None = None
@@ -86,11 +89,11 @@ class Reduction:
             wait: wait for other ranks, but no longer than `WAIT_S`; what is not complete then stays per rank.
         """
         for records in arrived:
-            self._held.append(_Held(records, [] if self._off else self._choose(records)))
+            self._held.append(_Held(records, None if self._off else self._lay_out(records)))
         until = time.monotonic() + WAIT_S if wait else -math.inf
         while self._held:
             head = self._held[0]
-            if not head.chosen or self._off:
+            if head.layout is None or self._off:
                 yield self._held.popleft().records
                 continue
             try:
@@ -110,7 +113,7 @@ class Reduction:
             if self._make_room(message):
                 continue  # the same delivery again, on all ranks
             self._held.popleft()
-            yield self._combined(head, message)
+            yield self._combined(head.records, head.layout, message)
 
     def _done(self, head: _Held) -> bool:
         """Get the message of a delivery on its way, and see whether it is complete. Raises what went wrong with it."""
@@ -121,42 +124,38 @@ class Reduction:
             if not self._ready:
                 return False
         if self._message is None:
-            self._message = self._send(head)
+            assert head.layout is not None
+            self._message = self._send(head.records, head.layout)
         if not all(work.is_completed() for work in self._message.works):
             return False
         for work in self._message.works:
             work.wait()
         return True
 
-    def _choose(self, records: Sequence[Record]) -> list[int]:
-        """Indices, in an order that is the same on all ranks."""
-        chosen = [
-            i
-            for i, record in enumerate(records)
-            if record.source == "probe"
-            and (self._everything or _combine.is_part(record))
-            and not _combine.is_lone(record)
-            and _combine.operation(record)
-        ]
-        return sorted(chosen, key=lambda i: (records[i].name, records[i].module, records[i].call))
+    def _lay_out(self, records: Sequence[Record]) -> Layout | None:
+        """The layout of a delivery, made anew when another kind of delivery comes by; None where nothing is combined."""
+        if not records:
+            return None
+        kind = records[0].phase, len(records)
+        layout = self._layouts.get(kind)
+        if layout is None or not layout.fits(records):
+            layout = Layout(records, self._everything, self._run.world_size, self._run.shards)
+            self._layouts[kind] = layout
+            if len(self._layouts) > MAX_LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+        return layout if layout.sums else None
 
-    def _send(self, held: _Held) -> _Message:
-        if not held.terms:
-            held.terms = [_combine.terms(held.records[i]) for i in held.chosen]
-        sums = [number for each in held.terms for number in each.sums]
-        peaks = [number for each in held.terms for number in each.peaks]
-        named = [held.records[i] for i in held.chosen]
-        sizes = (len(record.value.counts) if isinstance(record.value, Histogram) else 1 for record in named)
-        layout = crc32(repr([(r.name, r.module, r.call, size) for r, size in zip(named, sizes, strict=True)]).encode())
+    def _send(self, records: Sequence[Record], layout: Layout) -> _Message:
         # a validation after step 50 and step 50 itself are told apart by the phase
-        moment = crc32(named[0].phase.encode()) % 1024 + 1024 * named[0].step
-        fits = len(sums) <= self._room[0] and len(peaks) <= self._room[1]
+        moment = crc32(records[0].phase.encode()) % 1024 + 1024 * records[0].step
         first = torch.full((_HEAD + self._room[1],), -math.inf, dtype=torch.float64, device="cpu")
         second = torch.zeros(self._room[0], dtype=torch.float64, device="cpu")
-        head = [layout, -layout, moment, -moment, len(sums), len(peaks), *(peaks if fits else ())]
-        first[: len(head)] = torch.tensor(head, dtype=torch.float64, device="cpu")
-        if fits:
-            second[: len(sums)] = torch.tensor(sums, dtype=torch.float64, device="cpu")
+        head = [layout.checksum, -layout.checksum, moment, -moment, layout.sums, layout.peaks]
+        first[:_HEAD] = torch.tensor(head, dtype=torch.float64, device="cpu")
+        if layout.sums <= self._room[0] and layout.peaks <= self._room[1]:
+            sums, peaks = layout.pack(records)
+            second[: layout.sums] = torch.from_numpy(sums)
+            first[_HEAD : _HEAD + layout.peaks] = torch.from_numpy(peaks)
         works = [self._group.allreduce([first], _over_ranks(dist.ReduceOp.MAX))]
         if second.numel():
             works.append(self._group.allreduce([second], _over_ranks(dist.ReduceOp.SUM)))
@@ -170,20 +169,13 @@ class Reduction:
         self._room = max(wanted[0], self._room[0]), max(wanted[1], self._room[1])
         return True
 
-    def _combined(self, held: _Held, message: _Message) -> list[Record]:
-        layout, minus_layout, moment, minus_moment = message.peaks[:4].tolist()
-        if layout != -minus_layout or moment != -minus_moment:
+    def _combined(self, records: list[Record], layout: Layout, message: _Message) -> list[Record]:
+        checksum, minus_checksum, moment, minus_moment = message.peaks[:4].tolist()
+        if checksum != -minus_checksum or moment != -minus_moment:
             self._differ(-minus_moment // 1024, moment // 1024)
-            return held.records
-        peaks, sums = iter(message.peaks[_HEAD:].tolist()), iter(message.sums.tolist())
-        made: dict[int, Record] = {}
-        shards = self._run.shards
-        for i, each in zip(held.chosen, held.terms, strict=True):
-            total = _combine.Terms(tuple(next(sums) for _ in each.sums), tuple(next(peaks) for _ in each.peaks))
-            record = held.records[i]._replace(rank=0)
-            parts = shards.get(record.module, shards.get("", 1))
-            made[i] = _combine.combined(record, total, self._run.world_size, parts)
-        return _combine.with_ratios([made.get(i, record) for i, record in enumerate(held.records)])
+            return records
+        sums, peaks = message.sums[: layout.sums], message.peaks[_HEAD : _HEAD + layout.peaks]
+        return layout.unpack(records, sums.numpy(), peaks.numpy())
 
     def _differ(self, first: float, last: float) -> None:
         if self._said or self._run.rank:

@@ -45,7 +45,7 @@ def fsdp() -> nn.Module:
 class Loop:
     def __init__(self, make) -> None:
         torch.manual_seed(0)
-        self.model, self.x = make(), torch.randn(16, 64, 128)
+        self.model, self.x = make(), torch.randn(4, 64, 128)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
         self.monitor: Monitor | None = None
 
