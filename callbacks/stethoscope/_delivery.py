@@ -94,7 +94,12 @@ class Delivery:
         found += self._notes.take()
         if self._rank:
             found = [replace(finding, rank=self._rank) for finding in found]
-        self._diagnosis_state, related = self._diagnosis.update(self._diagnosis_state, records, found)
+        try:
+            self._diagnosis_state, related = self._diagnosis.update(self._diagnosis_state, records, found)
+        except Exception as error:
+            # a finding without its cause is better than none; what it remembers may come from a damaged checkpoint
+            self._diagnosis_state, related = self._diagnosis.init(), found
+            self._notes.disabled(self._diagnosis, "diagnosis", error)
         self.findings += related
         for finding in related:
             log.log(_LEVELS[finding.severity], "%s", finding)

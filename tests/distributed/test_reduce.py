@@ -354,3 +354,19 @@ def connections(rank):
 def test_closed_monitors_leave_no_connections(two):
     for counts in two.run(connections):
         assert counts[-1] <= counts[1], counts
+
+
+def test_a_limit_on_the_overhead_and_a_reduction_are_refused_together():
+    with pytest.raises(ValueError, match="same steps on all ranks"):
+        Monitor(net(), reduce=True, overhead="1%")
+
+
+def limited(rank):
+    memory, monitor = train(sharded(), [torch.randn(4, 7)] * 3, probes=[probes.Parameters()], overhead="50%")
+    return [sorted({record.name for record in memory.records}), [finding.code for finding in monitor.findings]]
+
+
+def test_with_a_limit_on_the_overhead_each_rank_keeps_its_part(two):
+    for names, findings in two.run(limited):
+        assert "parameter/shard_norm" in names
+        assert findings == []

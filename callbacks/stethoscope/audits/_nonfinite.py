@@ -87,7 +87,7 @@ def nonfinite(
         ValueError: `loss` gives more than one number.
         Exception: what the model raises, unless a non-finite value was born before: then the report is about that value.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
         >>> with torch.no_grad():
         ...     _ = model[1].weight[0, 0].fill_(float("nan"))

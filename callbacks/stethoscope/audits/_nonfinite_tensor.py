@@ -132,7 +132,7 @@ def _double(value: Any) -> Any:
 def headroom_bits(top: float, dtype: torch.dtype) -> float:
     """Return log2 of the dtype's largest number over `top`, in bits; negative means that it does not fit.
 
-    Example:
+    Examples:
         >>> headroom_bits(65504 * 4, torch.float16)
         -2.0
     """

@@ -86,7 +86,7 @@ def precision(
         TypeError: `model` is no module.
         ValueError: an unknown dtype, or a model that cannot be copied.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
         ...     report = precision(model, torch.randn(3, 4))

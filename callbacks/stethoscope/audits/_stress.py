@@ -81,7 +81,7 @@ def stress(model: nn.Module, x: Tensor) -> StressReport:
         ValueError: `x` is empty or has no dimension.
         Exception: what the model raises for `x` itself, as it is.
 
-    Example:
+    Examples:
         >>> class Normalised(torch.nn.Linear):
         ...     def forward(self, x):
         ...         return super().forward(x / x.std(-1, keepdim=True))

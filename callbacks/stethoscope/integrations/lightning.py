@@ -66,7 +66,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         TypeError: a part that is none, such as a class in place of an object.
         ValueError: no such preset, or an argument that `Monitor` does not accept.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> callback = MonitorCallback(every=10)
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")

@@ -43,7 +43,7 @@ class Density:
     Raises:
         ValueError: a block that is no pair of positive lengths.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(4, 2)
         >>> attached = Density().attach(layer)

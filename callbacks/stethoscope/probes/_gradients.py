@@ -49,7 +49,7 @@ class Gradients:
     Raises:
         ValueError: an unknown statistic.
 
-    Example:
+    Examples:
         >>> Gradients(statistics=("norm",), exclude="*.bias").statistics
         ('norm',)
     """

@@ -59,7 +59,7 @@ class Parameters:
     Raises:
         ValueError: an unknown statistic.
 
-    Example:
+    Examples:
         >>> Parameters(statistics=("norm", "update_ratio"), include="decoder.*").every is None
         True
     """

@@ -30,7 +30,7 @@ class Console:
     Args:
         file: where to print; None is standard output.
 
-    Example:
+    Examples:
         >>> from stethoscope import Finding
         >>> from stethoscope._protocols import Run
         >>> sink = Console()

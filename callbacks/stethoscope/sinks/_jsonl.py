@@ -48,7 +48,7 @@ class Jsonl:
         ValueError: `max_bytes` is below 1.
         OSError: from `open`, the path cannot be written; from `write`, the disk is full.
 
-    Example:
+    Examples:
         >>> from stethoscope._protocols import Run
         >>> from stethoscope.sinks import read
         >>> from stethoscope.testing import series
@@ -135,7 +135,7 @@ class Jsonl:
 def file_of(path: str | Path, rank: int = 0) -> Path:
     """Name the first file of a rank.
 
-    Example:
+    Examples:
         >>> file_of("runs/demo").as_posix(), file_of("a.jsonl", rank=2).as_posix()
         ('runs/demo/records.jsonl', 'a.rank2.jsonl')
     """

@@ -36,7 +36,7 @@ class Logger:
     Raises:
         TypeError: there is no `log_metrics`.
 
-    Example:
+    Examples:
         >>> class Print:
         ...     def log_metrics(self, metrics, step):
         ...         print(step, metrics)

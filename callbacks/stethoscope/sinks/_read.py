@@ -46,7 +46,7 @@ def read(path: str | Path, *, rank: int | None = 0) -> Iterator[Delivery]:
         FileNotFoundError: nothing was written there.
         ValueError: the file was written by a newer stethoscope.
 
-    Example:
+    Examples:
         >>> from stethoscope._protocols import Run
         >>> from stethoscope.sinks import Jsonl
         >>> from stethoscope.testing import series

@@ -24,7 +24,7 @@ def resolve(obj: Any) -> Sink:
     Raises:
         TypeError: it is none of these.
 
-    Example:
+    Examples:
         >>> type(resolve("runs/demo")).__name__
         'Jsonl'
     """

@@ -59,7 +59,7 @@ class TensorBoard:
         ImportError: from `open`, tensorboard is not installed.
         OSError: from `open`, the folder cannot be written.
 
-    Example:
+    Examples:
         >>> from stethoscope._protocols import Run
         >>> from stethoscope.testing import series
         >>> sink = TensorBoard("runs/today")

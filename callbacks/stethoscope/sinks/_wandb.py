@@ -49,7 +49,7 @@ class WandB:
         ImportError: from `open`, wandb is not installed.
         RuntimeError: from `open`, no run was given and none is active.
 
-    Example:
+    Examples:
         >>> WandB().max_series
         300
     """

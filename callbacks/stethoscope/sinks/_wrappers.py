@@ -23,7 +23,7 @@ class OnRank:
         sink: where to write.
         ranks: ranks whose records are written.
 
-    Example:
+    Examples:
         >>> from stethoscope.sinks import Memory
         >>> OnRank(Memory(), ranks=(0, 8)).ranks
         (0, 8)
@@ -82,7 +82,7 @@ class Every:
     Raises:
         ValueError: `every` is below 1.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> from stethoscope.sinks import Memory
         >>> memory = Memory()
