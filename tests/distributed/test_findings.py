@@ -32,7 +32,6 @@ def train(rank, folder, *, parallel, steps=8, on=1, every=2):
     model = DistributedDataParallel(net()) if parallel else net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     console, called = io.StringIO(), []
-    torch.distributed.barrier()
     monitor = Monitor(
         model,
         optimizer,
@@ -48,6 +47,7 @@ def train(rank, folder, *, parallel, steps=8, on=1, every=2):
             loss.backward()
             optimizer.step()
             monitor.step(loss=loss)
+            torch.distributed.barrier()  # as in any training of several ranks
     found = [(finding.code, finding.rank, finding.step) for finding in monitor.findings]
     return {"found": found, "called": called, "printed": console.getvalue(), "id": monitor._run.id}
 
