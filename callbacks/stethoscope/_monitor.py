@@ -120,6 +120,8 @@ class Monitor:
         self._planned_steps = planned_steps
         self._optimizers = several(optimizer)
         self._run = new_run(self.model, planned_steps, every)
+        if guard and self._run.shards:
+            raise ValueError("guard needs whole gradients; here parameters are split over ranks (FSDP2). Leave it out.")
         self._step = 0  # the step under way
         self._phase = "train"
         self._planned = False  # whether the plan was recorded

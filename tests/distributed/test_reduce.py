@@ -370,3 +370,41 @@ def test_with_a_limit_on_the_overhead_each_rank_keeps_its_part(two):
     for names, findings in two.run(limited):
         assert "parameter/shard_norm" in names
         assert findings == []
+
+
+def guarded(rank):
+    model = sharded()
+    try:
+        Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), guard="skip")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_guard_is_refused_where_it_would_see_a_part_alone(two):
+    for said in two.run(guarded):
+        assert "split over ranks" in said
+
+
+def skipping(rank):
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, guard="skip", every=1) as monitor:
+        for step in range(4):
+            x = torch.randn(4, 7)
+            x[1, 2] = torch.nan if rank == 1 and step == 2 else x[1, 2]
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            monitor.observe(batch=x, loss=loss)
+            optimizer.step()
+            monitor.step(loss=loss)
+    weights = [parameter.sum().item() for parameter in model.parameters()]
+    return [weights, [(f.code, f.rank, f.step) for f in monitor.findings if f.severity == "error"]]
+
+
+def test_the_guard_decides_alike_on_both_ranks_and_rank_1_names_its_batch(two):
+    (first, found), (second, _) = two.run(skipping)
+    assert first == second
+    assert all(map(math.isfinite, first))
+    assert ["nonfinite-input", 1, 2] in found
