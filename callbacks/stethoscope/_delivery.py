@@ -104,8 +104,10 @@ class Delivery:
         for finding in related:
             log.log(_LEVELS[finding.severity], "%s", finding)
         step = records[0].step if records else self._notes.step
+        # what all ranks have in common is written once, by rank 0
+        own = [record for record in records if record.rank == self._rank] if self._rank else records
         for writer in self._writers:
-            writer.put(run, step, records, related)
+            writer.put(run, step, own, related)
         return related
 
     def judge_watches(self, steps: int) -> None:

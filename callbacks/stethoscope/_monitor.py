@@ -17,6 +17,7 @@ from stethoscope._overhead import parse
 from stethoscope._parts import Notes, check_parts, describe
 from stethoscope._probing import Probing, with_needs
 from stethoscope._protocols import Key, Probe, Sink, Watch
+from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
@@ -59,6 +60,10 @@ class Monitor:
         overhead: share of the training's time that observing may take, `"1%"` or `0.01`: all intervals are stretched alike
             until it holds, and never shorter than asked for. The share reached is recorded as `overhead/share`, and the interval as
             `overhead/every`. Where a probe is due at every step, one step in 16 goes unobserved, to be compared with.
+        reduce: of a training on several ranks, combine the records of probes over all of them at observed steps; rank 0
+            writes the result. None does so for what is split over ranks (FSDP2), so that norms are those of the whole;
+            True for all records, so that a mean is the mean over all ranks; False for none. Never waits for other ranks.
+            Not with `overhead`, which each rank keeps for itself. See docs/distributed.md.
 
     Raises:
         TypeError: a part that is none, such as a class in place of an object.
@@ -95,6 +100,7 @@ class Monitor:
         on_finding: Callable[[Finding], object] | None = None,
         strict: bool = False,
         overhead: str | float | None = None,
+        reduce: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}.")
@@ -106,10 +112,16 @@ class Monitor:
             raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")
         if (guard and optimizer is None) or (replay and not guard):
             raise ValueError("guard needs the optimizer whose writes it looks at, and replay needs a guard.")
+        if reduce and overhead is not None:
+            raise ValueError(
+                f"reduce=True needs the same steps on all ranks; with {overhead=} each rank finds its own."
+            )
         self.model = unwrap(model)
         self._planned_steps = planned_steps
         self._optimizers = several(optimizer)
         self._run = new_run(self.model, planned_steps, every)
+        if guard and self._run.shards:
+            raise ValueError("guard needs whole gradients; here parameters are split over ranks (FSDP2). Leave it out.")
         self._step = 0  # the step under way
         self._phase = "train"
         self._planned = False  # whether the plan was recorded
@@ -118,11 +130,12 @@ class Monitor:
         self._used = False  # whether anything was given to it
         self._notes = Notes(strict)
         self._transfer = Transfer()
+        self._ranks = Ranks(self._run, reduce if overhead is None else False, self._notes)
         chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
         all_sinks = sinks if isinstance(sinks, Sequence) and not isinstance(sinks, str) else (sinks,)
         self._delivery = Delivery(
             chosen,
-            [resolve(sink) for sink in all_sinks],
+            [*map(resolve, all_sinks), *self._ranks.sinks()],
             on_finding,
             self._run.rank,
             self._notes,
@@ -276,7 +289,9 @@ class Monitor:
             self._probing.detach()
             if self._guard is not None:
                 self._guard.close()
+            self._deliver(wait=True)
             self._delivery.judge_watches(self._step)
+            self._ranks.part(self.findings)
             self.flush()
         finally:
             self._delivery.close()
@@ -322,7 +337,8 @@ class Monitor:
         except Exception as error:
             self._notes.disabled(self._transfer, "transfer", error)
             self._transfer.send(ready, [part for part in parts if _can_be_sent(part)])
-        self._delivery.deliver(self._arrived(wait), self._run)
+        self._run = self._ranks.join(self._run)
+        self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:
         """What has arrived. Readings that make no records (on the meta device, say) are dropped and reported."""

@@ -156,6 +156,8 @@ class Run:
         rank: this process's rank.
         world_size: number of processes.
         resumed_from: step after which a resumed run goes on; None for a fresh run.
+        shards: into how many different parts the model's parameters are split over ranks: `""` for most of them, names
+            for those that differ; empty where none is.
     """
 
     id: str
@@ -167,6 +169,7 @@ class Run:
     rank: int = 0
     world_size: int = 1
     resumed_from: int | None = None
+    shards: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stethoscope._protocols import Run
+from stethoscope._shards import parts
 from stethoscope._tree import plain
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def new_run(model: nn.Module, planned_steps: int | None, every: int) -> Run:
         versions=_versions(),
         rank=rank,
         world_size=world_size,
+        shards=_shards_of(model),
     )
 
 
@@ -38,6 +40,12 @@ def _rank() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _shards_of(model: nn.Module) -> dict[str, int]:
+    numbers = {plain(name): parts(parameter) for name, parameter in model.named_parameters()}
+    most = max(numbers.values(), default=1)
+    return {"": most} | {name: n for name, n in numbers.items() if 1 < n < most} if most > 1 else {}
 
 
 def _versions() -> dict[str, str]:

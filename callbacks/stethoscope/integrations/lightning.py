@@ -57,6 +57,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         every: observe a step when `step % every == 0`.
         guard: see `Monitor`.
         planned_steps: optimizer steps that the run will make; None takes the trainer's estimate.
+        reduce: see `Monitor`.
 
     Attributes:
         monitor: that of the fit, validation or test under way, or of the last one, closed; None before the first.
@@ -81,6 +82,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         every: int = 50,
         guard: Literal["raise", "skip"] | None = None,
         planned_steps: int | None = None,
+        reduce: bool | None = None,
     ) -> None:
         super().__init__()
         chosen: presets.Preset = _preset(preset) if preset is not None else {"probes": (), "watches": ()}
@@ -89,6 +91,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
             "watches": [*(each for each in chosen["watches"] if each not in watches), *watches],
             "every": every,
             "planned_steps": planned_steps,
+            "reduce": reduce,
         }
         if guard not in (None, "raise", "skip"):
             raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")

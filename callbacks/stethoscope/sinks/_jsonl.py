@@ -144,6 +144,14 @@ def file_of(path: str | Path, rank: int = 0) -> Path:
     return file.with_name(f"{file.stem}.rank{rank}.jsonl") if rank else file
 
 
+def ranks_of(path: str | Path) -> list[int]:
+    """Return the ranks that have written below a path."""
+    first = file_of(path)
+    name = re.compile(re.escape(first.stem) + r"\.rank(\d+)\.jsonl\Z")
+    others = [int(match[1]) for file in first.parent.glob("*.jsonl") if (match := name.match(file.name))]
+    return sorted([*others, 0] if first.is_file() else others)
+
+
 def part_of(first: Path, part: int) -> Path:
     """Name a part; part 0 is the first file itself."""
     return first.with_name(f"{first.stem}.{part:03d}.jsonl") if part else first

@@ -7,8 +7,9 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope.sinks._jsonl import file_of, parts_of
+from stethoscope.sinks._jsonl import file_of, parts_of, ranks_of
 from stethoscope.sinks._lines import FORMAT, Delivery, decode, decode_run
+from stethoscope.sinks._merge import of_one_run, together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ class _Section(NamedTuple):
     """Records of later steps are made again by the resumed run that follows."""
 
 
-def read(path: str | Path, *, rank: int = 0) -> Iterator[Delivery]:
+def read(path: str | Path, *, rank: int | None = 0) -> Iterator[Delivery]:
     """Iterate over a run's deliveries as they were written, without holding more than one of them.
 
     Where the place was used by several runs, the last one is read. Where that run was resumed, steps that it made twice
@@ -34,10 +35,12 @@ def read(path: str | Path, *, rank: int = 0) -> Iterator[Delivery]:
 
     Args:
         path: what was given to `Jsonl`: a run folder or a `.jsonl` file.
-        rank: whose file to read.
+        rank: whose file to read. None reads those of all ranks as one run: what a step or a log call has brought on
+            each of them is one delivery, the records combined as docs/distributed.md says, the findings in order of step
+            and rank, so that the first one tells where it began. What has no operation stays a record per rank.
 
     Returns:
-        An iterator over `Delivery(step, records, findings)`; record for record equal to what was written.
+        An iterator over `Delivery(step, records, findings)`; of one rank, record for record equal to what was written.
 
     Raises:
         FileNotFoundError: nothing was written there.
@@ -55,6 +58,12 @@ def read(path: str | Path, *, rank: int = 0) -> Iterator[Delivery]:
         >>> next(read(file)).step
         7
     """
+    if rank is None:
+        runs = {each: read_run(path, rank=each) for each in ranks_of(path)}
+        if not runs:
+            _files(path, 0)  # says what is missing
+        chosen = of_one_run(runs)
+        return together({each: read(path, rank=each) for each in chosen}, runs[chosen[0]])
     files = _files(path, rank)
     return _deliveries(files, _sections(files))
 
