@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stethoscope._delivery import Delivery
 from stethoscope._guard import Guard
+from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise
 from stethoscope._parts import Notes, check_parts, describe
 from stethoscope._probing import Probing, with_needs
@@ -118,13 +119,9 @@ class Monitor:
         self._transfer = Transfer()
         chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
         several = sinks if isinstance(sinks, Sequence) and not isinstance(sinks, str) else (sinks,)
-        self._delivery = Delivery(
-            chosen,
-            [resolve(sink) for sink in several],
-            on_finding,
-            self._run.rank,
-            self._notes,
-        )
+        resolved = [resolve(sink) for sink in several]
+        self._incidents = Incidents(resolved, self._run.rank)
+        self._delivery = Delivery(chosen, resolved, on_finding, self._run.rank, self._notes)
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes)
         self._probing.arm(self._step, self._phase)
@@ -161,8 +158,7 @@ class Monitor:
         for name, value in tensors.items():
             self._given.update(_flat(name, value))
         if self._guard is not None:
-            self._guard.batch = self._guard.batch if batch is None else batch
-            self._guard.loss = self._given.get("loss")
+            self._guard.observe(batch, tensors)
 
     def step(self, batch: object = None, **tensors: object) -> None:
         """Close an optimizer step. The first call closes step 0.
@@ -317,6 +313,7 @@ class Monitor:
             self._optimizers,
             act,
             replay,
+            self._incidents.keep,
             self._notes,
             self._deliver,
             lambda: self._probing.paused(self._phase),
@@ -371,6 +368,8 @@ class Monitor:
         self._step, self._notes.step = step, max(step - 1, 0)
         self._run = replace(self._run, id=str(state["run"]), resumed_from=step - 1 if step else None)
         self._delivery.load_state_dict(state)
+        if self._guard is not None:
+            self._guard.step = step
         self._probing.arm(self._step, self._phase)
 
 

@@ -171,7 +171,10 @@ class Run:
 
 @runtime_checkable
 class Sink(Protocol):
-    """Writes records and findings somewhere."""
+    """Writes records and findings somewhere.
+
+    A sink may have a `folder: Path | None`, where further files of the run belong: incidents are written there.
+    """
 
     def open(self, run: Run) -> None:
         """Called once, before the first write."""

@@ -28,7 +28,7 @@ def new_run(model: nn.Module, planned_steps: int | None, every: int) -> Run:
         modules=tuple((plain(name), type(module).__name__) for name, module in model.named_modules()),
         planned_steps=planned_steps,
         every=every,
-        versions=_versions(),
+        versions=versions(),
         rank=rank,
         world_size=world_size,
     )
@@ -40,7 +40,8 @@ def _rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a step computes."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("stethoscope", "numpy"):
         try:
