@@ -141,7 +141,9 @@ class Guard:
                 list(report.findings) if report and not report.ok else [self._unexplained(loss, bad, report, trouble)]
             )
             if report and report.origin == "parameter" and report.parameter and id(optimizer) in self._wrote:
-                known = [bad_write(optimizer, self._parameter(report.parameter), report.parameter)]
+                weight = self._parameter(report.parameter)
+                if not bool(torch.isfinite(weight).all()):  # it may also be finite and absurd
+                    known = [bad_write(optimizer, weight, report.parameter)]
             self._before.rewind()
         done = "The step was skipped." if self._act == "skip" else "The optimizer has not written."
         given = {"guard": self._act, "loss": str(loss), "gradients_at_write": bad[:100]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,4 +55,4 @@ class Incidents:
             place = write(incident, folder)
         except Exception as error:
             return Kept("", f"The incident could not be written to {folder}: {type(error).__name__}: {error}.")
-        return Kept(str(place), f"Run it again on a CPU: stethoscope replay {place}.")
+        return Kept(str(place), f"Run it again on a CPU: stethoscope replay {shlex.quote(str(place))}")

@@ -53,22 +53,27 @@ class Call(NamedTuple):
     @property
     def spoilt(self) -> bool:
         """Whether what comes back from the loss, or from a later call, is not finite already. Waits for the device."""
-        return any(any(flags(each)) for each in self.grad_outputs.values())
+        return len(self._usable()) < len(self.grad_outputs)
+
+    def _usable(self) -> dict[str, Tensor]:
+        # an output that the module itself goes on with is handed a bad gradient by the module itself
+        return {path: each for path, each in self.grad_outputs.items() if not any(flags(each))}
 
     def forward(self, model: nn.Module) -> Task:
         """Return the task that repeats the call."""
         return Task(model, self.module, self.args, self.kwargs)
 
     def backward(self, model: nn.Module) -> Task:
-        """Return the task that repeats it and hands the same gradients back, whatever the loss was."""
+        """Return the task that repeats it and hands the same finite gradients back, whatever the loss was."""
         return Task(model, self.module, self.args, self.kwargs, loss=self._against)
 
     def _against(self, output: Any) -> Tensor:
         # in float64, as the sum itself must not overflow; -Inf of a mask is handed nothing back
+        given = self._usable()
         terms = [
-            (torch.nan_to_num(each.double(), posinf=0.0, neginf=0.0) * self.grad_outputs[path].double()).sum()
+            (torch.nan_to_num(each.double(), posinf=0.0, neginf=0.0) * given[path].double()).sum()
             for path, each in tensors(output, depth=8)
-            if path in self.grad_outputs
+            if path in given
         ]
         return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def repeat_calls(model: nn.Module, calls: Sequence[Call]) -> NonFiniteReport | None:
     """Return the first report that finds something, else the last one; None without calls.
 
-    First all forward passes; then, of calls that were handed finite gradients, the backward passes.
+    First all forward passes; then the backward passes, from the finite gradients that the outputs were handed.
     """
     report: NonFiniteReport | None = None
     for call in calls:
@@ -30,7 +30,7 @@ def repeat_calls(model: nn.Module, calls: Sequence[Call]) -> NonFiniteReport | N
         if not report.ok:
             return report
     for call in calls:
-        if call.grad_outputs and not call.spoilt:
+        if call.grad_outputs:
             with call.modes(), torch.enable_grad():
                 backward = examine(call.backward(model))
             if not backward.ok:

@@ -99,9 +99,9 @@ class Packer:
     def _tensor(self, tensor: Tensor, path: str) -> JSON:
         if id(tensor) in self._names:
             return {"kind": "tensor", "name": self._names[id(tensor)][0], "grad": tensor.requires_grad}
-        if tensor.is_nested and type(tensor) is Tensor:
+        if tensor.is_nested:
             items = [self._tensor(part, f"{path}.{i}") for i, part in enumerate(tensor.detach().unbind())]
-            return {"kind": "nested", "items": items}
+            return {"kind": "nested", "items": items, "jagged": tensor.layout is torch.jagged}
         # DTensor and other subclasses hold their values elsewhere
         if (
             type(tensor) not in _PLAIN
@@ -113,7 +113,7 @@ class Packer:
             return self._leave_out(path, f"is a tensor that the file cannot hold ({kind})")
         size = size_of(tensor)
         if size > self._room:
-            return self._leave_out(path, f"has {_megabytes(size)}, and {_megabytes(self._room)} were left")
+            return self._leave_out(path, f"has {size} bytes, and {self._room} were left")
         self._room -= size
         kept = tensor.detach()
         if kept.is_complex():
@@ -167,7 +167,8 @@ def _unpack(node: Mapping[str, Any], tensors: Mapping[str, Tensor], depth: int) 
     if kind in ("tuple", "list", "nested"):
         items = [unpack(each, tensors, depth - 1) for each in node["items"]]
         if kind == "nested":
-            return torch.nested.nested_tensor(items)
+            layout = torch.jagged if node["jagged"] is True else torch.strided
+            return torch.nested.nested_tensor(items, layout=layout)
         return tuple(items) if kind == "tuple" else items
     held = {str(key): unpack(each, tensors, depth - 1) for key, each in node["fields"].items()}
     if kind == "dict":
@@ -183,7 +184,3 @@ def _unpack(node: Mapping[str, Any], tensors: Mapping[str, Tensor], depth: int) 
 
 def _text(value: float) -> str:
     return next(text for text, each in _TEXTS.items() if each == value or (math.isnan(each) and math.isnan(value)))
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

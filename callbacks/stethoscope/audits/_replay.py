@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stethoscope._randomness import random_state
 from stethoscope._record import Finding, Report
 from stethoscope._run import versions
 from stethoscope._tree import plain, unwrap
@@ -85,18 +86,15 @@ def replay(
     """
     from stethoscope.audits._incident_file import printable, read
 
-    folder = Path(folder)
+    folder, now = Path(folder), random_state()
     note, tensors = read(folder)
     made = unwrap(_rebuilt(note.model, folder) if model is None else model)
     missing = _restore(made, note, tensors)
     calls = [_call(made, each, tensors, forward, lenient=step is not None) for each in note.calls]
-    if step is not None:
-        batches: list[tuple[Any, ...]] = [((unpack(each, tensors),), {}) for each in note.batches]
-        found = repeat_batches(
-            made, partial(step, made), batches or [(each.args, each.kwargs) for each in calls], calls
-        )
-    else:
-        found = repeat_calls(made, calls)
+    try:
+        found = _run(made, note, tensors, calls, step)
+    finally:
+        now.put()
     differs = _differences(note.culprit, found)
     reproduced = found is not None and found.origin is not None and not differs
     lines = [
@@ -114,6 +112,16 @@ def replay(
         differs=tuple(differs),
         left_out=tuple(map(printable, note.left_out)),
     )
+
+
+def _run(
+    model: nn.Module, note: Note, tensors: Mapping[str, Tensor], calls: Sequence[Call], step: Callable[..., Any] | None
+) -> NonFiniteReport | None:
+    if step is None:
+        return repeat_calls(model, calls)
+    batches: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((unpack(each, tensors),), {}) for each in note.batches]
+    batches = batches or [(each.args, each.kwargs) for each in calls]
+    return repeat_batches(model, partial(step, model), batches, calls)
 
 
 def _rebuilt(kept: KeptModel, folder: Path) -> nn.Module:

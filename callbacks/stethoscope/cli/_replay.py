@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,12 @@ def replay(
 
         made = make(model, arguments) if model else None
         function: Any = find(step) if step else None
-        return audits.replay(incident, made, forward=forward, step=function)
+        try:
+            return audits.replay(incident, made, forward=forward, step=function)
+        except (ValueError, TypeError, OSError, ImportError):
+            raise
+        except Exception as error:  # of the user's code; Python's own exit code, 1, would say that the replay differed
+            traceback.print_exc()
+            raise typer.Exit(2) from error
 
     show(audit, as_json=as_json)
