@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import traceback
 
 import pytest
 import torch
@@ -261,7 +262,7 @@ def test_a_model_that_does_not_fit_is_told(tmp_path):
         audits.replay(folder, other)
     other = Net()
     other.more = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="'more.weight' is not in the bundle"):
+    with pytest.raises(ValueError, match=r"'more.weight' is not in the bundle"):
         audits.replay(folder, other)
 
 
@@ -274,7 +275,7 @@ def test_the_class_is_imported_where_it_can_be(tmp_path, monkeypatch):
         "class Sized(Log):\n    def __init__(self, size):\n        super().__init__(size)\nNumber = 3\n"
     )
     monkeypatch.syspath_prepend(".")
-    import replayed_net  # noqa: PLC0415
+    import replayed_net
 
     folder = audits.nonfinite(replayed_net.Log(), torch.ones(3, 2)).save(tmp_path / "one")
     assert audits.replay(folder).reproduced
@@ -338,15 +339,15 @@ def test_a_file_that_was_cut_short_is_damaged(bundle, broken, name, part):
 
 
 def test_what_is_no_bundle_is_refused(tmp_path, broken):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match=r"is no folder"):
         audits.replay(tmp_path / "nothing", Net())
     with pytest.raises(ValueError, match=r"no complete incident: incident.json is missing"):
         audits.replay(tmp_path, Net())
-    with pytest.raises(ValueError, match="nested too deep|damaged"):
+    with pytest.raises(ValueError, match=r"nested too deep|damaged"):
         audits.replay(broken("incident.json", b"[" * 100_000), Net())
+    folder = broken()
+    rewrite(folder, lambda note: note.update(format=2))
     with pytest.raises(ValueError, match="format 2"):
-        folder = broken()
-        rewrite(folder, lambda note: note.update(format=2))
         audits.replay(folder, Net())
 
 
@@ -368,12 +369,12 @@ def test_names_with_paths_or_code_in_them_reach_nothing(broken, tmp_path):
         note["state"]["../../outside"] = {"kind": "tensor", "name": "../../outside", "grad": False}
 
     rewrite(folder, change)
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match=r"outside"):
         audits.replay(folder, Net())
     assert not outside.exists()
     folder = broken()
     rewrite(folder, lambda note: note["calls"][0].update(module="drop.__class__"))
-    with pytest.raises(ValueError, match="no module 'drop.__class__'"):
+    with pytest.raises(ValueError, match=r"no module 'drop.__class__'"):
         audits.replay(folder, Net())
     folder = broken()
     rewrite(folder, lambda note: note["calls"][0].update(method="share_memory"))
@@ -411,7 +412,18 @@ def paths(note, at=()):
         yield from paths(value, (*at, key))
 
 
-@settings(max_examples=250, deadline=None)
+def answers(folder, model):
+    """Whether a replay ends with a report, a ValueError, or an error out of the model itself, which has got a strange input."""
+    try:
+        audits.replay(folder, model)
+    except ValueError:
+        return True
+    except Exception as error:
+        return any(frame.name == "_call_impl" for frame in traceback.extract_tb(error.__traceback__))
+    return True
+
+
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_change_of_the_note_gives_a_clear_error_or_an_answer(bundle, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "fuzzed"
@@ -429,11 +441,7 @@ def test_any_change_of_the_note_gives_a_clear_error_or_an_answer(bundle, tmp_pat
     (folder / "incident.json").write_text(json.dumps(note))
     model = Net()
     rng = torch.get_rng_state()
-    try:
-        audits.replay(folder, model)
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-        # the model's own, for another input, or ours
-        assert isinstance(error, ValueError) or "forward" in str(at) or "args" in str(at) or "calls" in str(at)
+    assert answers(folder, model)
     assert torch.equal(rng, torch.get_rng_state())
 
 
@@ -450,7 +458,4 @@ def test_any_change_of_bytes_gives_a_clear_error_or_an_answer(bundle, tmp_path_f
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, limit - 1))] = data.draw(st.integers(0, 255))
     (folder / name).write_bytes(bytes(content))
-    try:
-        audits.replay(folder, Net())
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError):
-        pass
+    assert answers(folder, Net())

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from stethoscope.cli import app
 
 NETS = """
+import torch
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -33,6 +35,7 @@ def step(model, batch):
 """
 
 TRAIN = """
+import torch
 from replay_nets import Net, step
 from stethoscope import Monitor
 
