@@ -32,13 +32,19 @@ class Closures:
         self._again = {id(each) for each in optimizers if isinstance(each, torch.optim.LBFGS)}
         self._before: dict[int, tuple[list[tuple[Tensor, Tensor]], dict[Any, Any]]] = {}
         self._bad: set[int] = set()
+        self._depth: dict[int, int] = {}  # a step may call its base class's, which calls the hooks once more
         self._handles: list[RemovableHandle] = [each.register_step_post_hook(self._after) for each in optimizers]
+
+    def enter(self, optimizer: Optimizer) -> None:
+        """Take note of a step inside of a step."""
+        self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
 
     def wrap(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure to give to the optimizer."""
         evaluations = 0
         me = id(optimizer)
         self._bad.discard(me)
+        self._depth[me] = 1
 
         def guarded() -> Any:
             nonlocal evaluations
@@ -53,7 +59,9 @@ class Closures:
                     each.grad = None
             elif self._look(optimizer, _scalar(loss)):
                 self._bad.add(me)
-            return loss
+            high = me in self._bad and evaluations > 1 and isinstance(optimizer, torch.optim.LBFGS)
+            # its line search fails on NaN, and comes back from a loss that is high
+            return torch.finfo(torch.float32).max if high else loss
 
         return guarded
 
@@ -67,6 +75,9 @@ class Closures:
             optimizer.state.update(state)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth[id(optimizer)] = self._depth.get(id(optimizer), 1) - 1
+        if self._depth[id(optimizer)] > 0:
+            return
         if id(optimizer) in self._bad:
             self.undo(optimizer)
         self._before.pop(id(optimizer), None)

@@ -91,6 +91,7 @@ class Guard:
             return None  # a fused optimizer under GradScaler: the scaler decides, on the device
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
+            self._closures.enter(optimizer)
             self._look(optimizer, self._loss)
             return None
         guarded = self._closures.wrap(optimizer, closure)
