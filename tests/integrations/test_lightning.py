@@ -1,4 +1,5 @@
 import csv
+import json
 import random
 import subprocess
 import sys
@@ -531,6 +532,15 @@ def test_after_gradient_clipping_the_guilty_parameter_is_named_and_the_step_kept
     assert len(found.evidence["gradients_at_write"]) == 4
     assert (tmp_path / "incidents" / f"step{found.step}" / "incident.json").is_file()
     assert hooks(model) == 1  # the one of this test
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_incidents_go_to_the_folder_of_the_trainers_logger(tmp_path, kind):
+    logger = kind(tmp_path, name="runs", version="a")
+    fit(Net(), MonitorCallback(guard="skip"), train=poisoned(), logger=logger)
+    note = json.loads((tmp_path / "runs" / "a" / "incidents" / "step3" / "incident.json").read_text())
+    assert note["culprit"]["samples"] == [1]
+    assert note["batches"]
 
 
 def test_a_test_of_its_own_has_nothing_to_guard():

@@ -1,7 +1,7 @@
 """One bad step as a folder: what was found, and all that it takes to run it again on another machine.
 
-Two files: `incident.json` (strict JSON) and `tensors.safetensors`. Never a pickle; no environment variables, no arguments of
-the command line, no host or user names.
+Two files: `incident.json` (strict JSON) and `tensors.safetensors`. Never a pickle; no environment variables, no
+arguments of the command line.
 """
 
 from __future__ import annotations

@@ -86,6 +86,12 @@ class TensorBoard:
         self._budget = Budget("TensorBoard", self.max_series)
         self._pictures = defaultdict(Picture)
 
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder, where further files of the run belong; None where it is on another machine."""
+        place = str(self.target if isinstance(self.target, str | Path) else self.target.log_dir)
+        return None if "://" in place else Path(place)
+
     def open(self, run: Run) -> None:
         """Create the event file, or take the writer as it is."""
         if not isinstance(self.target, str | Path):
