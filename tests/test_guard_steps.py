@@ -395,6 +395,36 @@ def test_a_step_that_cannot_be_repeated_is_said_to_differ(replay):
     assert all(torch.isfinite(each).all() for each in model.parameters())
 
 
+@pytest.mark.parametrize("act", ["skip", "raise"])
+def test_a_cause_that_cannot_be_looked_for_does_not_let_the_bad_step_through(act, monkeypatch):
+    monkeypatch.setattr("stethoscope._before.Before.rewind", lambda self: 1 / 0)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    weights = copy.deepcopy(list(model.parameters()))
+    monitor = Monitor(model, optimizer, guard=act)
+    (mean_square(model(torch.randn(6, 4))) * nan).backward()
+    if act == "raise":
+        with pytest.raises(FindingsError, match="ZeroDivisionError"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        monitor.step()
+    monitor.close()
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert "its cause is not known (ZeroDivisionError" in monitor.findings[0].message
+
+
+def test_a_replay_function_without_a_batch_is_not_used():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Monitor(model, optimizer, guard="skip", replay=lambda x: 1 / 0, strict=True) as monitor:
+        (mean_square(model(torch.randn(6, 4))) * nan).backward()
+        optimizer.step()
+        monitor.step()
+    assert "run again, the forward pass is finite" in monitor.findings[0].message
+    assert "monitor.observe(batch)" in monitor.findings[0].advice
+
+
 def test_steps_count_on_after_resuming():
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -439,3 +469,37 @@ def test_a_module_that_returns_a_parameter_keeps_no_hook():
         optimizer.step()
         monitor.step()
     assert not model.table._backward_hooks
+
+
+def test_gradients_per_sample_are_looked_at_and_their_calls_left_alone(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    with Monitor(model, optimizer, guard="skip", sinks=[tmp_path], strict=True) as monitor:
+        for step in range(3):
+            x = torch.randn(5, 4)
+            x[2, 1] = nan if step == 1 else 0.0
+            own = {name: each.detach() for name, each in model.named_parameters()}
+            found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(own, x)
+            for name, each in model.named_parameters():
+                each.grad = found[name].mean(0)
+            optimizer.step()
+            monitor.step()
+    assert [(each.code, each.step) for each in monitor.findings] == [("nonfinite-gradient", 1), ("step-skipped", 2)]
+    assert "no call of the model was seen" in monitor.findings[0].message
+    assert all(torch.isfinite(each).all() for each in model.parameters())
+
+
+def test_other_ranks_keep_incidents_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Monitor(model, optimizer, guard="skip", sinks=[tmp_path], strict=True) as monitor:
+        mean_square(model(torch.full((6, 4), nan))).backward()
+        optimizer.step()
+        monitor.step()
+    assert [each.name for each in (tmp_path / "incidents").iterdir()] == ["step0-rank3"]

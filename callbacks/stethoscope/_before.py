@@ -71,7 +71,7 @@ class Before:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call; the first one of a step begins it."""
         self._depth += 1
-        if self._depth > 1 or self._busy or not module.training or torch._C._current_graph_task_id() != -1:  # noqa: SLF001 - checkpointing
+        if self._depth > 1 or self._busy or not module.training or _elsewhere():
             return
         state = None
         if not self._begun:
@@ -199,6 +199,11 @@ class _Gradient(Hook):
     def __call__(self, gradient: Tensor) -> None:
         before = self._kept.get(self._path)
         self._kept[self._path] = gradient.detach() if before is None else before + gradient.detach()
+
+
+def _elsewhere() -> bool:
+    """Whether a call cannot be repeated by itself: checkpointing's second forward, or one inside of vmap or grad."""
+    return torch._C._current_graph_task_id() != -1 or torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001 - no other way to ask
 
 
 def _children(model: nn.Module) -> list[nn.Module]:

@@ -107,11 +107,18 @@ class Guard:
                 self._wrote.add(id(optimizer))
                 return False
             names = [self._names.get(id(each), "a parameter outside of the model") for each in bad]
-            findings = self._explain(optimizer, value, names, known)
         except Exception as error:
             self._notes.disabled(self, "guard", error)
             self.detach()
             return False
+        try:
+            findings = self._explain(optimizer, value, names, known)
+        except Exception as error:  # the decision stands, whatever goes wrong when it is explained
+            if self._notes.strict:
+                raise
+            findings = [
+                self._unexplained(value, names, None, f"its cause is not known ({type(error).__name__}: {error})")
+            ]
         if self._act == "skip":
             for each in owned:
                 each.grad = None
@@ -135,7 +142,8 @@ class Guard:
         if (self._was_bad or self._bad) and self._act == "skip":
             return []
         report: NonFiniteReport | None = None
-        if not known:
+        repeated = not known
+        if repeated:
             with self._before.paused(), self._paused():
                 report, trouble = self._audit()
             known = (
@@ -152,7 +160,7 @@ class Guard:
             replace(each, step=self.step, message=f"{each.message} {done}", evidence={**given, **each.evidence})
             for each in known
         ]
-        return self._with_incident(found, report, loss)
+        return self._with_incident(found, report, loss) if repeated else found
 
     def _parameter(self, name: str) -> Tensor:
         return next(each for each in self._model.parameters() if self._names[id(each)] == name)
@@ -169,10 +177,9 @@ class Guard:
             return None, f"run again, the step raised {type(error).__name__}: {error}"
 
     def _unexplained(self, loss: float | None, bad: list[str], report: NonFiniteReport | None, trouble: str) -> Finding:
-        spoilt = any(call.spoilt for call in self._before.calls)
-        return unexplained(
-            loss, bad, repeated=report is not None, whole=self._replay is not None, spoilt=spoilt, trouble=trouble
-        )
+        spoilt = report is not None and any(call.spoilt for call in self._before.calls)
+        whole = self._replay is not None and bool(self._batches)
+        return unexplained(loss, bad, repeated=report is not None, whole=whole, spoilt=spoilt, trouble=trouble)
 
     def _with_incident(self, found: list[Finding], report: NonFiniteReport | None, loss: float | None) -> list[Finding]:
         """Write a bundle where a folder is known, and say in the findings where it is."""

@@ -107,7 +107,11 @@ class Statistics(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.drop, self.attention = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.MultiheadAttention(4, 1, dropout=0.5)
+        self.norm, self.drop, self.attention = (
+            nn.BatchNorm1d(4),
+            nn.Dropout(0.5),
+            nn.MultiheadAttention(4, 1, dropout=0.5),
+        )
 
     def forward(self, x):
         y = self.drop(self.norm(x))
