@@ -189,3 +189,29 @@ def test_a_report_saves_itself(tmp_path):
     note = note_of(folder)
     assert note["calls"][0]["autocast"] == [["cpu", "bfloat16"]]
     assert (note["step"], note["culprit"]["samples"]) == (None, [1])
+
+
+def test_a_class_of_a_script_or_of_a_function_is_not_said_to_be_importable(tmp_path):
+    class Local(nn.Linear):
+        pass
+
+    script = type("Main", (nn.Linear,), {"__module__": "__main__"})
+    for number, kind in enumerate([Local, script]):
+        folder = audits.nonfinite(kind(2, 2), torch.full((3, 2), nan)).save(tmp_path / str(number))
+        assert note_of(folder)["model"]["class"] == ""
+        with pytest.raises(ValueError, match="does not say where its model can be imported from"):
+            audits.replay(folder)
+        assert audits.replay(folder, kind(2, 2)).reproduced
+
+
+def test_a_bundle_of_a_model_in_half_precision_comes_back_in_it(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).half()
+    model[0].weight.data.fill_(1.0)
+    x = torch.full((3, 4), 6e4).half()
+    report = audits.nonfinite(model, x)
+    assert report.origin == "operation"
+    other = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    again = audits.replay(report.save(tmp_path / "half"), other)
+    assert again.reproduced
+    assert other[0].weight.dtype is torch.float16

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from stethoscope._randomness import RandomState, random_state
 from stethoscope.audits._incident import FORMAT, NOTE, TENSORS
-from stethoscope.audits._pack import unpack
+from stethoscope.audits._pack import printable, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,11 +147,6 @@ def _check(path: Path, most: int | None) -> None:
         raise ValueError(f"{path} must be a plain file, not a link, a folder or a device.")
     if most is not None and facts.st_size > most:
         raise ValueError(f"{path} has {facts.st_size} bytes, more than the {most} that a bundle's may have.")
-
-
-def printable(text: str) -> str:
-    """Return a text of the bundle as it can be shown: control characters, which could drive a terminal, become escapes."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[:2000])
 
 
 def random_from(node: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> RandomState | None:

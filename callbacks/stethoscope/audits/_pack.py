@@ -184,3 +184,8 @@ def _unpack(node: Mapping[str, Any], tensors: Mapping[str, Tensor], depth: int) 
 
 def _text(value: float) -> str:
     return next(text for text, each in _TEXTS.items() if each == value or (math.isnan(each) and math.isnan(value)))
+
+
+def printable(text: str) -> str:
+    """Return a text of the bundle as it can be shown: control characters, which could drive a terminal, become escapes."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text[:2000])

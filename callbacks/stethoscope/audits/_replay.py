@@ -19,7 +19,7 @@ from stethoscope._run import versions
 from stethoscope._tree import plain, unwrap
 from stethoscope.audits._nonfinite_call import Call
 from stethoscope.audits._nonfinite_repeat import repeat_batches, repeat_calls
-from stethoscope.audits._pack import unpack
+from stethoscope.audits._pack import printable, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -84,14 +84,14 @@ def replay(
         >>> report.reproduced, report.culprit.parameter
         (True, '1.bias')
     """
-    from stethoscope.audits._incident_file import printable, read
+    from stethoscope.audits._incident_file import read
 
     folder, now = Path(folder), random_state()
-    note, tensors = read(folder)
-    made = unwrap(_rebuilt(note.model, folder) if model is None else model)
-    missing = _restore(made, note, tensors)
-    calls = [_call(made, each, tensors, forward, lenient=step is not None) for each in note.calls]
     try:
+        note, tensors = read(folder)
+        made = unwrap(_rebuilt(note.model, folder) if model is None else model)
+        missing = _restore(made, note, tensors)
+        calls = [_call(made, each, tensors, forward, lenient=step is not None) for each in note.calls]
         found = _run(made, note, tensors, calls, step)
     finally:
         now.put()
@@ -126,8 +126,6 @@ def _run(
 
 def _rebuilt(kept: KeptModel, folder: Path) -> nn.Module:
     """Make a model of the class that the bundle names, from code that is this machine's own."""
-    from stethoscope.audits._incident_file import printable
-
     name = printable(kept.name)
     what = f"a {name}, defined in the script {printable(kept.script)}" if kept.script else f"a {name}"
     ask = f"Give a model (--model module:name of what makes one); it was {what}."
@@ -137,14 +135,15 @@ def _rebuilt(kept: KeptModel, folder: Path) -> nn.Module:
     here = Path.cwd().resolve()
     if here.is_relative_to(folder.resolve()):
         raise ValueError(f"Not from inside of the bundle, as code could be imported from it: change the folder. {ask}")
-    if str(here) not in sys.path:
-        sys.path.insert(0, str(here))  # as `python -m` does: the user's own code lies where they stand
+    sys.path.insert(0, str(here))  # as `python -m` does: the user's own code lies where they stand
     try:
         found: Any = importlib.import_module(path)
         for part in inner.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{printable(kept.class_)} cannot be imported here: {printable(str(error))}. {ask}") from error
+    finally:
+        sys.path.remove(str(here))
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"{printable(kept.class_)} is no torch.nn.Module. {ask}")  # noqa: TRY004 - of the file
     needed = [
@@ -159,8 +158,6 @@ def _rebuilt(kept: KeptModel, folder: Path) -> nn.Module:
 
 def _restore(model: nn.Module, note: Note, tensors: Mapping[str, Tensor]) -> str:
     """Give the model the bundle's weights, buffers and flags; return which of its parameters the bundle lacks."""
-    from stethoscope.audits._incident_file import printable
-
     modules = {plain(name): module for name, module in model.named_modules()}
     parameters = {plain(name): each for name, each in model.named_parameters(remove_duplicate=False)}
     buffers = {plain(name): each for name, each in model.named_buffers(remove_duplicate=False)}
@@ -204,7 +201,7 @@ def _call(
     *,
     lenient: bool,
 ) -> Call:
-    from stethoscope.audits._incident_file import printable, random_from
+    from stethoscope.audits._incident_file import random_from
 
     modules = {plain(name): module for name, module in model.named_modules()}
     owner = modules.get(kept.module) if kept.module is not None else model
@@ -229,8 +226,6 @@ def _call(
 
 def _differences(kept: KeptCulprit | None, found: NonFiniteReport | None) -> list[str]:
     """Compare culprits; operations have other names on other devices, so one on the same line is the same."""
-    from stethoscope.audits._incident_file import printable
-
     if kept is None:
         return []
     if found is None or found.origin is None:
@@ -259,8 +254,6 @@ def _code(source: str) -> str:
 def _verdict(
     note: Note, found: NonFiniteReport | None, differs: Sequence[str], spoilt: Sequence[bool], *, stepped: bool
 ) -> str:
-    from stethoscope.audits._incident_file import printable
-
     if found is not None and found.origin is not None:
         if differs:
             return "The replay differed: another culprit was found."
@@ -277,8 +270,6 @@ def _verdict(
 
 
 def _finding(note: Note, differs: Sequence[str]) -> list[Finding]:
-    from stethoscope.audits._incident_file import printable
-
     if not differs:
         return []
     other = [
