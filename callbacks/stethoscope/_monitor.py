@@ -49,8 +49,8 @@ class Monitor:
         guard: look at the loss (from `observe(loss=loss)`) and at all gradients right before an optimizer writes, at the
             price of one wait for the device per step. If something is not finite, the step is run again to find the culprit;
             then `"raise"` leaves `optimizer.step()` by a `FindingsError`, and `"skip"` takes the gradients away. Weights, buffers
-            and random states are then as before the step. None never waits.
-        replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batch from `observe`; else the
+            and random states are then as before the step, and a sink's folder gets an incident bundle. None never waits.
+        replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batches from `observe`; else the
             step's outermost calls of the model are repeated.
         on_finding: called with each finding, on this thread, after sinks have it. What it raises propagates out of
             `step`, `log`, `add` or `flush`: the way to stop a training.

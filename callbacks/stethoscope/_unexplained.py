@@ -28,7 +28,8 @@ def unexplained(
     again = "run again, the forward pass is finite" if repeated else "no call of the model was seen in this step"
     if whole and repeated:
         again = "run again, the step is finite: the replay differed"
-    again = f"{trouble}" if trouble and not repeated else f"{again}, but {trouble}" if trouble else again
+    if trouble:
+        again = f"{again}, but {trouble}" if repeated else trouble
     advice = _NAME
     if whole and repeated:
         advice = (
@@ -49,7 +50,10 @@ def unexplained(
     which = f"The gradient of {bad[0]!r} is" if one else f"{len(bad)} gradients ({', '.join(bad[:3])}, ...) are"
     born = ""
     if spoilt and not whole:
-        born = " What the loss hands back to the model is not finite already: the fault is in the loss function."
+        born = (
+            " What comes back to the model's outputs is not finite already: the fault is in the loss function, or in what runs "
+            "after the calls that were repeated."
+        )
         advice = f"Look for sqrt, norm, std or a division at zero in the loss function. {advice}"
     return Finding(
         "nonfinite-gradient",
