@@ -84,7 +84,7 @@ def operation(record: Record) -> Operation | None:
 
     Numbers given to `Monitor.step` are averaged; logged metrics are left alone, since nobody knows what they mean.
 
-    Example:
+    Examples:
         >>> operation(Record("activation/input_min.mask", -1.0, 0)), operation(Record("loss", 2.0, 0, source="step"))
         ('min', 'mean')
     """
@@ -138,7 +138,7 @@ def combined(record: Record, total: Terms, ranks: int, parts: int) -> Record:
         ranks: how many there were.
         parts: into how many different parts the tensor is split, where `is_part(record)`.
 
-    Example:
+    Examples:
         >>> mine = Record("parameter/shard_norm", 3.0, 0, module="weight")
         >>> combined(mine, Terms((3.0**2 + 4.0**2,)), ranks=2, parts=2)[:2]
         ('parameter/norm', 5.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stethoscope._delivery import Delivery
 from stethoscope._guard import Guard
+from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise
 from stethoscope._overhead import parse
 from stethoscope._parts import Notes, check_parts, describe
@@ -51,8 +52,8 @@ class Monitor:
         guard: look at the loss (from `observe(loss=loss)`) and at all gradients right before an optimizer writes, at the
             price of one wait for the device per step. If something is not finite, the step is run again to find the culprit;
             then `"raise"` leaves `optimizer.step()` by a `FindingsError`, and `"skip"` takes the gradients away. Weights, buffers
-            and random states are then as before the step. None never waits.
-        replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batch from `observe`; else the
+            and random states are then as before the step, and a sink's folder gets an incident bundle. None never waits.
+        replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batches from `observe`; else the
             step's outermost calls of the model are repeated.
         on_finding: called with each finding, on this thread, after sinks have it. What it raises propagates out of
             `step`, `log`, `add` or `flush`: the way to stop a training.
@@ -133,13 +134,9 @@ class Monitor:
         self._ranks = Ranks(self._run, reduce if overhead is None else False, self._notes)
         chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
         all_sinks = sinks if isinstance(sinks, Sequence) and not isinstance(sinks, str) else (sinks,)
-        self._delivery = Delivery(
-            chosen,
-            [*map(resolve, all_sinks), *self._ranks.sinks()],
-            on_finding,
-            self._run.rank,
-            self._notes,
-        )
+        resolved = [resolve(sink) for sink in all_sinks]
+        self._incidents = Incidents(resolved, self._run.rank)
+        self._delivery = Delivery(chosen, [*resolved, *self._ranks.sinks()], on_finding, self._run.rank, self._notes)
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
         self._probing.arm(self._step, self._phase)
@@ -176,8 +173,7 @@ class Monitor:
         for name, value in tensors.items():
             self._given.update(_flat(name, value))
         if self._guard is not None:
-            self._guard.batch = self._guard.batch if batch is None else batch
-            self._guard.loss = self._given.get("loss")
+            self._guard.observe(batch, tensors)
 
     def step(self, batch: object = None, **tensors: object) -> None:
         """Close an optimizer step. The first call closes step 0.
@@ -325,6 +321,7 @@ class Monitor:
             self._optimizers,
             act,
             replay,
+            self._incidents.keep,
             self._notes,
             self._deliver,
             lambda: self._probing.paused(self._phase),
@@ -385,6 +382,8 @@ class Monitor:
         self._step, self._notes.step = step, max(step - 1, 0)
         self._run = replace(self._run, id=str(state["run"]), resumed_from=step - 1 if step else None)
         self._delivery.load_state_dict(state)
+        if self._guard is not None:
+            self._guard.step = step
         self._probing.arm(self._step, self._phase)
 
 

@@ -178,6 +178,7 @@ class Sink(Protocol):
 
     A sink may carry a true attribute `background`: it is then opened and written from one thread of its own, which the
     training never waits for. Without it, all happens on the training's thread.
+    A sink may have a `folder: Path | None`, where further files of the run belong: incidents are written there.
     """
 
     def open(self, run: Run) -> None:

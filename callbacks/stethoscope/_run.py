@@ -29,7 +29,7 @@ def new_run(model: nn.Module, planned_steps: int | None, every: int) -> Run:
         modules=tuple((plain(name), type(module).__name__) for name, module in model.named_modules()),
         planned_steps=planned_steps,
         every=every,
-        versions=_versions(),
+        versions=versions(),
         rank=rank,
         world_size=world_size,
         shards=_shards_of(model),
@@ -48,7 +48,8 @@ def _shards_of(model: nn.Module) -> dict[str, int]:
     return {"": most} | {name: n for name, n in numbers.items() if 1 < n < most} if most > 1 else {}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a step computes."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("stethoscope", "numpy"):
         try:

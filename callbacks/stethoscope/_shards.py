@@ -28,7 +28,7 @@ def parts(x: Tensor) -> int:
 
     Replicas count once: over 2 x 4 ranks (HSDP), each of 4 parts is there twice.
 
-    Example:
+    Examples:
         >>> import torch
         >>> parts(torch.ones(3))
         1

@@ -88,3 +88,14 @@ def tensors(value: object, path: str = "", depth: int = 4) -> Iterator[tuple[str
         elif is_dataclass(value) and not isinstance(value, type):
             for each in fields(value):
                 yield from tensors(getattr(value, each.name, None), f"{dot}{each.name}", depth - 1)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Return the size of a tensor's values in bytes, those of a view alone.
+
+    Examples:
+        >>> import torch
+        >>> size_of(torch.ones(2, 3))
+        24
+    """
+    return tensor.numel() * tensor.element_size()

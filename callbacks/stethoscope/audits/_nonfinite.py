@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from stethoscope._randomness import random_state
 from stethoscope._record import Report
 from stethoscope._tree import plain, unwrap
+from stethoscope.audits._nonfinite_call import Call, autocasts, grad_outputs
 from stethoscope.audits._nonfinite_run import Outcome, Repair, Task, run
 from stethoscope.audits._nonfinite_words import explain
 
@@ -53,6 +56,41 @@ class NonFiniteReport(Report):
     parameter: str | None = None
     samples: tuple[int, ...] = ()
     gradients: tuple[str, ...] = ()
+    _task: Task | None = field(default=None, repr=False, compare=False)
+    _call: Call | None = field(default=None, repr=False, compare=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write an incident bundle: what was found and all that `stethoscope replay` needs to find it again elsewhere.
+
+        The input, the random states, buffers and weights (at most 256 MiB together; what did not fit is listed), flags, versions.
+        Two files, strict JSON and safetensors, no pickle. The weights are those of now: save before the model changes.
+
+        Args:
+            folder: where to; gets a number behind its name if it exists.
+
+        Returns:
+            The folder written.
+
+        Raises:
+            ValueError: there is nothing to keep: all was finite, or the report is another one's.
+            OSError: the folder cannot be written.
+
+        Examples:
+            >>> report = nonfinite(torch.nn.Linear(2, 2), torch.tensor([[1.0, float("nan")]]))
+            >>> report.save("runs/incident").name
+            'incident'
+        """
+        from stethoscope.audits._incident import Incident, write
+
+        if self._task is None or self._call is None or self.origin is None:
+            raise ValueError("There is no incident to save: this report has found no culprit.")
+        call = self._call
+        left_out: tuple[str, ...] = ()
+        try:
+            call = call._replace(grad_outputs=grad_outputs(self._task, call))
+        except Exception as error:  # the model may well be one that raises
+            left_out = (f"gradients at the output: {type(error).__name__}: {error}",)
+        return write(Incident(self._task.model, self.findings, self, (call,), left_out=left_out), Path(folder))
 
 
 def nonfinite(
@@ -98,7 +136,14 @@ def nonfinite(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got an object of {type(model).__name__}.")
     model = unwrap(model)
-    return examine(Task(model, _call(model, forward), args, kwargs, loss))
+    task = Task(model, _call(model, forward), args, kwargs, loss)
+    call = Call(task.call, args, kwargs, torch.is_grad_enabled(), autocasts(), random_state(_devices(model)), {})
+    report = examine(task)
+    return report if report.origin is None else replace(report, _task=task, _call=call)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return sorted({each.device for each in model.parameters() if each.device.type == "cuda"}, key=str)
 
 
 def examine(task: Task) -> NonFiniteReport:

@@ -64,7 +64,8 @@ def explain(
             "sqrt, norm, std and division have infinite slopes at zero, and where() does not hide them, since 0 * Inf is "
             "NaN: make the input safe before the operation, e.g. sqrt(x.clamp(min=1e-8))."
         )
-        return Finding("nonfinite-gradient", severity, message, advice, module=module, evidence=evidence)
+        owner = module or evidence["parameter"].rpartition(".")[0]  # a hook on a parameter runs in no module
+        return Finding("nonfinite-gradient", severity, message, advice, module=owner, evidence=evidence)
     if origin == "loss":
         message = f"{born}, in the loss function.{why}{where}"
         return Finding("nonfinite-loss", severity, message, advice, module=module, evidence=evidence)
@@ -123,7 +124,8 @@ def _evidence(origin: str, birth: Birth, outcome: Outcome) -> dict[str, Any]:
         "origin": origin,
         "operation": birth.place.operation,
         "source": birth.place.source,
-        "parameter": birth.name,
+        "parameter": birth.name
+        or (outcome.gradients[0] if origin == "backward" and len(outcome.gradients) == 1 else ""),
         "samples": list(birth.samples),
         "first_inf": birth.first_inf.module if birth.first_inf else None,
         "first_nan": birth.first_nan.module if birth.first_nan else None,

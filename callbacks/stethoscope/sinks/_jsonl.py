@@ -78,6 +78,12 @@ class Jsonl:
                 f"max_bytes={self.max_bytes!r} must be a number of bytes, at least 1, or None for no limit."
             )
 
+    @property
+    def folder(self) -> Path | None:
+        """The run folder, where further files of the run belong; None where `path` is a file."""
+        path = Path(self.path)
+        return None if path.suffix == ".jsonl" else path
+
     def open(self, run: Run) -> None:
         """Create or go on with the file, and write the run's line."""
         self.close()

@@ -89,6 +89,12 @@ class TensorBoard:
         """Whether a monitor may write from a thread of its own: not to a writer that the caller writes to as well."""
         return isinstance(self.target, str | Path)
 
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder, where further files of the run belong; None where it is on another machine."""
+        place = str(self.target if isinstance(self.target, str | Path) else self.target.log_dir)
+        return None if "://" in place else Path(place)
+
     def open(self, run: Run) -> None:
         """Create the event file, or take the writer as it is."""
         self._pictures.order(run.modules)

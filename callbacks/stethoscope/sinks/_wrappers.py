@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from stethoscope._protocols import Run, Sink
     from stethoscope._record import Finding, Record
@@ -38,6 +39,11 @@ class OnRank:
     def background(self) -> bool:
         """As the sink inside."""
         return bool(getattr(self.sink, "background", False))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the sink inside puts further files."""
+        return getattr(self.sink, "folder", None)
 
     def open(self, run: Run) -> None:
         """Open the sink inside, on the ranks that were asked for."""
@@ -104,6 +110,11 @@ class Every:
     def background(self) -> bool:
         """As the sink inside."""
         return bool(getattr(self.sink, "background", False))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the sink inside puts further files."""
+        return getattr(self.sink, "folder", None)
 
     def open(self, run: Run) -> None:
         """Open the sink inside."""
