@@ -10,6 +10,7 @@ from stethoscope.cli._checkpoint import checkpoint
 from stethoscope.cli._demo import demo
 from stethoscope.cli._explain import explain
 from stethoscope.cli._plan import plan
+from stethoscope.cli._report import report
 
 app = typer.Typer(
     name="stethoscope",
@@ -27,6 +28,7 @@ audit.command()(audio)
 audit.command()(plan)
 app.command()(demo)
 app.command()(explain)
+app.command()(report)
 
 
 @app.callback()
