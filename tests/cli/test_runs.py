@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import time
 
 from typer.testing import CliRunner
@@ -73,3 +75,12 @@ def test_nothing_there_and_no_folder(tmp_path):
     assert "No runs below" in run(tmp_path).output
     assert run(tmp_path).exit_code == 0
     assert run(tmp_path / "missing").exit_code == 2
+
+
+def test_a_terminal_without_unicode_is_no_reason_to_fail(tmp_path):
+    write(tmp_path / "größe", [Finding("nonfinite-loss", "error", "NaN.", "", 4, "m\ud800層")])
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "stethoscope", "runs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"error nonfinite-loss at step 4 in m??" in done.stdout

@@ -109,6 +109,19 @@ def test_lines_of_another_form_do_not_stop_the_report(tmp_path, line):
     assert report.to_html(summary)
 
 
+def test_names_with_halves_of_surrogate_pairs_lose_nothing(tmp_path):
+    name = "m\ud800"
+    sink = sinks.Jsonl(tmp_path)
+    sink.open(Run("odd", ""))
+    found = Finding("nonfinite-activation", "error", f"{name} makes NaN.", "", 1, name)
+    sink.write(1, [Record("activation/rms", 1.0, 1, module=name), Record("loss", 1.0, 1, source="step")], [found])
+    sink.close()
+    summary = report.summarise(tmp_path)
+    assert (summary.skipped, len(summary.findings)) == (0, 1)
+    assert summary.grids["activation/rms", "train"].table().rows == ("m?",)
+    assert report.to_html(summary).encode("utf-8", "replace")
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_flipped_bits_and_cut_lines_never_stop_the_report(faulty, data):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from stethoscope.cli._show import say
 
 if TYPE_CHECKING:
     from stethoscope._record import Severity
@@ -33,8 +34,8 @@ class FailOn(str, Enum):
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a .jsonl file.", metavar="RUN")],
-    second: Annotated[Path | None, typer.Argument(help="Another one, to compare with.", metavar="[RUN2]")] = None,
+    run: Annotated[Path, typer.Argument(help="A run folder, or a .jsonl file.")],
+    second: Annotated[Path | None, typer.Argument(help="Another one, to compare with.", metavar="RUN2")] = None,
     form: Annotated[Format, typer.Option("--format", help="Markdown and JSON are printed.")] = Format.html,
     output: Annotated[
         Path | None, typer.Option(help="File to write; by default report.html in the run folder, or beside the file.")
@@ -57,10 +58,10 @@ def report(
         if output is not None or form is Format.html:
             target = output or (run.parent if run.suffix == ".jsonl" else run) / "report.html"
             size = _write(target, text)
-            _say(line)
-            _say(f"Report: {target} ({size / 1e6:.1f} MB)")
+            say(line)
+            say(f"Report: {target} ({size / 1e6:.1f} MB)")
         else:
-            _say(text)
+            say(text)
     except ModuleNotFoundError as error:
         _fail(f'{error.name} is not installed: pip install "stethoscope[report]".', error)
     except (OSError, ValueError) as error:
@@ -118,20 +119,13 @@ def _show(page: Path) -> None:
     import webbrowser
 
     if not webbrowser.open(page.resolve().as_uri()):
-        _say("No browser could be opened here: open the file yourself.")
+        say("No browser could be opened here: open the file yourself.")
 
 
 def _hint(run: Path) -> str:
     return f" `stethoscope runs {run}` lists the runs below a folder." if run.is_dir() else ""
 
 
-def _say(text: str) -> None:
-    """Print, also where the terminal cannot show all letters."""
-    code = sys.stdout.encoding or "utf-8"
-    typer.echo(text.encode(code, "replace").decode(code))
-
-
 def _fail(message: str, error: Exception) -> None:
-    code = sys.stderr.encoding or "utf-8"
-    typer.echo(f"Error: {message}".encode(code, "replace").decode(code), err=True)
+    say(f"Error: {message}", err=True)
     raise typer.Exit(2) from error

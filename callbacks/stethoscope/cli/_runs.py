@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from stethoscope.cli._show import say
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -33,7 +35,7 @@ class _Row(NamedTuple):
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where to look, with all that is below it.", metavar="[DIR]")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Where to look, with all that is below it.", metavar="DIR")] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List runs, the newest first: their steps, their age, whether they go on, and their worst finding.
@@ -41,7 +43,7 @@ def runs(
     Exit code 0; 2 where DIR is no folder.
     """
     if not folder.is_dir():
-        typer.echo(f"Error: {str(folder)!r} is no folder.", err=True)
+        say(f"Error: {str(folder)!r} is no folder.", err=True)
         raise typer.Exit(2)
     rows = sorted((row for file in _files(folder) if (row := _row(file)) is not None), key=lambda row: -row.written)
     if as_json:
@@ -49,7 +51,7 @@ def runs(
     elif rows:
         _print(rows, folder)
     else:
-        typer.echo(f"No runs below {str(folder)!r}. A run is written by Monitor(..., sinks=['runs/today']).")
+        say(f"No runs below {str(folder)!r}. A run is written by Monitor(..., sinks=['runs/today']).")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -151,4 +153,7 @@ def _print(rows: list[_Row], folder: Path) -> None:
             told = Text(f"{worst.severity} {worst.code}{when}{where}{more}", style=styles[worst.severity])
         name = Text(os.path.relpath(row.path, folder))  # names come from the user: no markup in them
         table.add_row(name, f"{steps}{planned}", row.state, f"{age(time.time() - row.written)} ago", told)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    say(captured.get().rstrip("\n"))

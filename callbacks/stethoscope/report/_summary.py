@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,9 +21,9 @@ from stethoscope.sinks._lines import decode
 from stethoscope.sinks._read import read_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
+
+_T = TypeVar("_T")
 
 MAX_CURVES, MAX_GRIDS, MAX_DISTRIBUTIONS, MAX_FINDINGS = 500, 64, 8, 5000
 """Series, statistics of layers, histograms, findings that are kept; of the rest, the number is."""
@@ -138,8 +138,8 @@ def ranks_of(path: str | Path) -> list[int]:
 
 def _take(summary: Summary, text: bytes, upto: float, *, leads: bool) -> None:
     try:
-        line = _LINE.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+        line = _decoded(_LINE, text)
+    except (ValueError, RecursionError):
         summary.skipped += 1
         return
     if line.findings:
@@ -150,8 +150,18 @@ def _take(summary: Summary, text: bytes, upto: float, *, leads: bool) -> None:
     for group in line.records:
         try:
             _take_group(summary, group, line.step if group.step is None else group.step, leads=leads)
-        except (msgspec.DecodeError, ValueError, TypeError, OverflowError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             summary.skipped += 1
+
+
+def _decoded(decoder: msgspec.json.Decoder[_T], text: bytes | msgspec.Raw) -> _T:
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:  # names may hold halves of surrogate pairs, which JSON knows and UTF-8 does not
+        whole = json.dumps(json.loads(bytes(text)), ensure_ascii=False)
+        return decoder.decode(whole.encode("utf-8", "replace"))
 
 
 def _take_findings(summary: Summary, text: msgspec.Raw) -> None:
@@ -189,10 +199,7 @@ def _take_group(summary: Summary, group: _Group, step: int, *, leads: bool) -> N
         if leads and _has_room(summary, summary.distributions, key, MAX_DISTRIBUTIONS):
             summary.distributions.setdefault(key, Distribution()).add(step, group.values, group.edges)
         return
-    try:
-        rows: Sequence[Sequence[object]] = _PLAIN_VALUES.decode(group.values)
-    except msgspec.ValidationError:  # calls, None, NaN or Inf among them: a quarter slower
-        rows = _VALUES.decode(group.values)
+    rows = _rows(group.values)
     if not rows:
         return
     modules, cells, *_ = zip(*rows, strict=False)  # a third cell, the call, is there for some
@@ -213,6 +220,13 @@ def _take_group(summary: Summary, group: _Group, step: int, *, leads: bool) -> N
         modules, values = tuple(modules[index] for index in inner), values[inner]
     if modules and _has_room(summary, summary.grids, key, MAX_GRIDS):
         summary.grids.setdefault(key, Grid()).add(step, modules, values)
+
+
+def _rows(values: msgspec.Raw) -> list[tuple[str, float]] | list[list[str | float | None]]:
+    try:
+        return _decoded(_PLAIN_VALUES, values)
+    except msgspec.ValidationError:  # calls, None, NaN or Inf among them: a quarter slower
+        return _decoded(_VALUES, values)
 
 
 def _has_room(
