@@ -11,6 +11,8 @@ from stethoscope.cli._demo import demo
 from stethoscope.cli._explain import explain
 from stethoscope.cli._plan import plan
 from stethoscope.cli._replay import replay
+from stethoscope.cli._report import report
+from stethoscope.cli._runs import runs
 
 app = typer.Typer(
     name="stethoscope",
@@ -29,6 +31,8 @@ audit.command()(plan)
 app.command()(demo)
 app.command()(explain)
 app.command()(replay)
+app.command()(report)
+app.command()(runs)
 
 
 @app.callback()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Run
 
 
+_HEAD = b'{"run":'
+
+
 class _Section(NamedTuple):
     """One opening of the sink: a run, or a run that was resumed."""
 
@@ -85,6 +88,22 @@ def read_run(path: str | Path, *, rank: int = 0) -> Run:
     return sections[-1].run
 
 
+def read_lines(path: str | Path, *, rank: int = 0) -> tuple[Run | None, Iterator[tuple[bytes, float]]]:
+    """Find the run and iterate over the lines that `read` would decode, for those who need to be faster than that.
+
+    Returns:
+        The run, None where no line tells about one; and an iterator over each line and the step up to which its records
+        count: those of later steps were made again by a resumed run. Findings always count. Lines may be torn.
+
+    Raises:
+        FileNotFoundError: nothing was written there.
+        ValueError: the file was written by a newer stethoscope.
+    """
+    files = _files(path, rank)
+    sections = _sections(files)
+    return sections[-1].run if sections else None, _current(files, sections)
+
+
 def _files(path: str | Path, rank: int) -> list[Path]:
     first = file_of(path, rank)
     if not first.is_file():
@@ -101,7 +120,7 @@ def _lines(files: Sequence[Path]) -> Iterator[bytes]:
 
 
 def _sections(files: Sequence[Path]) -> list[_Section]:
-    heads = (_parse(text) for text in _lines(files) if text.startswith(b'{"run":'))
+    heads = (_parse(text) for text in _lines(files) if text.startswith(_HEAD))
     runs = [run for line in heads if line is not None and (run := _opening(line)) is not None]
     sections: list[_Section] = []
     upto = math.inf
@@ -113,31 +132,40 @@ def _sections(files: Sequence[Path]) -> list[_Section]:
 
 
 def _deliveries(files: Sequence[Path], sections: Sequence[_Section]) -> Iterator[Delivery]:
+    skipped = 0
+    for text, upto in _current(files, sections):
+        line = _parse(text)
+        try:
+            delivery = decode(line or {})
+            late = delivery.step > upto
+        except (LookupError, TypeError, ValueError, AttributeError):
+            skipped += 1
+            continue
+        if not late:
+            yield delivery
+        elif delivery.findings:
+            yield delivery._replace(records=())
+    if skipped:
+        logging.getLogger("stethoscope").warning("%s: %d lines could not be read and were skipped.", files[0], skipped)
+
+
+def _current(files: Sequence[Path], sections: Sequence[_Section]) -> Iterator[tuple[bytes, float]]:
+    """The lines of the last run but for those that open it, each with the step up to which its records count."""
     last = sections[-1].run.id if sections else ""
     coming = iter(sections)
     section: _Section | None = None
-    skipped = 0
     for text in _lines(files):
-        if not text.strip():
+        if text.isspace():
             continue
-        line = _parse(text)
-        if line is None:
-            skipped += 1
-        elif "run" in line:
-            section = next(coming, section) if _opening(line) is not None else section
-        elif section is None or section.run.id == last:
-            try:
-                delivery = decode(line)
-                late = section is not None and delivery.step > section.upto
-            except (LookupError, TypeError, ValueError, AttributeError):
-                skipped += 1
+        if text.startswith(_HEAD):
+            line = _parse(text)
+            if line is not None:
+                section = next(coming, section) if _opening(line) is not None else section
                 continue
-            if not late:
-                yield delivery
-            elif delivery.findings:
-                yield delivery._replace(records=())
-    if skipped:
-        logging.getLogger("stethoscope").warning("%s: %d lines could not be read and were skipped.", files[0], skipped)
+        if section is None:
+            yield text, math.inf
+        elif section.run.id == last:
+            yield text, section.upto
 
 
 def _opening(line: dict[str, Any]) -> Run | None:
