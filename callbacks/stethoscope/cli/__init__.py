@@ -10,6 +10,7 @@ from stethoscope.cli._checkpoint import checkpoint
 from stethoscope.cli._demo import demo
 from stethoscope.cli._explain import explain
 from stethoscope.cli._plan import plan
+from stethoscope.cli._run import run
 
 app = typer.Typer(
     name="stethoscope",
@@ -26,6 +27,7 @@ audit.command()(checkpoint)
 audit.command()(audio)
 audit.command()(plan)
 app.command()(demo)
+app.command(context_settings={"allow_interspersed_args": False})(run)
 app.command()(explain)
 
 
