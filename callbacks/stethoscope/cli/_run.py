@@ -44,7 +44,9 @@ def _defaults(context: typer.Context, given: Path | None) -> Path | None:
 
 
 def run(
-    target: Annotated[str, typer.Argument(help="A script, with -m a module, or a command such as torchrun.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A script, with -m a module, or a command such as torchrun.")
+    ],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS...", help="Its own arguments.")] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="TARGET is a module, as with python -m.")] = False,
     to: Annotated[

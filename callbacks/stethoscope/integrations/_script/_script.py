@@ -42,7 +42,8 @@ class Script:
     """What a process of `stethoscope run` does to torch, from its import to the end of the process.
 
     Hooks on all modules are there only while a model is searched for: from the first call in train mode, at which its optimizer
-    is found, to that of the last model whose optimizer is alive. Hooks of optimizers stay.
+    is found, to that of the last model whose optimizer is alive, and when an optimizer is gone or an unknown one steps. Hooks of
+    optimizers stay.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -51,6 +52,7 @@ class Script:
         self._losses: Losses | None = None
         self._steady: list[RemovableHandle] = []
         self._searching: list[RemovableHandle] = []
+        self._handler, self._propagate = logging.StreamHandler(sys.stderr), True
         self._depth = _Depth()
         self._calls = 0  # outermost ones since the search began
         self._unknown = 0  # steps of optimizers whose model was not found
@@ -60,11 +62,10 @@ class Script:
     def begin(self) -> None:
         """Called once, when torch has been imported."""
         # standard output is the script's: what we log goes to standard error, whatever the script tells its root logger
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setLevel(logging.WARNING)
-        handler.setFormatter(logging.Formatter("stethoscope: %(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+        self._handler.setLevel(logging.WARNING)
+        self._handler.setFormatter(logging.Formatter("stethoscope: %(message)s"))
+        log.addHandler(self._handler)
+        self._propagate, log.propagate = log.propagate, False
         self._losses = Losses()
         self._steady = [
             register_optimizer_step_pre_hook(self._before_step),
@@ -84,6 +85,8 @@ class Script:
             self._losses.close()
         for session in self.sessions:
             self._guarded(session.close)
+        log.removeHandler(self._handler)
+        log.propagate = self._propagate
         over, self.sessions = [each for each in self.sessions if each.steps], []
         _say.sessions(self.settings, over)
         if _say.is_main(self.settings) and not over:
@@ -155,7 +158,7 @@ class Script:
             else:
                 to = folder(self.settings.to, type(found.root).__name__, {each.to for each in self.sessions})
                 with telling(module, args, {}):
-                    self.sessions.append(Session(found, module, self.settings, to))
+                    self.sessions.append(Session(found, module, self.settings, to, self._search))
                 if parent_process() is not None:
                     Finalize(None, self.end, exitpriority=100)  # a child of multiprocessing runs no atexit
             if all(id(each) in self._own or self._session_of(each) for each in found.others):

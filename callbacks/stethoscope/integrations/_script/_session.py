@@ -21,7 +21,7 @@ from stethoscope.probes._hook import Hook, takes_hooks
 from stethoscope.sinks._jsonl import file_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -42,9 +42,12 @@ class Session:
         called: the module whose call is under way.
         settings: what `stethoscope run` was told.
         to: where to write.
+        gone: called when the script has let go of the model's optimizers.
     """
 
-    def __init__(self, training: Training, called: nn.Module, settings: Settings, to: str) -> None:
+    def __init__(
+        self, training: Training, called: nn.Module, settings: Settings, to: str, gone: Callable[[], None]
+    ) -> None:
         root, optimizers = training.root, training.optimizers
         chosen: Any = {} if settings.preset == "none" else getattr(presets, settings.preset)()
         self.monitor: Monitor | None = Monitor(
@@ -77,7 +80,7 @@ class Session:
         self._ended = [weakref.finalize(each, self._optimizer_gone) for each in optimizers]
         for each in self._ended:
             each.atexit = False
-        self._living = len(optimizers)
+        self._living, self._gone = len(optimizers), gone
 
     @property
     def written(self) -> bool:
@@ -143,6 +146,7 @@ class Session:
         self._living -= 1
         if self._living == 0 and get_ident() == self._thread:
             self.close()
+            self._gone()
 
     def close(self) -> None:
         """Deliver everything and let go of the model."""
