@@ -12,10 +12,10 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from stethoscope import FindingsError, Monitor, sinks
-from stethoscope.integrations._script._loss import _hide
 from stethoscope.integrations._script._script import Script
 from stethoscope.integrations._script._session import folder
 from stethoscope.integrations._script._settings import Settings
+from stethoscope.integrations._script._traceback import hide
 
 
 @pytest.fixture
@@ -335,13 +335,13 @@ def test_a_traceback_is_the_scripts(listening):
         loss.backward()
         with pytest.raises(RuntimeError) as caught:
             loss.backward()
-    _hide(caught.value, set())
+    hide(caught.value, set())
     names, trace = [], caught.value.__traceback__
     while trace is not None:
         names.append(trace.tb_frame.f_code.co_filename)
         trace = trace.tb_next
     assert names
-    assert not [name for name in names if "_script" in name and "test_script" not in name]
+    assert not [name for name in names if "integrations/_" in name]
 
 
 def test_nothing_trained_is_said_once_by_the_main_process_alone(listening, capsys):

@@ -58,7 +58,8 @@ def training_of(called: nn.Module) -> Training | None:
     made = root is None
     root = _container(wanted, modules) if root is None else root
     inside = _ids(root.parameters())
-    monitor = next((each for each in monitors if _ids(each.model.parameters()) & inside), None)
+    at_work = [each for each in monitors if not each._closed]  # noqa: SLF001 - of our own kind
+    monitor = next((each for each in at_work if _ids(each.model.parameters()) & inside), None)
     of_root = [each for each in optimizers if parameters_of(each) & inside]
     return Training(root, made, of_root, [each for each in optimizers if each not in of_root], monitor)
 

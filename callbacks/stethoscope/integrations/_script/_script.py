@@ -15,8 +15,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from stethoscope.integrations._script import _say
-from stethoscope.integrations._script._loss import Losses
+from stethoscope.integrations._loss import Losses
+from stethoscope.integrations._script import _say, _traceback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +66,7 @@ class Script:
         self._handler.setFormatter(logging.Formatter("stethoscope: %(message)s"))
         log.addHandler(self._handler)
         self._propagate, log.propagate = log.propagate, False
-        self._losses = Losses()
+        self._losses, self._undo = Losses(), _traceback.install()
         self._steady = [
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
@@ -83,6 +83,7 @@ class Script:
             handle.remove()
         if self._losses is not None:
             self._losses.close()
+            self._undo()
         for session in self.sessions:
             self._guarded(session.close)
         log.removeHandler(self._handler)
@@ -148,7 +149,8 @@ class Script:
             return
         state = random.getstate()  # some packages draw from it when they are imported
         from stethoscope.integrations._script._find import training_of
-        from stethoscope.integrations._script._session import Session, folder, telling
+        from stethoscope.integrations._script._session import Session, folder
+        from stethoscope.integrations._validation import telling
 
         found = training_of(module)
         if found is not None:

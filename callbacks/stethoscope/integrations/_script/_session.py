@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from stethoscope import presets
-from stethoscope._aside import is_aside
 from stethoscope._monitor import Monitor
 from stethoscope._run import new_run
 from stethoscope._tree import unwrap
 from stethoscope.integrations._script._find import parameters_of
-from stethoscope.probes._hook import Hook, takes_hooks
+from stethoscope.integrations._validation import Validation
 from stethoscope.sinks._jsonl import file_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -65,18 +60,14 @@ class Session:
         self._findings: list[Finding] = []
         self._every, self._validated = settings.every, -settings.every
         self._parameters = {id(each) for each in root.parameters()}
-        self._made = root if training.made else None
         self._active = {_key(each) for each in optimizers}  # optimizers that a step consists of
         self._stepped: set[int] = set()  # of these, in the step under way
         self._rates: list[float | Tensor] = []  # of these
         self._thread = get_ident()
-        self._phase = ExitStack()
-        self._validating = False
         # called itself and, since validation may go round DDP, what it wraps
-        self._called = [each for each in dict.fromkeys((called, unwrap(called))) if takes_hooks(each)]
-        self._handles = [
-            each.register_forward_pre_hook(_Entry(self), with_kwargs=True, prepend=True) for each in self._called
-        ]
+        self._validation: Validation | None = Validation(
+            self.monitor, [called, unwrap(called)], self._may_validate, root if training.made else None
+        )
         self._ended = [weakref.finalize(each, self._optimizer_gone) for each in optimizers]
         for each in self._ended:
             each.atexit = False
@@ -109,7 +100,8 @@ class Session:
         """Close the step when all of the model's optimizers have made theirs."""
         if self.monitor is None or get_ident() != self._thread:
             return
-        self._leave()
+        if self._validation is not None:
+            self._validation.leave()
         key = _key(optimizer)
         if key in self._stepped:
             self._active = set(self._stepped)  # the others do not step each time
@@ -122,24 +114,11 @@ class Session:
             self.steps += 1
             self.monitor.step(**({} if loss is None else {"loss": loss}), **rates)
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is called: in a validation or not?"""
-        if self.monitor is None or get_ident() != self._thread or is_aside():
-            return
-        if self._made is not None:
-            self._made.training = module.training
-        validating = not module.training and not torch.is_grad_enabled()
-        if validating and not self._validating and self.steps - self._validated >= self._every:
-            with telling(module, args, kwargs):
-                self._phase.enter_context(self.monitor.phase("val"))
-            self._validating, self._validated = True, self.steps
-        elif not validating and self._validating:
-            with telling(module, args, kwargs):
-                self._leave()
-
-    def _leave(self) -> None:
-        self._validating = False
-        self._phase.close()
+    def _may_validate(self) -> bool:
+        if self.steps - self._validated < self._every:
+            return False
+        self._validated = self.steps
+        return True
 
     def _optimizer_gone(self) -> None:
         """The script has let go of an optimizer: without one, it may want its model's memory back."""
@@ -151,65 +130,22 @@ class Session:
     def close(self) -> None:
         """Deliver everything and let go of the model."""
         monitor, self.monitor = self.monitor, None
-        if monitor is None:
+        validation, self._validation = self._validation, None
+        if monitor is None or validation is None:
             return
-        for handle in self._handles:
-            handle.remove()
         for each in self._ended:
             each.detach()
         try:
-            self._leave()
+            validation.close()
         finally:
             monitor.close()
             self._findings = monitor.findings
-            for module in self._called:
-                tidy(module)
-            self._called, self._made = [], None
 
     def abandon(self) -> None:
         """Do nothing any more, and write nothing: this process is a fork, and the files are its parent's."""
         self.monitor = None
-
-
-@contextmanager
-def telling(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Change the hooks of a module inside while its pre-hooks run: torch has made a list of these, but not of the others.
-
-    A new one is told of the call under way. One that is gone is still called, and must be as it was put on.
-    """
-    tidy(module)
-    hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs  # noqa: SLF001 - no other way
-    before = {number: number in with_kwargs for number in hooks}
-    yield
-    for number, wants in before.items():
-        if wants and number not in hooks:
-            with_kwargs[number] = True
-    for number, hook in list(hooks.items()):
-        if number not in before:
-            hook(module, args, kwargs) if number in with_kwargs else hook(module, args)
-
-
-def tidy(module: nn.Module) -> None:
-    """Forget how hooks that are gone were to be called."""
-    hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs  # noqa: SLF001 - no other way
-    for number in [number for number in with_kwargs if number not in hooks]:
-        del with_kwargs[number]
-
-
-class _Entry(Hook):
-    __slots__ = ("_session",)
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        try:
-            self._session.enter(module, args, kwargs)
-        except Exception:  # instrumentation never stops a training
-            self._session.abandon()
-            logging.getLogger("stethoscope").exception("`stethoscope run` keeps out of the training from here on.")
+        if self._validation is not None:
+            self._validation.off = True
 
 
 def _key(optimizer: Optimizer) -> int:

@@ -6,7 +6,6 @@ torch has no hook for that, so `torch.autograd.backward` and `GradScaler.scale` 
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from torch.amp.grad_scaler import GradScaler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
 
 class Losses:
@@ -36,7 +34,6 @@ class Losses:
         self._undo: list[Callable[[], None]] = []
         self._wrap(torch.autograd, "backward", self._backward)
         self._wrap(GradScaler, "scale", self._scale)
-        self._wrap(sys, "excepthook", self._excepthook)
 
     def take(self) -> Tensor | None:
         """Return the loss of the step that is over; optimizers that step one after the other share it."""
@@ -89,13 +86,6 @@ class Losses:
 
         return scale
 
-    def _excepthook(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            _hide(error, set())
-            original(kind, error, trace)
-
-        return excepthook
-
     def _add(self, loss: Tensor) -> None:
         inner = torch._C._current_graph_task_id() != -1  # noqa: SLF001 - activation checkpointing calls backward in backward
         if inner or loss.numel() != 1 or not loss.is_floating_point() or torch.compiler.is_compiling():
@@ -106,17 +96,3 @@ class Losses:
             return
         scaled = self._unscaled.get(id(loss))
         self._pending.append(scaled[1] if scaled and scaled[0]() is loss else loss.detach())
-
-
-def _hide(error: BaseException | None, seen: set[int]) -> None:
-    """Take this file's frames out of a traceback that nobody will catch any more: it is the script's."""
-    if error is None or id(error) in seen:
-        return
-    seen.add(id(error))
-    trace = error.__traceback__
-    while trace is not None:
-        while trace.tb_next is not None and trace.tb_next.tb_frame.f_code.co_filename == __file__:
-            trace.tb_next = trace.tb_next.tb_next
-        trace = trace.tb_next
-    _hide(error.__cause__, seen)
-    _hide(error.__context__, seen)
