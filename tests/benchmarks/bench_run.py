@@ -11,6 +11,7 @@ that the loop without it pays for no hook of ours.
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import os
 import statistics
@@ -70,6 +71,7 @@ def taken_off():
 
 def ratio(make, pairs: int, folder: str, **options) -> tuple[float, float, float]:
     """Median ratio, its lower 95 % bound, the plain step in milliseconds."""
+    gc.collect()  # an optimizer of an earlier loop would be waited for
     seen = Loop(make)
     script = Script(Settings(target="bench", to=folder, **options))
     script.begin()

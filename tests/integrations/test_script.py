@@ -171,6 +171,20 @@ def test_an_optimizer_that_never_steps_holds_nothing_up_for_long(listening):
     del unused
 
 
+def test_the_search_for_a_model_that_is_never_called_ends(listening):
+    forgotten = torch.optim.SGD(net().parameters(), lr=0.1)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with listening(preset="none"):
+        train(model, 300, optimizer)
+        assert not torch.nn.modules.module._global_forward_pre_hooks
+        later = net()
+        train(later, 3)
+    assert len(values("loss")) == 300
+    assert len(values("loss", "run/Sequential")) >= 2
+    del forgotten
+
+
 def test_accumulated_losses_are_summed_and_a_grad_scaler_is_seen_through(listening):
     model = net()
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu", init_scale=256.0)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stethoscope")
 
-_MOST = 1024
+_MOST = 256
 """Outermost calls in train mode after which the search for an optimizer rests, until one steps that nobody knows."""
 
 
@@ -54,7 +54,8 @@ class Script:
         self._searching: list[RemovableHandle] = []
         self._handler, self._propagate = logging.StreamHandler(sys.stderr), True
         self._depth = _Depth()
-        self._calls = 0  # outermost ones since the search began
+        self._calls = 0  # outermost ones since the search began, and of these
+        self._strange = 0  # such of modules that belong to no session
         self._unknown = 0  # steps of optimizers whose model was not found
         self._own: set[int] = set()  # optimizers of models that the script monitors itself
         self._off = False
@@ -115,7 +116,7 @@ class Script:
     # -- the search for what is trained ------------------------------------------------------------------------------
 
     def _search(self) -> None:
-        self._calls = 0
+        self._calls = self._strange = 0
         if not self._searching and not self._off:
             self._searching = [
                 register_module_forward_pre_hook(self._enter),
@@ -139,14 +140,14 @@ class Script:
             self._depth.value = max(self._depth.value - 1, 0)
 
     def _look_at(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not any(each.requires_grad for each in module.parameters()) or any(map(_holds(module), self.sessions)):
-            return
         self._calls += 1
-        if not _power_of_two(self._calls):
-            return  # it takes a tenth of a second to look through all objects
         if self._calls > _MOST:
             self._rest()
+        if not any(each.requires_grad for each in module.parameters()) or any(map(_holds(module), self.sessions)):
             return
+        self._strange += 1
+        if not _power_of_two(self._strange):
+            return  # it takes a tenth of a second to look through all objects
         state = random.getstate()  # some packages draw from it when they are imported
         from stethoscope.integrations._script._find import training_of
         from stethoscope.integrations._script._session import Session, folder
@@ -154,7 +155,7 @@ class Script:
 
         found = training_of(module)
         if found is not None:
-            self._calls = 0
+            self._calls = self._strange = 0
             if found.monitor is not None:
                 self._own |= {id(each) for each in found.optimizers}
             else:
