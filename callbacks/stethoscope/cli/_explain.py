@@ -11,7 +11,10 @@ from stethoscope._pages import pages
 
 
 def explain(
-    code: Annotated[str | None, typer.Argument(help="Code of a finding, e.g. nonfinite-activation.")] = None,
+    code: Annotated[
+        str | None,
+        typer.Argument(help="Code of a finding, e.g. nonfinite-activation.", autocompletion=lambda: sorted(pages())),
+    ] = None,
 ) -> None:
     """Print the page of a finding: symptom, meaning, how it is decided, what to try. Without CODE: all codes."""
     from rich.console import Console
