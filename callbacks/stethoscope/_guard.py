@@ -122,14 +122,23 @@ class Guard:
             with self._before.paused(), self._paused():
                 report = self._audit()
             known = list(report.findings) if report and not report.ok else [self._finding(loss, bad, report)]
-            if report and report.origin == "parameter" and report.parameter and id(optimizer) in self._wrote:
-                known = [bad_write(optimizer, self._parameter(report.parameter), report.parameter)]
+            name = self._spoilt(report) if report and id(optimizer) in self._wrote else None
+            if name is not None:
+                known = [bad_write(optimizer, self._parameter(name), name)]
         done = "The step was skipped." if self._act == "skip" else "The optimizer has not written."
         given = {"guard": self._act, "loss": str(loss), "gradients_at_write": bad[:100]}
         return [
             replace(each, step=self._step, message=f"{each.message} {done}", evidence={**given, **each.evidence})
             for each in known
         ]
+
+    def _spoilt(self, report: NonFiniteReport) -> str | None:
+        """Name a parameter that the last write has left non-finite, when it explains what the audit has seen."""
+        if (
+            report.origin == "operation"
+        ):  # a step too long leaves weights that overflow beside those that have overflowed
+            return next((self._names[id(each)] for each in self._model.parameters() if _spoilt(each)), None)
+        return report.parameter if report.origin == "parameter" else None
 
     def _parameter(self, name: str) -> Tensor:
         return next(each for each in self._model.parameters() if self._names[id(each)] == name)
@@ -223,6 +232,10 @@ class Guard:
         while self._handles:
             self._handles.pop().remove()
         self._before.detach()
+
+
+def _spoilt(tensor: Tensor) -> bool:
+    return not fetch([torch.isfinite(tensor.detach()).all()])[0]
 
 
 def _itself(loss: Any) -> Any:

@@ -70,6 +70,7 @@ class Outcome:
         buffers: buffers that the run made non-finite, with their births.
         error: what the model or the loss raised.
         batch: batch size, where known.
+        samples: indices in the batch that are not finite in what the model returned.
         operations: how many were run.
     """
 
@@ -80,7 +81,13 @@ class Outcome:
     buffers: dict[str, Births] = field(default_factory=dict[str, Births])
     error: Exception | None = None
     batch: int | None = None
+    samples: tuple[int, ...] = ()
     operations: int = 0
+
+    @property
+    def wrong(self) -> bool:
+        """Whether anything that counts is not finite: what came out, or what stays in the model."""
+        return self.phase is not None or bool(self.buffers)
 
 
 def run(task: Task, repair: Repair | None = None) -> Outcome:
@@ -152,8 +159,12 @@ class _Run:
     def _forward_and_backward(self, args: Any, kwargs: Any, named: list[tuple[str, Tensor]]) -> None:
         task, trace, outcome = self._task, self._trace, self.outcome
         output = task.call(*args, **kwargs)
+        returned = dict(tensors(output, depth=8))
+        with trace.looking_away():
+            reached = [i for each in returned.values() if trace.sources(each) for i in samples(each, outcome.batch)]
+        outcome.samples = tuple(sorted(set(reached)))
         if task.loss is None:
-            self._judge("forward", dict(tensors(output, depth=8)))
+            self._judge("forward", returned)
             return
         trace.phase = "loss"
         loss = scalar(task.loss if isinstance(task.loss, Tensor) else task.loss(output))
@@ -197,11 +208,10 @@ class _Run:
         """Name a tensor that is a plain attribute of a module."""
         place = storage(tensor)
         for name, module in self._task.model.named_modules():
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor) and place is not None:
-                    own = storage(value)
-                    if own is not None and own._cdata == place._cdata:  # noqa: SLF001 - the address names a storage
-                        return f"{plain(name)}.{key}".lstrip(".")
+            for key, value in _plain_attributes(module):
+                own = storage(value)
+                if place is not None and own is not None and own._cdata == place._cdata:  # noqa: SLF001 - the address names a storage
+                    return f"{plain(name)}.{key}".lstrip(".")
         return ""
 
 
@@ -310,11 +320,19 @@ def _eager(model: nn.Module) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a module keeps without registering them: a moving average, a recurrent state in a tuple."""
+    for key, value in vars(module).items():
+        if key not in ("_parameters", "_buffers", "_modules"):
+            for path, each in tensors(value, depth=3):
+                yield key + (f"[{path.replace('.', '][')}]" if path else ""), each
+
+
 @contextmanager
 def _attributes(model: nn.Module) -> Iterator[None]:
     """Put plain attributes of modules back: counters, averages kept as tensors."""
     held = [(module, dict(vars(module))) for module in model.modules()]
-    kept = [(each, each.detach().clone()) for _, own in held for each in own.values() if isinstance(each, Tensor)]
+    kept = [(each, each.detach().clone()) for module, _ in held for _, each in _plain_attributes(module)]
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stethoscope.audits._nonfinite_tensor import Flags, absmax, flags, inside, needed, samples, storage
+from stethoscope.audits._nonfinite_tensor import Flags, absmax, flags, heal, inside, needed, samples, storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -157,7 +157,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         index = self.operations = self.operations + 1
         name = str(func.overloadpacket)
-        if self._keep_lines and torch.is_grad_enabled():
+        if self._keep_lines:
             self._keep_line(name)
         if func.is_view:
             return func(*args, **kwargs)
@@ -176,7 +176,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 arguments = _swap(args, before), _swap(kwargs, before)
                 births = self._bad_result(func, name, index, each, found, births, arguments)
                 if index in self._heal:
-                    torch.nan_to_num_(each, nan=1.0, posinf=1.0, neginf=-1.0)
+                    heal(each)
         return result
 
     def _bad_result(
@@ -186,16 +186,21 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not births:
             births = self._unseen(name, inside(arguments))
         masked = births and all(self.births[i].kind == "mask" for i in births)
+        written = found.inf and _infinite_constant(arguments)
         place: Place | None = None
         if not births or (masked and found.nan):
             place = self._place(name)
             birth = Birth("operation", index, place, found, self.phase, samples=samples(tensor, self._batch))
-            if not found.nan and _infinite_constant(arguments):
+            # nobody writes both signs: that is a number of the model times Inf
+            if written and not found.nan and not (found.positive and found.negative):
                 birth.kind = "mask"
             else:
                 birth.details = self._details(func, tensor, found, arguments, masked=bool(masked))
             self.births.append(birth)
             births = frozenset([len(self.births) - 1])
+        elif written and not masked:
+            self.births.append(Birth("mask", index, self._place(name), found, self.phase))
+            births |= {len(self.births) - 1}
         self._remember(tensor, births)
         from_mask = any(self.births[i].kind == "mask" for i in births)
         for i in births:
@@ -251,10 +256,17 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._raw[place._cdata] = _weakly(place), self._place(name)  # noqa: SLF001
 
     def _keep_line(self, name: str) -> None:
-        # autograd makes the node right before the operation, so the first operation after it is the node's own
+        # autograd makes the node right before the operation, so the first operation after it is the node's own; a custom
+        # Function's runs without gradients
         node = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
         if node >= self._first_node and node not in self._nodes:
-            self._nodes[node] = (*self._module(), name, _position(_frame()), self.phase == "loss")
+            self._nodes[node] = (*self._running(), name, _position(_frame()), self.phase == "loss")
+
+    def _running(self) -> tuple[str, int]:
+        """Return the innermost module; where a backward pass runs the user's code, the one that its node was made in."""
+        inner = self._module()
+        kept = self._nodes.get(_node_number()) if self.phase == "backward" and not inner[0] else None
+        return kept[:2] if kept is not None else inner
 
     def _place(self, name: str) -> Place:
         frame = _frame()
@@ -264,7 +276,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return Place(*kept[:3], _line(kept[3]))
             node = torch._C._current_autograd_node()  # noqa: SLF001 - as detect_anomaly
             return Place(operation=_of_node(node.name()) if node is not None else name)
-        return Place(*self._module(), name, _line(_position(frame)))
+        return Place(*self._running(), name, _line(_position(frame)))
 
 
 def _weakly(place: torch.UntypedStorage) -> StorageWeakRef:
