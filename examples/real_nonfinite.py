@@ -1,8 +1,8 @@
 """Seeds faults into models of real speech packages, asks `audits.nonfinite` for the culprit, and prints one row each.
 
 Takes whatever of Asteroid, denoiser, encodec, ESPnet and SpeechBrain can be imported, and says what is missing. BEATs
-(microsoft/unilm#1569, #1672) is no package: `git clone https://github.com/microsoft/unilm`, then `--beats unilm/beats`; it
-needs torchaudio.
+(microsoft/unilm#1569, #1672) is no package: `git clone https://github.com/microsoft/unilm`, then `--beats unilm/beats` (for
+tests the environment variable BEATS); it needs torchaudio.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def level(x: torch.Tensor) -> torch.Tensor:
     return x.sum(1).log()
 
 
-@fault("operation", "step", "corpus.level", "level(x - x)")
+@fault("operation", "step", "corpus.level", "level(x - x)|x.sum(1).log()")
 def operator_of_an_extension():
     return run(lambda x: x + level(x - x)[:, None], loss=None)
 
