@@ -112,10 +112,11 @@ class _Run:
     def __init__(self, task: Task, args: Any, kwargs: Any, repair: Repair) -> None:
         self._task = task
         self._stack = _Stack(task.model)
+        self._bad_before: set[str] = set()
         named = [*_named(args), *_named(kwargs)]
         batch = _batch_size(named)
         self._trace = Trace(
-            self._stack.top, self._owner, batch=batch, heal=repair.operations, keep_lines=task.loss is not None
+            self._stack.top, self._owner, batch=batch, heal=repair.operations, keep_lines=torch.is_grad_enabled()
         )
         self._stack.inside = self._enter_or_leave
         self.outcome = Outcome(self._trace.births, batch=batch, operations=0)
@@ -153,6 +154,7 @@ class _Run:
                 if any(found):
                     constant = kind == "buffer" and not found.nan and not _statistic(name)
                     name = plain(name)  # noqa: PLW2901 - without wrappers from here on
+                    self._bad_before.add(name)
                     birth = Birth("mask" if constant else kind, -1, Place(name.rpartition(".")[0]), found, name=name)
                     self._trace.mark(tensor, birth)
 
@@ -197,11 +199,13 @@ class _Run:
         return bad
 
     def _look_at_buffers(self) -> None:
-        before = {birth.name for birth in self._trace.births if birth.reached == math.inf or birth.kind == "buffer"}
+        """Find what the run has written: NaN, Inf in a statistic, and any other Inf that nobody wrote on purpose."""
         for name, tensor in self._task.model.named_buffers():
             found = flags(tensor)
-            if plain(name) not in before and (found.nan or (found.inf and _statistic(name))):
-                births = self._trace.sources(tensor)
+            if not any(found) or plain(name) in self._bad_before:
+                continue
+            births = self._trace.sources(tensor)
+            if found.nan or _statistic(name) or any(self._trace.births[i].kind != "mask" for i in births):
                 self.outcome.buffers[plain(name)] = births
 
     def _owner(self, tensor: Tensor) -> str:

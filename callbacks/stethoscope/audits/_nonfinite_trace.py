@@ -112,7 +112,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._away = False
         self._module, self._owner, self._batch = module, owner, batch
         self._heal, self._keep_lines = frozenset(heal), keep_lines
-        self._first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
+        self._next_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
         # weak references keep a storage's address from being used again, not its memory
         self._bad: dict[int, tuple[StorageWeakRef, Births]] = {}
         self._raw: dict[int, tuple[StorageWeakRef, Place]] = {}
@@ -256,26 +256,26 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._raw[place._cdata] = _weakly(place), self._place(name)  # noqa: SLF001
 
     def _keep_line(self, name: str) -> None:
-        # autograd makes the node right before the operation, so the first operation after it is the node's own; a custom
-        # Function's runs without gradients
-        node = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
-        if node >= self._first_node and node not in self._nodes:
-            self._nodes[node] = (*self._running(), name, _position(_frame()), self.phase == "loss")
+        # autograd makes nodes right before the operation, so those that are new at an operation are its own: one, or under
+        # torch.func one for each level; a custom Function's first operation runs without gradients
+        made = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
+        if made > self._next_node:
+            kept = (*self._running(), name, _position(_frame()), self.phase == "loss")
+            self._nodes.update(dict.fromkeys(range(self._next_node, made), kept))
+            self._next_node = made
 
     def _running(self) -> tuple[str, int]:
         """Return the innermost module; where a backward pass runs the user's code, the one that its node was made in."""
         inner = self._module()
-        kept = self._nodes.get(_node_number()) if self.phase == "backward" and not inner[0] else None
+        kept = None if inner[0] else self._nodes.get(_node_number())
         return kept[:2] if kept is not None else inner
 
     def _place(self, name: str) -> Place:
         frame = _frame()
-        if self.phase == "backward" and not _is_users(frame):
+        node = torch._C._current_autograd_node()  # noqa: SLF001 - as detect_anomaly
+        if node is not None and not _is_users(frame):
             kept = self._nodes.get(_node_number())
-            if kept is not None:
-                return Place(*kept[:3], _line(kept[3]))
-            node = torch._C._current_autograd_node()  # noqa: SLF001 - as detect_anomaly
-            return Place(operation=_of_node(node.name()) if node is not None else name)
+            return Place(*kept[:3], _line(kept[3])) if kept is not None else Place(operation=_of_node(node.name()))
         return Place(*self._running(), name, _line(_position(frame)))
 
 
@@ -290,11 +290,11 @@ def _node_number() -> int:
 
 
 def _frame() -> FrameType | None:
-    """Return the innermost frame of the user's code, else of torch.nn, within this run."""
+    """Return the innermost frame of the user's code, else of torch.nn, within this run and this backward pass."""
     frame, torch_nn = sys._getframe(1), None  # noqa: SLF001 - the only way to see the caller without formatting a traceback
     while frame is not None:
         name = frame.f_code.co_filename
-        if name == _RUNNER:
+        if name == _RUNNER or frame.f_code.co_name == "_engine_run_backward":
             break
         if not name.startswith((_TORCH, _HERE)):
             return frame

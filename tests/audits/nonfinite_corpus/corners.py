@@ -175,6 +175,61 @@ def angle_of_the_zero_vector_whose_slope_torch_sets_to_zero():
     return run(lambda x: x + torch.atan2(x * 0, x * 0))
 
 
+class InnerLoop(nn.Module):
+    """One step of gradient descent inside of the forward pass, on a loss whose slope is infinite where it is."""
+
+    def __init__(self, gradient):
+        super().__init__()
+        self.inner, self.gradient = nn.Linear(6, 6), gradient
+
+    def forward(self, x):
+        def loss(weight):
+            return ((x @ weight.t()) * 0).square().sum().sqrt()
+
+        return x @ (self.inner.weight - self.gradient(loss, self.inner.weight)).t()
+
+
+@fault("operation", "step", "sqrt", ".sum().sqrt()")
+def slope_in_an_inner_loop_of_autograd():
+    return run(InnerLoop(lambda loss, weight: torch.autograd.grad(loss(weight), weight, create_graph=True)[0]))
+
+
+@fault("operation", "step", "sqrt", ".sum().sqrt()")
+def slope_in_an_inner_loop_of_functional_transforms():
+    return run(InnerLoop(lambda loss, weight: torch.func.grad(loss)(weight)), loss=None)
+
+
+@fault("operation", "step", "div", "x.sum(0) / self.count")
+def average_of_nothing_written_to_a_buffer():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(6))
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.mean.copy_(x.sum(0) / self.count)
+            return x
+
+    return run(Average())
+
+
+@healthy
+def mask_kept_in_a_buffer_that_grows():
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.zeros(1, 1))
+
+        def forward(self, x):
+            if len(self.mask) < len(x):
+                self.mask = torch.full((len(x), len(x)), -inf).triu(1)
+            return (x @ x.t() + self.mask).softmax(-1) @ x
+
+    return run(Causal())
+
+
 @fault("parameter", "step.scales", parameter="step.scales.1", first_inf="-")
 def entry_of_a_parameter_list_is_NaN():
     class Scaled(nn.Module):
