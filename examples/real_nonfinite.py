@@ -1,6 +1,6 @@
 """Seeds faults into models of real speech packages, asks `audits.nonfinite` for the culprit, and prints one row each.
 
-Takes whatever of Asteroid, denoiser, encodec, ESPnet and SpeechBrain can be imported, and says what is missing. BEATs
+Takes whatever of Asteroid, denoiser, encodec, ESPnet, SpeechBrain and transformers can be imported, and says what is missing. BEATs
 (microsoft/unilm#1569, #1672) is no package: `git clone https://github.com/microsoft/unilm`, then `--beats unilm/beats` (for
 tests the environment variable BEATS); it needs torchaudio.
 """
@@ -159,7 +159,49 @@ def magnitude(eps: float) -> Run:
     return Run(model, (x,), {"loss": lambda out: out.mean()})
 
 
-# autocast casts the power spectrum for the matrix product, which is the first that half precision cannot hold
+WORDS = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def gpt2() -> Run:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(**WORDS, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+    model.transformer.wte.weight.data[3, 2] = NAN  # the head shares it, and word 3 does not occur
+    words = torch.randint(4, 50, (2, 8))
+    return Run(model, (words,), {"labels": words, "loss": lambda out: out.loss})
+
+
+def llama(attention: str) -> Run:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 16}
+    model = LlamaForCausalLM(LlamaConfig(**WORDS, **layers, intermediate_size=32, attn_implementation=attention))
+    words, there = torch.randint(4, 50, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    there[0, :3], there[1] = 0, 0
+    return Run(model, (words,), {"attention_mask": there, "labels": words, "loss": lambda out: out.loss})
+
+
+def t5() -> Run:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**WORDS, **sizes, decoder_start_token_id=0)).eval().half()
+    for block in model.encoder.block:
+        block.layer[1].DenseReluDense.wo.weight.data[:] = 30000
+    words = torch.randint(4, 50, (2, 8))
+    return Run(model, (), {"input_ids": words, "labels": words})
+
+
+def bert() -> Run:
+    from transformers import BertConfig, BertForMaskedLM
+
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    model = BertForMaskedLM(BertConfig(**WORDS, **layers))
+    labels = torch.full((2, 8), -100)
+    return Run(model, (torch.randint(4, 50, (2, 8)),), {"labels": labels, "loss": lambda out: out.loss})
+
+
+# autocast casts the power spectrum for the matrix product, and the cast is the first that half precision cannot hold
 FBANK = {"origin": "operation", "module": "", "operation": "aten._to_copy", "source": "torch.mm("}
 ROWS = [
     Row("BEATs, fp16 autocast", lambda: beats(dtype=torch.float16), FBANK),
@@ -195,6 +237,19 @@ ROWS = [
         "encodec encoder, NaN in a weight norm's gain",
         lambda: codec(spoil=True),
         {"origin": "parameter", "parameter": "model.3.conv.conv.weight_g"},
+    ),
+    Row(
+        "transformers GPT-2, NaN in the tied weight",
+        gpt2,
+        {"origin": "parameter", "parameter": "transformer.wte.weight", "first_inf": None},
+    ),
+    Row("transformers Llama, one text is padding, eager", lambda: llama("eager")),
+    Row("transformers Llama, one text is padding, sdpa", lambda: llama("sdpa")),
+    Row("transformers T5, fp16, clamps its overflow", t5),
+    Row(
+        "transformers BERT, no label at all",
+        bert,
+        {"origin": "operation", "operation": "aten.nll_loss_forward", "source": "loss_fct("},
     ),
     Row("SpeechBrain SI-SNR with PIT, a silent source", pit),
     Row(

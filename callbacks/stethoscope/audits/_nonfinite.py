@@ -135,7 +135,7 @@ def _suspects(outcome: Outcome) -> list[Birth]:
         found = [birth for birth in real if birth.reached < float("inf")]
     else:
         # nothing has come out yet, but what stays in the model will
-        found = [births[i] for several in outcome.buffers.values() for i in several]
+        found = [births[i] for several in outcome.state.values() for i in several]
         found = found or [birth for birth in real if birth.kind in ("parameter", "buffer")]
     return sorted(set(found), key=lambda birth: (birth.reached, birth.index))
 

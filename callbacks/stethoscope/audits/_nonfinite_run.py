@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,7 +66,7 @@ class Outcome:
         phase: where it went wrong: what the model returned, the loss, a gradient; None if nowhere.
         culprits: births that reached it.
         gradients: parameters whose gradient is not finite.
-        buffers: buffers that the run made non-finite, with their births.
+        state: buffers and parameters that the run made non-finite, with their births.
         error: what the model or the loss raised.
         batch: batch size, where known.
         samples: indices in the batch that are not finite in what the model returned.
@@ -78,7 +77,7 @@ class Outcome:
     phase: Phase | None = None
     culprits: Births = NONE
     gradients: list[str] = field(default_factory=list[str])
-    buffers: dict[str, Births] = field(default_factory=dict[str, Births])
+    state: dict[str, Births] = field(default_factory=dict[str, Births])
     error: Exception | None = None
     batch: int | None = None
     samples: tuple[int, ...] = ()
@@ -87,7 +86,7 @@ class Outcome:
     @property
     def wrong(self) -> bool:
         """Whether anything that counts is not finite: what came out, or what stays in the model."""
-        return self.phase is not None or bool(self.buffers)
+        return self.phase is not None or bool(self.state)
 
 
 def run(task: Task, repair: Repair | None = None) -> Outcome:
@@ -127,7 +126,7 @@ class _Run:
         except Exception as error:  # whatever the model raises, what was seen until then counts
             self.outcome.error = error
         self.outcome.operations = self._trace.operations
-        self._look_at_buffers()
+        self._look_at_state()
 
     def _enter_or_leave(self, inside: bool) -> None:
         if self._task.whole and self._trace.phase != "backward":
@@ -198,15 +197,16 @@ class _Run:
                     self.outcome.culprits |= real or births
         return bad
 
-    def _look_at_buffers(self) -> None:
+    def _look_at_state(self) -> None:
         """Find what the run has written: NaN, Inf in a statistic, and any other Inf that nobody wrote on purpose."""
-        for name, tensor in self._task.model.named_buffers():
+        model = self._task.model
+        for name, tensor in (*model.named_buffers(), *model.named_parameters()):
             found = flags(tensor)
             if not any(found) or plain(name) in self._bad_before:
                 continue
             births = self._trace.sources(tensor)
             if found.nan or _statistic(name) or any(self._trace.births[i].kind != "mask" for i in births):
-                self.outcome.buffers[plain(name)] = births
+                self.outcome.state[plain(name)] = births
 
     def _owner(self, tensor: Tensor) -> str:
         """Name a tensor that is a plain attribute of a module."""

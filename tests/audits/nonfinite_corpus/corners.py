@@ -215,6 +215,31 @@ def average_of_nothing_written_to_a_buffer():
     return run(Average())
 
 
+@fault("operation", "step", "div", "teacher / teacher.norm()")
+def teacher_whose_weights_are_written_in_the_forward_pass():
+    class Distilled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(requires_grad=False)
+
+        def forward(self, x):
+            with torch.no_grad():
+                target = self.teacher(x)
+                teacher = self.teacher.weight * 0  # a decay that starts at zero
+                self.teacher.weight.copy_(teacher / teacher.norm())
+            return self.student(x) - target
+
+    return run(Distilled())
+
+
+@fault("backward", "", "div", "gradient / gradient.abs().max()")
+def hook_that_scales_a_gradient_by_its_maximum():
+    model = Net(nn.ReLU())
+    model.inp.bias.data[:] = -100
+    model.inp.weight.register_hook(lambda gradient: gradient / gradient.abs().max())
+    return Run(model, (x(),), loss=lambda out: (out * 0).mean())
+
+
 @healthy
 def mask_kept_in_a_buffer_that_grows():
     class Causal(nn.Module):
