@@ -149,10 +149,9 @@ class Guard:
             known = (
                 list(report.findings) if report and not report.ok else [self._unexplained(loss, bad, report, trouble)]
             )
-            if report and report.origin == "parameter" and report.parameter and id(optimizer) in self._wrote:
-                weight = self._parameter(report.parameter)
-                if not bool(torch.isfinite(weight).all()):  # it may also be finite and absurd
-                    known = [bad_write(optimizer, weight, report.parameter)]
+            name = self._spoilt(report) if report and id(optimizer) in self._wrote else None
+            if name is not None:
+                known = [bad_write(optimizer, self._parameter(name), name)]
             self._before.rewind()
         done = "The step was skipped." if self._act == "skip" else "The optimizer has not written."
         given = {"guard": self._act, "loss": str(loss), "gradients_at_write": bad[:100]}
@@ -161,6 +160,16 @@ class Guard:
             for each in known
         ]
         return self._with_incident(found, report, loss) if repeated else found
+
+    def _spoilt(self, report: NonFiniteReport) -> str | None:
+        """Name a parameter that the last write has left non-finite, when it explains what the audit has seen."""
+        if report.origin == "parameter" and report.parameter:
+            # it may also be finite and absurd
+            return report.parameter if _spoilt(self._parameter(report.parameter)) else None
+        if report.origin == "operation":
+            # a step too long leaves weights that overflow beside those that have overflowed
+            return next((self._names[id(each)] for each in self._model.parameters() if _spoilt(each)), None)
+        return None
 
     def _parameter(self, name: str) -> Tensor:
         return next(each for each in self._model.parameters() if self._names[id(each)] == name)
@@ -244,6 +253,10 @@ class Guard:
             self._handles.pop().remove()
         self._closures.detach()
         self._before.detach()
+
+
+def _spoilt(tensor: Tensor) -> bool:
+    return not fetch([torch.isfinite(tensor.detach()).all()])[0]
 
 
 def _bad_gradients(owned: Sequence[Tensor], loss: Tensor | None) -> tuple[float | None, list[Tensor]]:

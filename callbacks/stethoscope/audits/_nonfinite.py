@@ -42,7 +42,7 @@ class NonFiniteReport(Report):
         first_inf: the first operation that returned Inf on the way from the origin; None without one.
         first_nan: the first that returned NaN.
         parameter: qualified name of the parameter or buffer to blame; for `backward`, of the one gradient reached.
-        samples: indices in the batch.
+        samples: indices in the batch where it is born; else those that it reaches in the output, if not all.
         gradients: parameters whose gradient is not finite.
     """
 
@@ -180,7 +180,7 @@ def _suspects(outcome: Outcome) -> list[Birth]:
         found = [birth for birth in real if birth.reached < float("inf")]
     else:
         # nothing has come out yet, but what stays in the model will
-        found = [births[i] for several in outcome.buffers.values() for i in several]
+        found = [births[i] for several in outcome.state.values() for i in several]
         found = found or [birth for birth in real if birth.kind in ("parameter", "buffer")]
     return sorted(set(found), key=lambda birth: (birth.reached, birth.index))
 
@@ -214,7 +214,7 @@ def _absurd(task: Task, outcome: Outcome, culprit: Birth) -> tuple[str, float] |
 
     Absurd is `|w| > max(1e4 * median |w|, sqrt(largest number of the dtype))`; one or two values have the median 1.
     """
-    if culprit.kind != "operation" or outcome.phase is None:
+    if culprit.kind != "operation" or not outcome.wrong:
         return None
     found: list[tuple[str, float, tuple[Tensor, Tensor]]] = []
     for name, tensor in _owned(task.model):
@@ -226,11 +226,11 @@ def _absurd(task: Task, outcome: Outcome, culprit: Birth) -> tuple[str, float] |
         high = finite & (size > max(1e4 * median, torch.finfo(tensor.dtype).max ** 0.5))
         if bool(high.any()):
             found.append((name, float(tensor.detach()[high][0]), (tensor, _filled(tensor, high))))
-    if not found or run(task, Repair(weights=tuple(each[2] for each in found))).phase is not None:
+    if not found or run(task, Repair(weights=tuple(each[2] for each in found))).wrong:
         return None
     if len(found) > 1:
         for name, value, weight in found:
-            if run(task, Repair(weights=(weight,))).phase is None:
+            if not run(task, Repair(weights=(weight,))).wrong:
                 return name, value
     return found[0][:2]
 
@@ -254,6 +254,8 @@ def _report(task: Task, outcome: Outcome, culprit: Birth, absurd: tuple[str, flo
     if origin == "backward" and len(outcome.gradients) == 1:
         parameter = outcome.gradients[0]
     module = parameter.rpartition(".")[0] if owned else place.module
+    if not culprit.samples and len(outcome.samples) < (outcome.batch or 0):
+        culprit.samples = outcome.samples  # a number without a batch, which spoils some of its items only
     still = outcome.phase is None and outcome.error is None and origin == "parameter"
     severity: Severity = (
         "warning" if still or not (culprit.first_nan or culprit.flags.nan or outcome.phase != "forward") else "error"

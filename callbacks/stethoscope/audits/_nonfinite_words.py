@@ -24,7 +24,8 @@ def explain(
     """Return the finding for the culprit of a run."""
     evidence = _evidence(origin, birth, outcome)
     what = "NaN" if birth.flags.nan else "Inf"
-    end = _ENDS[outcome.phase] if outcome.phase else "an exception" if outcome.error else "a buffer"
+    stays = f"the state {next(iter(outcome.state))!r} of the model" if outcome.state else "nothing yet"
+    end = _ENDS[outcome.phase] if outcome.phase else "an exception" if outcome.error else stays
     where = "" if not birth.samples else f" Samples of the batch: {_few(birth.samples)}."
     turns = ""
     if birth.first_nan and birth.first_inf and birth.first_inf.module != birth.first_nan.module:
