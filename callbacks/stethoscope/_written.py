@@ -34,7 +34,7 @@ def state_of(files: Sequence[Path], *, finished: bool) -> str:
 def age(seconds: float) -> str:
     """Write a duration in its largest unit.
 
-    Example:
+    Examples:
         >>> age(3), age(200), age(90_000)
         ('3 s', '3 min', '25 h')
     """

@@ -33,7 +33,7 @@ def monitor_options(
         TypeError: a part that is none.
         ValueError: no such preset, or an argument that `Monitor` does not accept.
 
-    Example:
+    Examples:
         >>> options = monitor_options("first_aid", (), (), None, 50, None, None)
         >>> sorted(options)
         ['every', 'planned_steps', 'probes', 'watches']

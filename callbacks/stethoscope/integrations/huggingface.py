@@ -60,7 +60,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         TypeError: a part that is none, such as a class in place of an object.
         ValueError: no such preset, or an argument that `Monitor` does not accept.
 
-    Example:
+    Examples:
         >>> callback = MonitorTrainerCallback(every=10, sinks="runs/today")
         >>> callback.monitor is None
         True

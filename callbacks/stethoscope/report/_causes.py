@@ -74,7 +74,7 @@ def causes(findings: Sequence[Finding]) -> list[Cause]:
     A finding belongs to the code that its `cause` leads to, over several findings if need be. Where the code that
     explains was not found itself, the finding stands on its own.
 
-    Example:
+    Examples:
         >>> nan = Finding("nonfinite-activation", "error", "NaN in 'a'.", "", step=4, module="a")
         >>> loss = Finding("nonfinite-loss", "error", "NaN.", "", step=4, cause="nonfinite-activation")
         >>> [(cause.code, [each.code for each in cause.explains]) for cause in causes([loss, nan])]

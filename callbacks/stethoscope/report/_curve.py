@@ -35,7 +35,7 @@ class Curve:
     Args:
         most: groups of steps; when there are more, neighbours are joined.
 
-    Example:
+    Examples:
         >>> curve = Curve(most=2)
         >>> for step, value in enumerate([3.0, 8.0, 2.0, math.nan]):
         ...     curve.add(step, value)

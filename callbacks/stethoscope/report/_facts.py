@@ -68,7 +68,7 @@ def verdict(summary: Summary, causes: list[Cause]) -> Verdict:
 def place(cause: Cause) -> str:
     """Tell where and when a cause was found, in one line.
 
-    Example:
+    Examples:
         >>> from stethoscope._record import Finding
         >>> found = Finding("loss-spike", "warning", "Spike.", "", step=7)
         >>> place(Cause("loss-spike", "warning", found, (found,)))

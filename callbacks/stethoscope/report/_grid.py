@@ -54,7 +54,7 @@ class Grid:
         most_columns: groups of steps; when there are more, neighbours are joined.
         most_rows: layers. Where the first delivery brings more, an even choice of them is kept.
 
-    Example:
+    Examples:
         >>> grid = Grid(most_columns=2)
         >>> for step, value in enumerate([1.0, 9.0, 1.0, 1.0]):
         ...     grid.add(step, ("enc.0",), np.array([value]))
@@ -137,7 +137,7 @@ class Grid:
 def even(names: Sequence[str], most: int) -> list[str]:
     """An even choice of names, the first and the last included.
 
-    Example:
+    Examples:
         >>> even(["a", "b", "c", "d", "e"], 3)
         ['a', 'c', 'e']
     """

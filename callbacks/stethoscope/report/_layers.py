@@ -61,7 +61,7 @@ def distributions(summary: Summary, names: Sequence[str]) -> list[dict[str, Any]
 def narrowed(table: Table, columns: int) -> Table:
     """Join neighbouring columns until there are at most so many; smallest and largest values stay.
 
-    Example:
+    Examples:
         >>> grid = np.array([[1.0, 5.0, 2.0]], dtype=np.float32)
         >>> narrowed(Table(("a",), np.array([[0, 0], [1, 1], [2, 2]]), grid, grid), 2).high.tolist()
         [[5.0, 2.0]]

@@ -64,7 +64,7 @@ def render(template: str, data: Mapping[str, Any], facts: Mapping[str, Any]) -> 
 def embedded(data: object) -> str:
     r"""Write JSON that may stand inside of a script element.
 
-    Example:
+    Examples:
         >>> embedded({"module": "</script><b>", "value": float("nan")})
         '{"module":"\\u003c/script\\u003e\\u003cb\\u003e","value":null}'
     """

@@ -103,7 +103,7 @@ def summarise(path: str | Path) -> Summary:
         FileNotFoundError: nothing was written there.
         ValueError: the file was written by a newer stethoscope.
 
-    Example:
+    Examples:
         >>> from stethoscope import sinks, testing
         >>> sink = sinks.Jsonl("runs/summary")
         >>> sink.open(Run("a", "2026-01-01T00:00:00+00:00"))

@@ -67,7 +67,7 @@ ORDER = (
 def words(name: str) -> Words:
     """Tell what a record's name stands for.
 
-    Example:
+    Examples:
         >>> words("separation/si_sdr_db")
         Words(label='separation: si sdr', unit='dB', meaning='')
         >>> words("gradient/norm").label
@@ -85,7 +85,7 @@ def words(name: str) -> Words:
 def titled(name: str, phase: str) -> str:
     """Give the label with its unit, and the phase where it is not training.
 
-    Example:
+    Examples:
         >>> titled("separation/si_sdr_db", "val")
         'separation: si sdr (dB), val'
     """
@@ -96,7 +96,7 @@ def titled(name: str, phase: str) -> str:
 def number(value: float) -> str:
     """Write a number with three significant digits.
 
-    Example:
+    Examples:
         >>> number(0.000123456), number(1234567.0), number(float("nan"))
         ('0.000123', '1.23e+06', 'NaN')
     """
@@ -108,7 +108,7 @@ def number(value: float) -> str:
 def plural(count: int, thing: str) -> str:
     """Count things.
 
-    Example:
+    Examples:
         >>> plural(1, "warning"), plural(2, "warning")
         ('1 warning', '2 warnings')
     """

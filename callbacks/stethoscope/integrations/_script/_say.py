@@ -41,7 +41,7 @@ def sessions(settings: Settings, over: Sequence[Session]) -> None:
 def worst(findings: Sequence[Finding]) -> str:
     """Return the first of the worst findings, in words; none where there are but infos.
 
-    Example:
+    Examples:
         >>> from stethoscope import Finding
         >>> worst([Finding("loss-spike", "warning", "m", "a", step=3), Finding("nonfinite-loss", "error", "m", "a", step=4)])
         'of 2 findings, the worst: error nonfinite-loss at step 4: m Try: a'

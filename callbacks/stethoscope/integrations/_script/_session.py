@@ -156,7 +156,7 @@ def _key(optimizer: Optimizer) -> int:
 def folder(to: str, name: str, taken: set[str]) -> str:
     """Choose where a model writes: the first one to the run folder itself, further ones below it, by their class.
 
-    Example:
+    Examples:
         >>> folder("runs/gan", "Critic", {"runs/gan"}), folder("a.jsonl", "Critic", {"a.jsonl"})
         ('runs/gan/Critic', 'a.Critic.jsonl')
     """
