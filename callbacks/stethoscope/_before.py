@@ -70,6 +70,7 @@ class Before:
         self._handles = self._follow(model)
         # hooks on all children cost a small model several percent, and most models are called as a whole
         self._spare = [handle for child in _children(model) for handle in self._follow(child)]
+        self._begin()
 
     def _follow(self, module: nn.Module) -> list[RemovableHandle]:
         if not takes_hooks(module):
@@ -84,12 +85,15 @@ class Before:
         self._depth += 1
         if self._depth > 1 or self._busy or not module.training or torch._C._current_graph_task_id() != -1:  # noqa: SLF001 - checkpointing
             return
-        if not self._begun:
-            self._begun = True
-            self._seeds = self._random_states()
-            self._keep_buffers()
+        if not self.calls:
+            self._begin()
         if len(self.calls) < MAX_CALLS:
             self.calls.append(Call(module, args, kwargs, torch.is_grad_enabled(), _autocast()))
+
+    def _begin(self) -> None:
+        self._begun = True
+        self._seeds = self._random_states()
+        self._keep_buffers()
 
     def leave(self) -> None:
         """Take note of a call's end."""
@@ -123,11 +127,14 @@ class Before:
 
     def forget(self) -> None:
         """End the step: let go of its inputs."""
+        seen = bool(self.calls)
         if self.calls and all(call.module is self._model for call in self.calls):
             while self._spare:
                 self._spare.pop().remove()
         self.calls, self._depth = [], 0
         self._begun = False
+        if not seen:
+            self._begin()  # compiled calls are not seen: a step of them begins where the last one ends
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -167,7 +174,8 @@ class _Entry(Hook):
         self._before = before
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._before.enter(module, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._before.enter(module, args, kwargs)
 
 
 class _Exit(Hook):
@@ -179,7 +187,8 @@ class _Exit(Hook):
         self._before = before
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        self._before.leave()
+        if not torch.compiler.is_compiling():
+            self._before.leave()
 
 
 def _children(model: nn.Module) -> list[nn.Module]:

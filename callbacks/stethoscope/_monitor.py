@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # what torch.optim uses, since torch.compiler.disable loads the compiler
 
 from stethoscope._delivery import Delivery
 from stethoscope._guard import Guard
@@ -149,6 +150,7 @@ class Monitor:
 
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def observe(self, batch: object = None, **tensors: object) -> None:
         """Hand over tensors of the step under way before it ends; `step` adds to them.
 
@@ -164,6 +166,7 @@ class Monitor:
             self._guard.batch = self._guard.batch if batch is None else batch
             self._guard.loss = self._given.get("loss")
 
+    @_disable_dynamo
     def step(self, batch: object = None, **tensors: object) -> None:
         """Close an optimizer step. The first call closes step 0.
 
@@ -209,6 +212,7 @@ class Monitor:
         self._probing.arm(self._step, self._phase)
         self._deliver(ready, parts)
 
+    @_disable_dynamo
     def log(self, metrics: object, phase: str = "val") -> None:
         """Take any toolkit's metric dictionary, stamped with the last closed step (0 before the first).
 

@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._tree import tensors
+from stethoscope.probes._compiled import Eagerly
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._passes import MAX_CALLS, replaying
 from stethoscope.probes._select import as_patterns, named_modules, select
@@ -126,6 +127,7 @@ class FlagHooks:
         self.spec, self.model = spec, model
         self.armed, self.active, self.depth = False, False, 0
         self.thread = get_ident()
+        self.eagerly = Eagerly("Activations")
         self.failure: Exception | None = None
         self._phase = "train"
         self._gathered: dict[tuple[str, torch.device], _Gathered] = {}
@@ -150,6 +152,8 @@ class FlagHooks:
         """See `Attachment`."""
         self.armed = on and (self.spec.phases is None or phase in self.spec.phases) and self.failure is None
         self._phase, self.here, self.last, self.depth = phase, None, None, 0
+        # every step without torch.compile would be no compiled training
+        self.eagerly.set(self.armed and self.spec.every != 1, self.spec.phases, phase)
         if self.armed and not self._handles:
             for site, module in self._sites:
                 if site.enters:
@@ -214,6 +218,7 @@ class FlagHooks:
         """See `Attachment`."""
         if self.failure is not None:
             raise self.failure
+        self.notes += self.eagerly.notes()
         columns: list[Columns] = []
         for (phase, _), gathered in self._gathered.items():
             if phase == self._phase and gathered.codes:
@@ -244,6 +249,7 @@ class FlagHooks:
     def detach(self) -> None:
         """See `Attachment`."""
         self.armed = False
+        self.eagerly.release()
         self._release()
         self._gathered.clear()
         self.here, self.last = None, None

@@ -85,6 +85,7 @@ class ParameterReader:
             named_parameters(model), as_patterns(spec.include), as_patterns(spec.exclude), "Parameters"
         )
         self._flags: list[Columns] | None = None
+        self._left: list[Columns] = []  # flags of the last step's end, where no forward pass was seen
         self._handles: list[RemovableHandle] = []
         if "nonfinite" in spec.statistics:
             self._handles = [
@@ -94,7 +95,7 @@ class ParameterReader:
         self._sorted: list[_Group] = []
         self._places: list[tuple[type, torch.device, torch.dtype]] = []  # of all parameters, when they were sorted
         self._lazy = False
-        self._armed = False
+        self._armed = self._training = False
 
     def _groups(self, *, thorough: bool = False) -> list[_Group]:
         """The parameters by device and dtype, sorted anew when the model has moved.
@@ -118,9 +119,12 @@ class ParameterReader:
 
     def arm(self, on: bool, phase: str) -> None:
         """See `Attachment`. Takes the state before the step; weights do not change in other phases."""
-        if phase != "train":
+        self._training = phase == "train"
+        if not self._training:
             return
         self._armed, self._flags = on and self.failure is None, None
+        if not on:
+            self._left = []
         sampled, checked = "update_ratio" in self.spec.statistics, "unchanged" in self.spec.statistics
         if self._armed and (sampled or checked):
             with torch.no_grad():
@@ -140,14 +144,24 @@ class ParameterReader:
         """See `Attachment`."""
         if self.failure is not None:
             raise self.failure
-        if not self._armed:
+        if not (self._armed and self._training):
             return Readings(())
-        columns = list(self._flags or ())
+        columns = self._begun_with()
         if set(self.spec.statistics) != {"nonfinite"}:
             with torch.no_grad():
                 for group in self._groups(thorough=True):
                     columns += self._moved(group)
         return Readings(columns)
+
+    def _begun_with(self) -> list[Columns]:
+        """Flags of the step's beginning. In compiled code no hook has seen it: it is then how the last step has ended."""
+        if self._flags is not None or "nonfinite" not in self.spec.statistics:
+            self._left = []
+            return list(self._flags or ())
+        before = self._left
+        with torch.no_grad():
+            self._left = [columns for group in self._groups() for columns in group.flags()]
+        return before
 
     def _moved(self, group: _Group) -> Iterator[Columns]:
         names, values, rows = group.names, group.values(), range(len(group.names))

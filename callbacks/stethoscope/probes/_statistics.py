@@ -13,6 +13,7 @@ from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._record import Finding
 from stethoscope._tree import tensors
 from stethoscope.probes._bank import Bank
+from stethoscope.probes._compiled import Eagerly
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._passes import MAX_CALLS, replaying
 from stethoscope.probes._select import as_patterns, named_modules, select
@@ -92,6 +93,7 @@ class ActivationHooks:
         self.failure: Exception | None = None
         self.foreign_calls = 0
         self._thread = get_ident()
+        self._eagerly = Eagerly("Activations")
         self._phase_name, self._phases = "train", dict[str, _Phase]()
         self._phase = self._phases.setdefault("train", _Phase())
         self._depth, self._active, self._pass = 0, False, 0
@@ -116,6 +118,7 @@ class ActivationHooks:
         self.armed, self._phase_name = on, phase
         self._phase = self._phases.setdefault(phase, _Phase())
         self._depth, self._last = 0, None
+        self._eagerly.set(on, self.spec.phases, phase)
         if on and not self._handles:
             # even an empty hook costs a small module several percent, so there are none on steps in between
             for site, module in self._sites:
@@ -132,6 +135,7 @@ class ActivationHooks:
     def detach(self) -> None:
         """See `Attachment`."""
         self.armed = False
+        self._eagerly.release()
         self._release()
         self._phases.clear()
         self._phase = _Phase()
@@ -272,6 +276,7 @@ class ActivationHooks:
         """See `Attachment`."""
         if self.failure is not None:
             raise self.failure
+        self.notes += self._eagerly.notes()
         phase = self._phase
         for bank in phase.banks.values():
             bank.fold()
