@@ -142,7 +142,7 @@ class FlagHooks:
         observed = {id(module) for _, module in chosen}
         self._sites: list[tuple[_Site, nn.Module]] = []
         self._handles: list[RemovableHandle] = []
-        for name, module, _ in modules:
+        for name, _, module in modules:
             if id(module) not in observed and next(module.children(), None) is None and name:
                 continue
             site = _Site(len(self._sites), name, id(module) in observed, _may_write_inputs(module))

@@ -54,8 +54,8 @@ def named_modules(model: nn.Module, probe: str) -> tuple[list[tuple[str, nn.Modu
     note = Finding(
         "probe-read-nothing",
         "info",
-        f"{probe}: {f'the module {first!r}' if first else 'the model'} is a ScriptModule, which takes no hooks.",
-        "Observe the module that it was scripted from, or a module before or after it.",
+        f"{probe}: {f'the module {first!r}' if first else 'the model'} is a ScriptModule (scripted, or inside of a traced one), which calls no hooks.",
+        "Observe the module that it was made from, or a module before or after it.",
         module=first,
         evidence={"probe": probe, "modules": len(modules) - len(able)},
     )

@@ -107,7 +107,7 @@ class ActivationHooks:
         observed = {id(module) for _, module in chosen}
         self._sites: list[tuple[_Site, nn.Module]] = []
         self._handles: list[RemovableHandle] = []
-        for name, module, _ in modules:
+        for name, _, module in modules:
             # modules with children are hooked even when they are not observed: they tell where a pass begins
             if id(module) in observed or next(module.children(), None) is not None or name == "":
                 self._sites.append((_Site(len(self._sites), name, id(module) in observed), module))
