@@ -43,7 +43,7 @@ class _Run(NamedTuple):
     """Neighbouring rows whose samples are as long and lie at the same distance in the pool."""
 
     first: int
-    count: int
+    rows: int
     start: int
     capacity: int
     size: int
@@ -51,7 +51,7 @@ class _Run(NamedTuple):
 
     def goes_on(self, row: int, start: int, capacity: int, size: int, whole: bool) -> bool:
         """Whether a row is the next of this run."""
-        follows = (self.first + self.count, self.start + self.count * self.capacity)
+        follows = (self.first + self.rows, self.start + self.rows * self.capacity)
         return (row, start, capacity, size, whole) == (*follows, self.capacity, self.size, self.whole)
 
 
@@ -88,7 +88,7 @@ class Bank:
         self._dirty = False
         self._fresh, self._raw, self._gathered, self._counts_by_bin = self._buffers(_FIRST_ROWS)
         self._pool = self._empty(0)
-        self._row_of = torch.empty(0, dtype=torch.int64, device=device)
+        self._base_of = torch.empty(0, dtype=torch.int64, device=device)
 
     def _empty(self, *shape: int) -> Tensor:
         # buffers made inside of inference_mode could not be written to outside of it
@@ -186,11 +186,11 @@ class Bank:
         if self._pool_size > len(self._pool):
             grown = self._empty(2 * self._pool_size).fill_(torch.nan)
             with torch.inference_mode(mode=False):
-                row_of = torch.zeros(len(grown), dtype=torch.int64, device=self.device)
-            grown[:start], row_of[:start] = self._pool[:start], self._row_of[:start]
-            self._pool, self._row_of = grown, row_of
+                base_of = torch.zeros(len(grown), dtype=torch.int64, device=self.device)
+            grown[:start], base_of[:start] = self._pool[:start], self._base_of[:start]
+            self._pool, self._base_of = grown, base_of
             self._shapes.clear()  # they are views of the pool before it grew
-        self._row_of[start : start + capacity] = index
+        self._base_of[start : start + capacity] = index * stats.CODES
         return start, capacity
 
     def fold(self) -> None:
@@ -216,7 +216,7 @@ class Bank:
         if self._samples:
             used = self._pool[: self._pool_size]
             # unused places hold NaN and so count as non-finite samples, which nobody reads
-            bins = self._row_of[: self._pool_size] * stats.CODES + stats.log_bins(used)
+            bins = stats.log_bins(used).add_(self._base_of[: self._pool_size])
             self._counts_by_bin.view(-1).scatter_add_(0, bins, torch.ones_like(bins))
             used.fill_(torch.nan)
         raw.copy_(self._fresh)
@@ -236,7 +236,7 @@ class Bank:
                 start, capacity = self._spans[row]
                 last = runs[-1] if runs else None
                 if last is not None and last.goes_on(row, start, capacity, size, whole):
-                    runs[-1] = last._replace(count=last.count + 1)
+                    runs[-1] = last._replace(rows=last.rows + 1)
                 else:
                     runs.append(_Run(row, 1, start, capacity, size, whole))
             self._layout = laid_out, runs
@@ -244,8 +244,8 @@ class Bank:
 
     def _reduce(self, run: _Run) -> None:
         """Take from the pool what hooks have left undone: everything for tensors that it holds whole."""
-        block = self._pool.as_strided((run.count, run.size), (run.capacity, 1), run.start)
-        raw = self._raw[run.first : run.first + run.count]
+        block = self._pool.as_strided((run.rows, run.size), (run.capacity, 1), run.start)
+        raw = self._raw[run.first : run.first + run.rows]
         if self._is_put_off and run.whole:
             if self._ranges:
                 raw[:, LOW] = torch.minimum(raw[:, LOW], block.amin(dim=1))
@@ -268,7 +268,7 @@ class Bank:
             torch.linalg.vector_norm(block / largest.clamp(min=torch.finfo(self.dtype).tiny)[:, None], dim=1) * largest
         )
         if not run.whole:
-            norm *= (self._upload("now", self._numel)[run.first : run.first + run.count] / run.size).sqrt()
+            norm *= (self._upload("now", self._numel)[run.first : run.first + run.rows] / run.size).sqrt()
         lost = (
             (raw[:, NORM].isinf() | (raw[:, NORM] < torch.finfo(self.dtype).tiny ** 0.4))
             & largest.isfinite()

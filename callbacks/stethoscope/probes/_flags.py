@@ -95,7 +95,7 @@ class FlagHooks:
         self._gathered: dict[tuple[str, torch.device], _Gathered] = {}
         self.here: _Gathered | None = None  # where the last tensor went
         self.last: Tensor | None = None  # it
-        self.last_version, self.last_number = 0, 0
+        self.last_version, self.last_number = -1, 0
         self.inputs = spec.inputs
         self._called: list[_Site] = []
         self._stable: set[int] = set()  # codes of small tensors that were not changed in place before their pass ended
@@ -144,7 +144,7 @@ class FlagHooks:
 
     def end(self) -> None:
         """An outermost call has ended: read what was put off, and hold no tensor any longer."""
-        self.last = None
+        self.last, self.last_version = None, -1
         for code, x, version in self._tried:
             if x._version == version:  # noqa: SLF001  # the only way to see changes in place
                 self._stable.add(code)
@@ -369,8 +369,9 @@ class _After(Hook):
                 attached.count(site)
                 if attached.inputs:
                     given = args[0] if len(args) == 1 and not kwargs else _given(args, kwargs)
-                    if given is attached.last and given is not None and given._version == attached.last_version:  # noqa: SLF001
-                        here = attached.here
+                    here, known = attached.here, attached.last_version
+                    # an inference tensor has no version; it is known by one of -1
+                    if here and given is attached.last and given is not None and -1 < known == given._version:  # noqa: SLF001
                         here.codes.append(code | _INPUT)
                         here.numbers.append(attached.last_number)
                     else:
