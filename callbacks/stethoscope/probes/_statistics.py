@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import get_ident
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,9 @@ class _Slot:
         self.seen = -1  # the last pass that touched it
         self.touched = False  # since the last read
 
-    def holder(self) -> _Slot:
-        return self if self.repeats is None else self.repeats
+
+_Place: TypeAlias = "tuple[_Slot, bool, Bank, int]"
+"""Where a slot's numbers are, and whether it is what the model returned. Plain tuples, since there is one per tensor and step."""
 
 
 class _Phase:
@@ -52,15 +53,6 @@ class _Phase:
         self.order: list[_Slot] = []
         self.outermost: set[_Slot] = set()
         self.layout: tuple[list[_Place], list[_Block]] = ([], [])
-
-
-class _Place(NamedTuple):
-    """Where a slot's numbers are."""
-
-    slot: _Slot
-    outermost: bool
-    bank: Bank
-    row: int
 
 
 class _Block(NamedTuple):
@@ -207,8 +199,9 @@ class ActivationHooks:
             else:
                 self._write(slot, x)
             slot.touched, slot.seen = True, self._pass
-            if i == 0 and slot.holder().bank is not None:
-                self._last = (x, version, slot.holder())
+            holder = slot.repeats or slot
+            if i == 0 and holder.bank is not None:
+                self._last = (x, version, holder)
 
     def _repeat(self, slot: _Slot, holder: _Slot) -> None:
         """The very tensor that was just read is seen again, as the next module's input or its container's output."""
@@ -280,11 +273,11 @@ class ActivationHooks:
         phase = self._phase
         for bank in phase.banks.values():
             bank.fold()
-        places = []
+        places: list[_Place] = []
         for slot in phase.order:
-            holder = slot.holder()
+            holder = slot.repeats or slot
             if holder.bank is not None:
-                places.append(_Place(slot, slot in phase.outermost, holder.bank, holder.row))
+                places.append((slot, slot in phase.outermost, holder.bank, holder.row))
         if phase.layout[0] != places:
             phase.layout = (places, self._lay_out(places))
         scalars = {bank: bank.scalars(self._columns()).view(-1) for bank in phase.banks.values() if self._names}
