@@ -24,7 +24,9 @@ LAYERS = {
     "_parts.py": {"_record"},
     "_metrics.py": set(),
     "_transfer.py": {"_protocols", "_record"},
-    "probes": {"", "_aside", "_protocols", "_record", "_density", "_tree", "stats", "separation_stats"},
+    "_combine.py": {"_record"},
+    "_shards.py": set(),
+    "probes": {"", "_aside", "_protocols", "_record", "_density", "_shards", "_tree", "stats", "separation_stats"},
     "watches": {
         "",
         "_metrics",
@@ -33,10 +35,10 @@ LAYERS = {
         "_schedule",
         "probes",
     },  # _metrics names tensors in annotations only
-    "sinks": {"", "_protocols", "_record"},
+    "sinks": {"", "_combine", "_protocols", "_record"},
     "_diagnosis.py": {"_protocols", "_record"},
     "_schedule.py": {"_record"},
-    "_density.py": set(),
+    "_density.py": {"_shards"},
 }
 
 

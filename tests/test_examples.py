@@ -51,3 +51,10 @@ def test_the_networks_of_asteroid_are_seen_from_inside(tmp_path):
     for words in ("ConvTasNet", "DPRNNTasNet", "TCN.0", "intra_RNN", "decoder"):
         assert words in printed
     assert printed.count("0 findings") == 2
+
+
+def test_the_ignite_example_learns_and_nothing_is_found(tmp_path):
+    pytest.importorskip("ignite")
+    printed = run("ignite_loop.py", tmp_path)
+    assert "80 steps, validated 5 times" in printed
+    assert "0 findings" in printed

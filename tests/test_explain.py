@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
+from stethoscope._pages import pages
 from stethoscope.cli import app
-from stethoscope.cli._explain import pages
 
 
 def run(*arguments):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stethoscope._tree import has_no_forward
+from stethoscope._randomness import RandomState, random_state
+from stethoscope._tree import has_no_forward, size_of, tensors
+from stethoscope.audits._nonfinite_call import Call, autocasts
 from stethoscope.probes._hook import Hook, takes_hooks
 
 if TYPE_CHECKING:
@@ -20,28 +20,13 @@ if TYPE_CHECKING:
 
 MAX_CALLS = 16
 """Outermost calls of one step that are kept, with their inputs, until the step ends."""
+MAX_BYTES = 2**30
+"""Inputs of one step that are kept, in bytes: micro-batches would pile up on the device otherwise."""
+MAX_GRADIENT = 2**26
+"""Largest output, in bytes, whose gradient is kept until the step ends: autograd would free it earlier."""
 SMALL = 65536
 """Values up to which a buffer is copied at every step; a larger one only when its version counter says that it changed.
 (BatchNorm's kernels write without counting, but no layer has so many channels.)"""
-
-
-class Call(NamedTuple):
-    """One outermost call: what was called, with what, in which modes."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    grad: bool
-    autocast: tuple[tuple[str, torch.dtype], ...]
-
-    @contextmanager
-    def modes(self) -> Iterator[None]:
-        """Set grad mode and autocast as they were."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(self.grad))
-            for device, dtype in self.autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype))
-            yield
 
 
 class Before:
@@ -56,6 +41,8 @@ class Before:
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[Call] = []
+        self.too_large = 0
+        """Calls of this step that were not kept, for the size of their inputs or their number."""
         self._owners = [
             (module._buffers, name)  # noqa: SLF001 - the module's own dictionary, as a buffer may be replaced
             for module in model.modules()
@@ -64,7 +51,10 @@ class Before:
         ]
         self._kept: dict[int, tuple[Tensor, Tensor, int]] = {}
         self._begun = self._busy = False
-        self._seeds: tuple[Any, ...] = ()
+        self._seen = False  # whether a call of this step was
+        self._random: RandomState | None = None
+        self._bytes = 0
+        self._kept_call: Call | None = None  # the one under way
         self._devices = sorted({each.device for each in model.parameters() if each.device.type == "cuda"}, key=str)
         self._model, self._depth = model, 0
         self._handles = self._follow(model)
@@ -83,25 +73,52 @@ class Before:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call; the first one of a step begins it."""
         self._depth += 1
-        if self._depth > 1 or self._busy or not module.training or torch._C._current_graph_task_id() != -1:  # noqa: SLF001 - checkpointing
+        if self._depth > 1 or self._busy or not module.training or _elsewhere():
             return
-        if not self.calls:
-            self._begin()
-        if len(self.calls) < MAX_CALLS:
-            self.calls.append(Call(module, args, kwargs, torch.is_grad_enabled(), _autocast()))
+        state = None
+        if not self._seen:
+            self._seen = True
+            state = self._begin()
+        self._bytes += sum(size_of(each) for _, each in tensors((args, kwargs)))
+        if len(self.calls) == MAX_CALLS or self._bytes > MAX_BYTES:
+            self.too_large += 1
+            return
+        state = state or random_state(self._devices)
+        call = Call(module, args, kwargs, torch.is_grad_enabled(), autocasts(), state, {})
+        self.calls.append(call)
+        self._kept_call = call
 
-    def _begin(self) -> None:
+    def _begin(self) -> RandomState:
         self._begun = True
-        self._seeds = self._random_states()
+        self._random = random_state(self._devices)
         self._keep_buffers()
+        return self._random
 
-    def leave(self) -> None:
-        """Take note of a call's end."""
+    def leave(self, output: object) -> None:
+        """Take note of a call's end, and of the gradients that its outputs will get."""
         self._depth = max(self._depth - 1, 0)
+        if self._depth or self._kept_call is None:
+            return
+        call, self._kept_call = self._kept_call, None
+        if not call.grad or torch.compiler.is_compiling():
+            return
+        for path, each in tensors(output):
+            # a leaf would keep the hook beyond this step
+            if each.requires_grad and not each.is_leaf and not each.is_nested and size_of(each) <= MAX_GRADIENT:
+                each.register_hook(_Gradient(call.grad_outputs, path))  # type: ignore[no-untyped-call]
+
+    def limits(self) -> str:
+        """Say which calls cannot be repeated, `""` if all can."""
+        if not self.too_large:
+            return ""
+        return (
+            f"{self.too_large} calls of the model were not kept (at most {MAX_CALLS} per step, with inputs of "
+            f"{MAX_BYTES / 2**20:.0f} MiB together)"
+        )
 
     def rewind(self) -> None:
         """Put buffers and random states back to the beginning of the step."""
-        if not self._begun:
+        if self._random is None or not self._begun:
             return
         with torch.no_grad():
             for i, (owner, name) in enumerate(self._owners):
@@ -109,12 +126,7 @@ class Before:
                     buffer, copy, _ = self._kept[i]
                     buffer.data.copy_(copy)
                     owner[name] = buffer
-        python, numpy, torch_state, *cuda = self._seeds
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002 - the global state is what models draw from
-        torch.set_rng_state(torch_state)
-        for device, state in zip(self._devices, cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        self._random.put()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -127,11 +139,12 @@ class Before:
 
     def forget(self) -> None:
         """End the step: let go of its inputs."""
-        seen = bool(self.calls)
+        seen, self._seen = self._seen, False
         if self.calls and all(call.module is self._model for call in self.calls):
             while self._spare:
                 self._spare.pop().remove()
-        self.calls, self._depth = [], 0
+        self.calls, self._kept_call = [], None
+        self._bytes = self._depth = self.too_large = 0
         self._begun = False
         if not seen:
             self._begin()  # compiled calls are not seen: a step of them begins where the last one ends
@@ -142,10 +155,6 @@ class Before:
             handle.remove()
         self.forget()
         self._kept.clear()
-
-    def _random_states(self) -> tuple[Any, ...]:
-        cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
-        return random.getstate(), np.random.get_state(), torch.get_rng_state(), *cuda  # noqa: NPY002 - see rewind
 
     def _keep_buffers(self) -> None:
         to: list[Tensor] = []
@@ -188,7 +197,25 @@ class _Exit(Hook):
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if not torch.compiler.is_compiling():
-            self._before.leave()
+            self._before.leave(output)
+
+
+class _Gradient(Hook):
+    """Keeps what the backward pass hands to an output; several backward passes add up."""
+
+    __slots__ = ("_kept", "_path")
+
+    def __init__(self, kept: dict[str, Tensor], path: str) -> None:
+        self._kept, self._path = kept, path
+
+    def __call__(self, gradient: Tensor) -> None:
+        before = self._kept.get(self._path)
+        self._kept[self._path] = gradient.detach() if before is None else before + gradient.detach()
+
+
+def _elsewhere() -> bool:
+    """Whether a call cannot be repeated by itself: checkpointing's second forward, or one inside of vmap or grad."""
+    return torch._C._current_graph_task_id() != -1 or torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001 - no other way to ask
 
 
 def _children(model: nn.Module) -> list[nn.Module]:
@@ -197,9 +224,3 @@ def _children(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         found += _children(child) if has_no_forward(child) else [child]
     return found
-
-
-def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    return tuple(
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
-    )

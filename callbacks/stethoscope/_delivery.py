@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope._diagnosis import Relate
 from stethoscope._parts import Notes, severity_for
 from stethoscope._record import JSON, Finding, Record
+from stethoscope._writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,16 +28,6 @@ class _Watching:
     watch: Watch
     key: str
     state: State
-
-
-@dataclass(eq=False)
-class _Writing:
-    """A sink at work."""
-
-    sink: Sink
-    opened: bool = False
-    broken: bool = False
-    lost: int = 0
 
 
 class Delivery:
@@ -63,7 +54,7 @@ class Delivery:
         for watch in watches:
             twins = sum(each.watch == watch for each in self._watching)
             self._watching.append(_Watching(watch, f"{watch!r}#{twins}" if twins else repr(watch), watch.init()))
-        self._writing = [_Writing(sink) for sink in sinks]
+        self._writers = [Writer(sink, notes) for sink in sinks]
         self._on_finding, self._rank, self._notes = on_finding, rank, notes
         self._diagnosis = Relate()
         self._diagnosis_state: State = self._diagnosis.init()
@@ -76,9 +67,19 @@ class Delivery:
                 told += self._conclude(records, run)
         while self._notes.pending:
             told += self._conclude([], run)
-        if self._on_finding is not None:
+        if told and self._on_finding is not None:
+            for writer in self._writers:
+                writer.flush()  # what it raises may end the process
             for finding in told:
                 self._on_finding(finding)
+
+    def flush(self, run: Run) -> None:
+        """Wait until sinks have written everything, and deliver what they had to say meanwhile."""
+        for writer in self._writers:
+            writer.flush()
+        if self._notes.pending:
+            self.deliver((), run)
+            self.flush(run)
 
     def _conclude(self, records: list[Record], run: Run) -> Sequence[Finding]:
         found: list[Finding] = []
@@ -93,30 +94,21 @@ class Delivery:
         found += self._notes.take()
         if self._rank:
             found = [replace(finding, rank=self._rank) for finding in found]
-        self._diagnosis_state, related = self._diagnosis.update(self._diagnosis_state, records, found)
+        try:
+            self._diagnosis_state, related = self._diagnosis.update(self._diagnosis_state, records, found)
+        except Exception as error:
+            # a finding without its cause is better than none; what it remembers may come from a damaged checkpoint
+            self._diagnosis_state, related = self._diagnosis.init(), found
+            self._notes.disabled(self._diagnosis, "diagnosis", error)
         self.findings += related
         for finding in related:
             log.log(_LEVELS[finding.severity], "%s", finding)
         step = records[0].step if records else self._notes.step
-        for writing in self._writing:
-            self._write(writing, step, records, related, run)
+        # what all ranks have in common is written once, by rank 0
+        own = [record for record in records if record.rank == self._rank] if self._rank else records
+        for writer in self._writers:
+            writer.put(run, step, own, related)
         return related
-
-    def _write(
-        self, writing: _Writing, step: int, records: Sequence[Record], findings: Sequence[Finding], run: Run
-    ) -> None:
-        if writing.broken:
-            writing.lost += len(records) + len(findings)
-            return
-        try:
-            if not writing.opened:
-                writing.opened = True
-                writing.sink.open(run)
-            writing.sink.write(step, records, findings)
-        except Exception as error:
-            writing.broken = True
-            writing.lost += len(records) + len(findings)
-            self._notes.disabled(writing.sink, "sink", error)
 
     def judge_watches(self, steps: int) -> None:
         """Say which watches have never seen a record of theirs: their state is what it was at the start."""
@@ -136,17 +128,8 @@ class Delivery:
 
     def close(self) -> None:
         """Close the sinks, and say what was lost."""
-        for writing in self._writing:
-            name = type(writing.sink).__name__
-            if writing.lost:
-                log.warning("%s was switched off: %d records and findings were not written.", name, writing.lost)
-            if writing.opened:
-                try:
-                    writing.sink.close()
-                except Exception:
-                    if self._notes.strict:
-                        raise
-                    log.exception("Closing %s failed; what it wrote last may be missing.", name)
+        for writer in self._writers:
+            writer.close()
 
     def state_dict(self) -> dict[str, JSON]:
         """Return what watches and diagnosis remember, as JSON."""

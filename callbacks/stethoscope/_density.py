@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
+from stethoscope._shards import local
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -24,10 +26,13 @@ class Matrix(NamedTuple):
     mask: Tensor | None
 
     def effective(self) -> Tensor:
-        """What the model computes with, as (rows, columns): a convolution's kernel counts as columns."""
-        weight = self.weight.detach()
+        """What the model computes with, as (rows, columns): a convolution's kernel counts as columns.
+
+        Of a matrix that is split over ranks (DTensor), this rank's part: an operation on the whole would wait for others.
+        """
+        weight = local(self.weight).detach()
         if self.mask is not None:
-            weight = weight * self.mask
+            weight = weight * local(self.mask)
         return weight.flatten(1)
 
 

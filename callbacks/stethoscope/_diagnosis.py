@@ -159,7 +159,7 @@ class Relate:
     A finding is taken to last for 1000 steps or half of the run, whichever is more. Phases are kept apart. A finding
     that was delivered before its cause was known stays as it is. Host only; memory is one number per code and phase.
 
-    Example:
+    Examples:
         >>> flat = Finding("loss-plateau", "warning", "Flat.", "", step=500)
         >>> silent = Finding("output-silent", "error", "Silent.", "", step=500)
         >>> relate = Relate()

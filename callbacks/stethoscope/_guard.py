@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stethoscope._before import Before
+from stethoscope._before import MAX_CALLS, Before
+from stethoscope._closures import Closures
 from stethoscope._optimizer import bad_settings, bad_write
 from stethoscope._record import Finding, FindingsError
 from stethoscope._transfer import fetch
 from stethoscope._tree import plain
-from stethoscope.audits._nonfinite import examine
-from stethoscope.audits._nonfinite_run import Task
+from stethoscope._unexplained import unexplained
+from stethoscope.audits._incident import Incident
+from stethoscope.audits._nonfinite_repeat import repeat_batches, repeat_calls
+from stethoscope.audits._nonfinite_run import scalar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch.optim import Optimizer
 
+    from stethoscope._incidents import Kept
     from stethoscope._parts import Notes
     from stethoscope.audits._nonfinite import NonFiniteReport
 
@@ -37,6 +41,7 @@ class Guard:
         optimizers: whose steps are guarded.
         act: `"raise"` leaves the step by `FindingsError`; `"skip"` takes the gradients away, so that nothing is written.
         replay: `fn(batch) -> loss`, to run a bad step again exactly; else its outermost calls are repeated.
+        keep: writes an incident bundle where a folder is known, and says what became of it.
         notes: where findings go.
         deliver: sends them on their way.
         paused: what must not look on while the step is repeated.
@@ -47,23 +52,36 @@ class Guard:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         act: Act,
-        replay: Callable[[Any], Tensor] | None,
+        replay: Callable[[Any], Any] | None,
+        keep: Callable[[Incident], Kept],
         notes: Notes,
         deliver: Callable[[], None],
         paused: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.skipped = 0
         self.idle = 0
-        self.loss: Tensor | None = None
-        self.batch: Any = None
-        self._model, self._act, self._replay = model, act, replay
+        self.step = 0
+        """The step under way."""
+        self._loss: Tensor | None = None
+        self._batches: list[Any] = []
+        self._model, self._act, self._replay, self._keep = model, act, replay, keep
         self._notes, self._deliver, self._paused = notes, deliver, paused
         self._names = {id(each): plain(name) for name, each in model.named_parameters()}
         self._wrote: set[int] = set()  # optimizers whose last write was made from finite gradients
         self._asked = self._bad = self._was_bad = self._was_idle = False
-        self._step = 0
         self._before = Before(model)
+        self._closures = Closures(optimizers, self._look)
         self._handles = [optimizer.register_step_pre_hook(self._judge) for optimizer in optimizers]
+
+    def observe(self, batch: Any, given: Mapping[str, Any]) -> None:
+        """Take what the loop hands over: each micro-batch of the step, and the last loss."""
+        if batch is not None and not any(each is batch for each in self._batches) and len(self._batches) < MAX_CALLS:
+            self._batches.append(batch)
+        if "loss" in given:
+            try:
+                self._loss = scalar(given["loss"])
+            except ValueError:  # not one number: the gradients will tell
+                self._loss = None
 
     # -- the optimizer is about to write -----------------------------------------------------------------------------
 
@@ -73,31 +91,34 @@ class Guard:
             return None  # a fused optimizer under GradScaler: the scaler decides, on the device
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
-            self._look(optimizer, self.loss)
+            self._closures.enter(optimizer)
+            self._look(optimizer, self._loss)
             return None
-
-        def guarded() -> Any:
-            loss = closure()
-            self._look(optimizer, loss if isinstance(loss, Tensor) else None)
-            return loss
-
+        guarded = self._closures.wrap(optimizer, closure)
         return ((args[0], guarded, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": guarded})
 
-    def _look(self, optimizer: Optimizer, loss: Tensor | None) -> None:
-        """Take one fused norm of everything; on a hit, look closely, repeat, report, act."""
+    def _look(self, optimizer: Optimizer, loss: Tensor | None) -> bool:
+        """Take one fused norm of everything; on a hit, look closely, repeat, report, act. Return whether it hit."""
         owned = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
         try:
             value, bad = _bad_gradients(owned, loss)
             known = bad_settings(optimizer) if owned else []
             if value is None and not bad and not known:
                 self._wrote.add(id(optimizer))
-                return
+                return False
             names = [self._names.get(id(each), "a parameter outside of the model") for each in bad]
-            findings = self._explain(optimizer, value, names, known)
         except Exception as error:
             self._notes.disabled(self, "guard", error)
             self.detach()
-            return
+            return False
+        try:
+            findings = self._explain(optimizer, value, names, known)
+        except Exception as error:  # the decision stands, whatever goes wrong when it is explained
+            if self._notes.strict:
+                raise
+            findings = [
+                self._unexplained(value, names, None, f"its cause is not known ({type(error).__name__}: {error})")
+            ]
         if self._act == "skip":
             for each in owned:
                 each.grad = None
@@ -108,8 +129,10 @@ class Guard:
             self._notes.pending += findings
             self._deliver()
         if self._act == "raise":
+            self._closures.undo(optimizer)
             self._end()
             raise FindingsError("\n".join(map(str, findings)), tuple(findings))
+        return True
 
     # -- what went wrong ---------------------------------------------------------------------------------------------
 
@@ -118,62 +141,68 @@ class Guard:
         self._before.rewind()
         if (self._was_bad or self._bad) and self._act == "skip":
             return []
-        if not known:
+        report: NonFiniteReport | None = None
+        repeated = not known
+        if repeated:
             with self._before.paused(), self._paused():
-                report = self._audit()
-            known = list(report.findings) if report and not report.ok else [self._finding(loss, bad, report)]
-            if report and report.origin == "parameter" and report.parameter and id(optimizer) in self._wrote:
-                known = [bad_write(optimizer, self._parameter(report.parameter), report.parameter)]
+                report, trouble = self._audit()
+            known = (
+                list(report.findings) if report and not report.ok else [self._unexplained(loss, bad, report, trouble)]
+            )
+            name = self._spoilt(report) if report and id(optimizer) in self._wrote else None
+            if name is not None:
+                known = [bad_write(optimizer, self._parameter(name), name)]
+            self._before.rewind()
         done = "The step was skipped." if self._act == "skip" else "The optimizer has not written."
         given = {"guard": self._act, "loss": str(loss), "gradients_at_write": bad[:100]}
-        return [
-            replace(each, step=self._step, message=f"{each.message} {done}", evidence={**given, **each.evidence})
+        found = [
+            replace(each, step=self.step, message=f"{each.message} {done}", evidence={**given, **each.evidence})
             for each in known
         ]
+        return self._with_incident(found, report, loss) if repeated else found
+
+    def _spoilt(self, report: NonFiniteReport) -> str | None:
+        """Name a parameter that the last write has left non-finite, when it explains what the audit has seen."""
+        if report.origin == "parameter" and report.parameter:
+            # it may also be finite and absurd
+            return report.parameter if _spoilt(self._parameter(report.parameter)) else None
+        if report.origin == "operation":
+            # a step too long leaves weights that overflow beside those that have overflowed
+            return next((self._names[id(each)] for each in self._model.parameters() if _spoilt(each)), None)
+        return None
 
     def _parameter(self, name: str) -> Tensor:
         return next(each for each in self._model.parameters() if self._names[id(each)] == name)
 
-    def _audit(self) -> NonFiniteReport | None:
-        """Return the first report that finds something, else the last one."""
-        report: NonFiniteReport | None = None
-        if self._replay is not None and self.batch is not None:
-            replay = self._replay
-            with torch.enable_grad():
-                return examine(Task(self._model, replay, (self.batch,), {}, loss=_itself, whole=True))
-        for call in self._before.calls:
-            with call.modes():
-                report = examine(Task(self._model, call.module, call.args, call.kwargs))
-            if not report.ok:
-                return report
-        return report
+    def _audit(self) -> tuple[NonFiniteReport | None, str]:
+        """Return the first report that finds something, else the last one; and what kept the step from being repeated."""
+        calls = self._before.calls
+        try:
+            if self._replay is not None and self._batches:
+                batches: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((batch,), {}) for batch in self._batches]
+                return repeat_batches(self._model, self._replay, batches, calls), ""
+            return repeat_calls(self._model, calls), self._before.limits()
+        except Exception as error:  # the decision stands, whatever the user's code does when it is run again
+            return None, f"run again, the step raised {type(error).__name__}: {error}"
 
-    def _finding(self, loss: float | None, bad: list[str], report: NonFiniteReport | None) -> Finding:
-        if loss is not None:
-            again = (
-                "repeated, the forward pass is finite"
-                if self._replay is None
-                else "repeated, the step is finite: it differs"
-            )
-            return Finding(
-                "nonfinite-loss",
-                "error",
-                f"The loss is {loss}; {again if report else 'no call of the model was seen in this step'}.",
-                "Look at the loss function: log, sqrt or a division of zero, a target out of range. "
-                "Monitor(replay=fn) and monitor.observe(batch) before optimizer.step() name the operation.",
-                evidence={"origin": "loss"},
-            )
-        one = len(bad) == 1
-        which = f"The gradient of {bad[0]!r} is" if one else f"{len(bad)} gradients ({', '.join(bad[:3])}, ...) are"
-        return Finding(
-            "nonfinite-gradient",
-            "error",
-            f"{which} not finite before the optimizer writes, though the forward pass, repeated, is.",
-            "Monitor(replay=fn) and monitor.observe(batch) before optimizer.step() name the operation. After "
-            "clip_grad_norm_ one bad gradient has spoiled all; look before it.",
-            module=bad[0].rpartition(".")[0] if one else "",
-            evidence={"origin": "backward", "parameter": bad[0] if one else ""},
-        )
+    def _unexplained(self, loss: float | None, bad: list[str], report: NonFiniteReport | None, trouble: str) -> Finding:
+        spoilt = report is not None and any(call.spoilt for call in self._before.calls)
+        whole = self._replay is not None and bool(self._batches)
+        return unexplained(loss, bad, repeated=report is not None, whole=whole, spoilt=spoilt, trouble=trouble)
+
+    def _with_incident(self, found: list[Finding], report: NonFiniteReport | None, loss: float | None) -> list[Finding]:
+        """Write a bundle where a folder is known, and say in the findings where it is."""
+        calls, batches = tuple(self._before.calls), tuple(self._batches)
+        report = report if report is not None and report.origin is not None else None
+        limits = tuple(filter(None, [self._before.limits()]))
+        incident = Incident(self._model, found, report, calls, batches, loss, self.step, left_out=limits)
+        kept = self._keep(incident)
+        if not kept.text:
+            return found
+        return [
+            replace(each, message=f"{each.message} {kept.text}", evidence={**each.evidence, "incident": kept.folder})
+            for each in found
+        ]
 
     # -- the step ends -----------------------------------------------------------------------------------------------
 
@@ -194,12 +223,12 @@ class Guard:
                 )
             )
         self._was_bad, self._was_idle = self._bad, idle
-        self._step = step + 1
+        self.step = step + 1
         self._end()
 
     def _end(self) -> None:
         self._asked = self._bad = False
-        self.loss = self.batch = None
+        self._loss, self._batches = None, []
         self._before.forget()
 
     def close(self) -> None:
@@ -210,11 +239,11 @@ class Guard:
                 Finding(
                     "step-skipped",
                     "info",
-                    f"The guard has skipped {self.skipped} of {self._step} steps; {self.idle} more were not written by "
+                    f"The guard has skipped {self.skipped} of {self.step} steps; {self.idle} more were not written by "
                     "any optimizer (GradScaler).",
                     "The learning rate's schedule and the step counter went on in these steps.",
                     self._notes.step,
-                    evidence={"by": "guard", "skipped": self.skipped, "idle": self.idle, "steps": self._step},
+                    evidence={"by": "guard", "skipped": self.skipped, "idle": self.idle, "steps": self.step},
                 )
             )
 
@@ -222,11 +251,12 @@ class Guard:
         """Remove all hooks."""
         while self._handles:
             self._handles.pop().remove()
+        self._closures.detach()
         self._before.detach()
 
 
-def _itself(loss: Any) -> Any:
-    return loss
+def _spoilt(tensor: Tensor) -> bool:
+    return not fetch([torch.isfinite(tensor.detach()).all()])[0]
 
 
 def _bad_gradients(owned: Sequence[Tensor], loss: Tensor | None) -> tuple[float | None, list[Tensor]]:

@@ -52,7 +52,7 @@ def normalise(metrics: object) -> list[Metric]:
     Raises:
         TypeError: not a mapping and not such a tuple, or a key that is not a string.
 
-    Example:
+    Examples:
         >>> [tuple(metric) for metric in normalise({"loss": 2, "acc": {"top1": None}})]
         [('loss', 2.0, 'int'), ('acc/top1', None, 'none')]
     """

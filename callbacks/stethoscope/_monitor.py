@@ -13,12 +13,16 @@ from torch._compile import _disable_dynamo  # what torch.optim uses, since torch
 
 from stethoscope._delivery import Delivery
 from stethoscope._guard import Guard
+from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise
+from stethoscope._overhead import parse
 from stethoscope._parts import Notes, check_parts, describe
 from stethoscope._probing import Probing, with_needs
 from stethoscope._protocols import Key, Probe, Sink, Watch
+from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
+from stethoscope._scalars import numbers_of_step, several
 from stethoscope._transfer import Part, Transfer
 from stethoscope._tree import tensors, unwrap
 from stethoscope.sinks import resolve
@@ -49,19 +53,25 @@ class Monitor:
         guard: look at the loss (from `observe(loss=loss)`) and at all gradients right before an optimizer writes, at the
             price of one wait for the device per step. If something is not finite, the step is run again to find the culprit;
             then `"raise"` leaves `optimizer.step()` by a `FindingsError`, and `"skip"` takes the gradients away. Weights, buffers
-            and random states are then as before the step. None never waits.
-        replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batch from `observe`; else the
+            and random states are then as before the step, and a sink's folder gets an incident bundle. None never waits.
+        replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batches from `observe`; else the
             step's outermost calls of the model are repeated.
         on_finding: called with each finding, on this thread, after sinks have it. What it raises propagates out of
             `step`, `log`, `add` or `flush`: the way to stop a training.
         strict: raise what goes wrong inside of probes, watches and sinks (for tests).
-        overhead: not available yet; None.
+        overhead: share of the training's time that observing may take, `"1%"` or `0.01`: all intervals are stretched alike
+            until it holds, and never shorter than asked for. The share reached is recorded as `overhead/share`, and the interval as
+            `overhead/every`. Where a probe is due at every step, one step in 16 goes unobserved, to be compared with.
+        reduce: of a training on several ranks, combine the records of probes over all of them at observed steps; rank 0
+            writes the result. None does so for what is split over ranks (FSDP2), so that norms are those of the whole;
+            True for all records, so that a mean is the mean over all ranks; False for none. Never waits for other ranks.
+            Not with `overhead`, which each rank keeps for itself. See docs/distributed.md.
 
     Raises:
         TypeError: a part that is none, such as a class in place of an object.
         ValueError: an argument out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from stethoscope import watches
         >>> model = torch.nn.Linear(4, 1)
@@ -91,7 +101,8 @@ class Monitor:
         replay: Callable[[Any], Tensor] | None = None,
         on_finding: Callable[[Finding], object] | None = None,
         strict: bool = False,
-        overhead: str | None = None,
+        overhead: str | float | None = None,
+        reduce: bool | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}.")
@@ -99,16 +110,20 @@ class Monitor:
             raise TypeError(f"every must be a number of steps, an int, got {describe(every)}.")
         if every < 1 or (planned_steps is not None and planned_steps < 1):
             raise ValueError(f"every and planned_steps must be at least 1, got every={every}, {planned_steps=}.")
-        if overhead is not None:
-            raise ValueError(f"{overhead=} is not available in this version; leave it out.")
         if guard not in (None, "raise", "skip"):
             raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")
         if (guard and optimizer is None) or (replay and not guard):
             raise ValueError("guard needs the optimizer whose writes it looks at, and replay needs a guard.")
+        if reduce and overhead is not None:
+            raise ValueError(
+                f"reduce=True needs the same steps on all ranks; with {overhead=} each rank finds its own."
+            )
         self.model = unwrap(model)
         self._planned_steps = planned_steps
-        self._optimizers = _optimizers(optimizer)
+        self._optimizers = several(optimizer)
         self._run = new_run(self.model, planned_steps, every)
+        if guard and self._run.shards:
+            raise ValueError("guard needs whole gradients; here parameters are split over ranks (FSDP2). Leave it out.")
         self._step = 0  # the step under way
         self._phase = "train"
         self._planned = False  # whether the plan was recorded
@@ -117,17 +132,14 @@ class Monitor:
         self._used = False  # whether anything was given to it
         self._notes = Notes(strict)
         self._transfer = Transfer()
+        self._ranks = Ranks(self._run, reduce if overhead is None else False, self._notes)
         chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
-        several = sinks if isinstance(sinks, Sequence) and not isinstance(sinks, str) else (sinks,)
-        self._delivery = Delivery(
-            chosen,
-            [resolve(sink) for sink in several],
-            on_finding,
-            self._run.rank,
-            self._notes,
-        )
+        all_sinks = sinks if isinstance(sinks, Sequence) and not isinstance(sinks, str) else (sinks,)
+        resolved = [resolve(sink) for sink in all_sinks]
+        self._incidents = Incidents(resolved, self._run.rank)
+        self._delivery = Delivery(chosen, [*resolved, *self._ranks.sinks()], on_finding, self._run.rank, self._notes)
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
-        self._probing = Probing(self.model, measured, every, self._notes)
+        self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
         self._probing.arm(self._step, self._phase)
         self._guard = self._new_guard(guard, replay) if guard else None
 
@@ -163,8 +175,7 @@ class Monitor:
         for name, value in tensors.items():
             self._given.update(_flat(name, value))
         if self._guard is not None:
-            self._guard.batch = self._guard.batch if batch is None else batch
-            self._guard.loss = self._given.get("loss")
+            self._guard.observe(batch, tensors)
 
     @_disable_dynamo
     def step(self, batch: object = None, **tensors: object) -> None:
@@ -182,24 +193,11 @@ class Monitor:
         self.observe(batch, **{name: value for name, value in tensors.items() if not isinstance(value, Real)})
         step, given = self._step, self._given
         stamp = Record("", None, step, rank=self._run.rank, source="step")
-        ready = [stamp._replace(name=n, value=float(v)) for n, v in tensors.items() if isinstance(v, Real)]
-        scalars = {
-            Key(name): value
-            for name, value in given.items()
-            if value.numel() == 1 and name.partition("/")[0] in tensors
-        }
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        for i, group in enumerate(groups):
-            name, rate = f"lr/{i}" if i else "lr", group.get("lr")
-            if name in tensors:
-                continue  # the caller knows better: a scheduler may have moved on since the optimizer's step
-            if isinstance(rate, Tensor):
-                scalars[Key(name)] = rate
-            elif rate is not None:
-                ready.append(stamp._replace(name=name, value=float(rate)))
+        ready, scalars = numbers_of_step(tensors, given, self._optimizers, stamp)
         if not self._planned and self._planned_steps is not None:
             self._planned = True
             ready.append(stamp._replace(name="plan/steps", value=float(self._planned_steps)))
+        ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(step).items()]
         parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
         parts += self._probing.read(given, stamp._replace(source="probe"))
         if self._guard is not None:
@@ -211,6 +209,7 @@ class Monitor:
         self._notes.step = step
         self._probing.arm(self._step, self._phase)
         self._deliver(ready, parts)
+        self._probing.lap(step)
 
     @_disable_dynamo
     def log(self, metrics: object, phase: str = "val") -> None:
@@ -224,6 +223,7 @@ class Monitor:
             RuntimeError: the monitor is closed.
         """
         self._use()
+        self._probing.interrupt()
         stamp = Record("", None, self._notes.step, phase=phase, rank=self._run.rank, source="log")
         ready: list[Record] = []
         by_kind: dict[str, dict[Key, Tensor]] = {}
@@ -251,6 +251,7 @@ class Monitor:
             RuntimeError: the monitor is closed.
         """
         self._use()
+        self._probing.interrupt()
         outer, given = self._phase, self._given
         self._phase, self._given = name, {}
         self._probing.arm(self._step, name)
@@ -275,8 +276,9 @@ class Monitor:
         self._deliver()
 
     def flush(self) -> None:
-        """Wait until everything measured so far is delivered."""
+        """Wait until everything measured so far is delivered, and written by the sinks."""
         self._deliver(wait=True)
+        self._delivery.flush(self._run)
 
     def close(self) -> None:
         """Remove all hooks, deliver everything, close the sinks. May be called twice."""
@@ -287,8 +289,10 @@ class Monitor:
             self._probing.detach()
             if self._guard is not None:
                 self._guard.close()
-            self._delivery.judge_watches(self._step)
             self._deliver(wait=True)
+            self._delivery.judge_watches(self._step)
+            self._ranks.part(self.findings)
+            self.flush()
         finally:
             self._delivery.close()
 
@@ -321,6 +325,7 @@ class Monitor:
             self._optimizers,
             act,
             replay,
+            self._incidents.keep,
             self._notes,
             self._deliver,
             lambda: self._probing.paused(self._phase),
@@ -333,7 +338,8 @@ class Monitor:
         except Exception as error:
             self._notes.disabled(self._transfer, "transfer", error)
             self._transfer.send(ready, [part for part in parts if _can_be_sent(part)])
-        self._delivery.deliver(self._arrived(wait), self._run)
+        self._run = self._ranks.join(self._run)
+        self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:
         """What has arrived. Readings that make no records (on the meta device, say) are dropped and reported."""
@@ -345,7 +351,11 @@ class Monitor:
     # -- resuming ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, JSON]:
-        """Return what a resumed run needs, as JSON: the run's name, the next step, what the watches remember."""
+        """Return what a resumed run needs, as JSON: the run's name, the next step, what the watches remember.
+
+        All steps before are written by then, so that a run resumed from here misses none.
+        """
+        self.flush()
         return {"version": 1, "run": self._run.id, "step": self._step, **self._delivery.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, JSON]) -> None:
@@ -358,9 +368,10 @@ class Monitor:
             ValueError: not such a state.
         """
         keys = sorted(state) if isinstance(state, Mapping) else None
-        wanted = ["diagnosis", "run", "step", "version", "watches"]
-        if keys is None or not set(wanted) <= set(keys) or state["version"] != 1 or not isinstance(state["step"], int):
-            raise ValueError(f"Not a state of this version of Monitor: keys {keys}, of version 1 are {wanted}.")
+        wanted = {"version": int, "run": str, "step": int, "watches": Mapping, "diagnosis": Mapping}
+        right = keys is not None and all(isinstance(state.get(key), kind) for key, kind in wanted.items())
+        if not right or state["version"] != 1:
+            raise ValueError(f"Not a state of this version of Monitor: keys {keys}, of version 1 are {sorted(wanted)}.")
         step = state["step"]
         if step < self._step:
             self._notes.pending.append(
@@ -375,6 +386,8 @@ class Monitor:
         self._step, self._notes.step = step, max(step - 1, 0)
         self._run = replace(self._run, id=str(state["run"]), resumed_from=step - 1 if step else None)
         self._delivery.load_state_dict(state)
+        if self._guard is not None:
+            self._guard.step = step
         self._probing.arm(self._step, self._phase)
 
 
@@ -388,13 +401,3 @@ def _can_be_sent(part: Part) -> bool:
 
 def _flat(name: str, value: object) -> dict[str, Tensor]:
     return {f"{name}/{path.replace('.', '/')}" if path else name: tensor for path, tensor in tensors(value)}
-
-
-def _optimizers(given: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
-    if given is None:
-        return ()
-    several = tuple(given) if isinstance(given, Sequence) else (given,)
-    for optimizer in several:
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {describe(optimizer)}.")
-    return several

@@ -45,7 +45,9 @@ def bad_write(optimizer: Optimizer, parameter: Tensor, name: str) -> Finding:
         key: value for key, value in group.items() if isinstance(value, int | float | bool) and value is not None
     }
     state = {
-        key: _describe(value) for key, value in optimizer.state.get(parameter, {}).items() if isinstance(value, Tensor)
+        key: _describe(key, value)
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
     }
     spoilt = [key for key, said in state.items() if said != "finite"]
     kind = str(parameter.dtype).removeprefix("torch.")
@@ -54,9 +56,7 @@ def bad_write(optimizer: Optimizer, parameter: Tensor, name: str) -> Finding:
         "error",
         f"The parameter {name!r} ({kind}, group {number}) was written non-finite by {type(optimizer).__name__} in the step "
         f"before, from finite gradients. Its state: {', '.join(f'{key} {said}' for key, said in state.items()) or 'none'}.",
-        "Set eps (it is "
-        f"{settings.get('eps', 'not there')}) to 1e-8 or more, in fp16 1e-4; keep weights and state in fp32; after resuming compare "
-        f"the state with the checkpoint{f' ({spoilt[0]})' if spoilt else ''}. Go back to a checkpoint: the weight is lost.",
+        _advice(parameter, settings, spoilt) + " Go back to a checkpoint: the weight is lost.",
         module=name.rpartition(".")[0],
         evidence={
             "origin": "optimizer",
@@ -68,14 +68,24 @@ def bad_write(optimizer: Optimizer, parameter: Tensor, name: str) -> Finding:
     )
 
 
-def _describe(tensor: Tensor) -> str:
+def _advice(parameter: Tensor, settings: dict[str, Any], spoilt: list[str]) -> str:
+    """Say what to try: the first thing that explains the write."""
+    if spoilt:
+        return f"Compare {spoilt[0]} with the checkpoint that was resumed from: is it of this optimizer and this order of parameters?"
+    eps = settings.get("eps")
+    if eps is not None and not torch.tensor(eps).to(parameter.dtype):
+        return f"eps is {eps}, which is 0 in this dtype: a gradient of zero becomes 0/0. Set 1e-8, in fp16 1e-4, or keep weights and state in fp32."
+    return "The step was too long: look at the learning rate that it was made with, and at the norm of the gradients."
+
+
+def _describe(name: str, tensor: Tensor) -> str:
     if bool(torch.isnan(tensor).any()):
         return "NaN"
     if bool(torch.isinf(tensor).any()):
         return "Inf"
-    return f"negative ({float(tensor.min()):.3g})" if bool((tensor < 0).any()) and _square(tensor) else "finite"
+    return f"negative ({float(tensor.min()):.3g})" if _is_square(name) and bool((tensor < 0).any()) else "finite"
 
 
-def _square(tensor: Tensor) -> bool:
-    # a first moment has both signs; what has hardly any negative value is meant to have none
-    return float((tensor < 0).float().mean()) < 0.5 and bool((tensor >= 0).any())
+def _is_square(name: str) -> bool:
+    """Whether a state tensor sums squares or magnitudes: Adam, RMSprop, Adadelta; Adagrad; Adamax."""
+    return name.endswith(("_sq", "square_avg")) or name in ("acc_delta", "sum", "exp_inf")

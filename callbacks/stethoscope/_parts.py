@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class Notes:
 
     strict: bool
     step: int = 0
-    pending: list[Finding] = field(default_factory=list[Finding])
+    pending: deque[Finding] = field(default_factory=deque[Finding])  # sinks add to it from threads of their own
     said: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
     def disabled(self, part: object, role: str, error: Exception) -> None:
@@ -55,8 +56,7 @@ class Notes:
 
     def take(self) -> list[Finding]:
         """Return what is pending and forget it."""
-        taken, self.pending = self.pending, []
-        return taken
+        return [self.pending.popleft() for _ in range(len(self.pending))]
 
 
 def mark_preset(part: object) -> None:

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from stethoscope._overhead import Pace
 from stethoscope._parts import Notes, from_preset, mark_preset, severity_for
 from stethoscope._record import Finding, Record
 from stethoscope._transfer import Part
@@ -46,13 +49,16 @@ class Probing:
         probes: to attach.
         every: for probes that do not say.
         notes: where to say what went wrong.
+        overhead: share of the training's time that they may take; None for no limit.
 
     Raises:
         Exception: whatever `attach` raises; nothing stays attached.
     """
 
-    def __init__(self, model: nn.Module, probes: Sequence[Probe], every: int, notes: Notes) -> None:
-        self._model, self._notes = model, notes
+    def __init__(
+        self, model: nn.Module, probes: Sequence[Probe], every: int, notes: Notes, overhead: float | None = None
+    ) -> None:
+        self._model, self._notes, self._every = model, notes, every
         self._attached: list[_Attached] = []
         try:
             for probe in probes:
@@ -64,6 +70,9 @@ class Probing:
             raise
         for attached in self._attached:
             self._take_notes(attached)
+        device = next((each.device for each in model.parameters()), torch.device("cpu"))
+        intervals = [attached.every for attached in self._attached]
+        self._pace = None if overhead is None else Pace(overhead, intervals, device)
 
     def arm(self, step: int, phase: str) -> None:
         """Arm what is due at the step under way and disarm the rest; outside of training, arm everything."""
@@ -77,7 +86,11 @@ class Probing:
     def _due(self, attached: _Attached, step: int, phase: str) -> bool:
         if any(each in self._attached and self._due(each, step, phase) for each in attached.stand_ins):
             return False
-        return phase != "train" or step % attached.every == 0
+        if phase != "train":
+            return True
+        if self._pace is None:
+            return step % attached.every == 0
+        return not self._pace.lone(step) and step % (attached.every * self._pace.stretch) == 0
 
     def read(self, given: Mapping[str, Tensor], stamp: Record) -> list[Part]:
         """Read everything that is armed."""
@@ -90,6 +103,22 @@ class Probing:
                 self._judge(attached, stamp.step, read=bool(readings))
             self._take_notes(attached)
         return parts
+
+    def lap(self, step: int) -> None:
+        """Close a step: look at what it took, where there is a limit."""
+        if self._pace is not None:
+            self._pace.lap(step)
+
+    def interrupt(self) -> None:
+        """Leave the step under way out of the measurement: something other than training is in it."""
+        if self._pace is not None:
+            self._pace.interrupt()
+
+    def overhead(self, step: int) -> dict[str, float]:
+        """Return what observing takes now, once known, at steps where statistics are due."""
+        if self._pace is None or self._pace.share is None or step % (self._every * self._pace.stretch):
+            return {}
+        return {"overhead/share": self._pace.share, "overhead/every": float(self._every * self._pace.stretch)}
 
     @contextmanager
     def paused(self, phase: str) -> Iterator[None]:

@@ -156,6 +156,8 @@ class Run:
         rank: this process's rank.
         world_size: number of processes.
         resumed_from: step after which a resumed run goes on; None for a fresh run.
+        shards: into how many different parts the model's parameters are split over ranks: `""` for most of them, names
+            for those that differ; empty where none is.
     """
 
     id: str
@@ -167,11 +169,17 @@ class Run:
     rank: int = 0
     world_size: int = 1
     resumed_from: int | None = None
+    shards: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Writes records and findings somewhere."""
+    """Writes records and findings somewhere.
+
+    A sink may carry a true attribute `background`: it is then opened and written from one thread of its own, which the
+    training never waits for. Without it, all happens on the training's thread.
+    A sink may have a `folder: Path | None`, where further files of the run belong: incidents are written there.
+    """
 
     def open(self, run: Run) -> None:
         """Called once, before the first write."""

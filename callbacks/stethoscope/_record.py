@@ -50,7 +50,7 @@ class Record(NamedTuple):
         source: `"probe"`, `"step"` (given to `Monitor.step`, learning rates, plan) or `"log"` (given to `Monitor.log`).
         kind: what was given: `float int bool none tensor tensor-grad pair list str other`; `histogram` from probes.
 
-    Example:
+    Examples:
         >>> Record("activation/rms", 1.5, step=40, module="encoder.3").value
         1.5
     """
@@ -82,7 +82,7 @@ class Finding:
         evidence: JSON values behind the decision.
         cause: code of the finding that explains this one, `""` if none does.
 
-    Example:
+    Examples:
         >>> print(Finding("nonfinite-loss", "error", "The loss is NaN.", "Lower the learning rate.", step=3))
         error nonfinite-loss at step 3: The loss is NaN. Try: Lower the learning rate.
     """
@@ -129,7 +129,7 @@ class Report:
         summary: the result in plain words, may have several lines.
         findings: most severe problems first are not required; the order is the audit's.
 
-    Example:
+    Examples:
         >>> Report(title="nothing examined").ok
         True
     """

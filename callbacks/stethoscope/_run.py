@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stethoscope._protocols import Run
+from stethoscope._shards import parts
 from stethoscope._tree import plain
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def new_run(model: nn.Module, planned_steps: int | None, every: int) -> Run:
         modules=tuple((plain(name), type(module).__name__) for name, module in model.named_modules()),
         planned_steps=planned_steps,
         every=every,
-        versions=_versions(),
+        versions=versions(),
         rank=rank,
         world_size=world_size,
+        shards=_shards_of(model),
     )
 
 
@@ -40,7 +42,14 @@ def _rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _versions() -> dict[str, str]:
+def _shards_of(model: nn.Module) -> dict[str, int]:
+    numbers = {plain(name): parts(parameter) for name, parameter in model.named_parameters()}
+    most = max(numbers.values(), default=1)
+    return {"": most} | {name: n for name, n in numbers.items() if 1 < n < most} if most > 1 else {}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a step computes."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("stethoscope", "numpy"):
         try:

@@ -30,7 +30,7 @@ class Schedule:
     Raises:
         ValueError: start after stop, a negative count, an interval below one.
 
-    Example:
+    Examples:
         >>> Schedule("sparsify", 2500, 8000, 50).last_action(2549)
         2500
     """

@@ -26,7 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Args:
         model: any module.
 
-    Example:
+    Examples:
         >>> unwrap(nn.DataParallel(nn.Linear(2, 2)))
         Linear(in_features=2, out_features=2, bias=True)
     """
@@ -47,7 +47,7 @@ def has_no_forward(module: nn.Module) -> bool:
 def plain(name: str) -> str:
     """Return a module or parameter name without the segments that wrappers of submodules add.
 
-    Example:
+    Examples:
         >>> plain("encoder._orig_mod.0.weight")
         'encoder.0.weight'
     """
@@ -68,7 +68,7 @@ def tensors(value: object, path: str = "", depth: int = 4) -> Iterator[tuple[str
         path: prefix of the paths, without a final dot.
         depth: how many containers deep to look.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [path for path, _ in tensors({"logits": torch.ones(2), "states": (torch.ones(1), None)})]
         ['logits', 'states.0']
@@ -88,3 +88,14 @@ def tensors(value: object, path: str = "", depth: int = 4) -> Iterator[tuple[str
         elif is_dataclass(value) and not isinstance(value, type):
             for each in fields(value):
                 yield from tensors(getattr(value, each.name, None), f"{dot}{each.name}", depth - 1)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Return the size of a tensor's values in bytes, those of a view alone.
+
+    Examples:
+        >>> import torch
+        >>> size_of(torch.ones(2, 3))
+        24
+    """
+    return tensor.numel() * tensor.element_size()

@@ -27,7 +27,7 @@ class Mean:
     Args:
         nonfinite: `"propagate"`: one NaN batch makes the mean NaN; `"skip"`: it is left out, see `skipped`.
 
-    Example:
+    Examples:
         >>> mean = Mean()
         >>> mean.add({"loss": torch.tensor(3.0), "th_accuracy": None}, weight=8)
         >>> mean.add({"loss": torch.tensor(1.0), "th_accuracy": None}, weight=24)
@@ -83,7 +83,7 @@ class Mean:
             shown: what is shown as the result of the epoch.
             phase: for the findings.
 
-        Example:
+        Examples:
             >>> mean = Mean()
             >>> mean.add({"loss": 26.81}, weight=6)
             >>> print(mean.check({"loss": 22.98}).findings[0].evidence["said"])

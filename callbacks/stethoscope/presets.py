@@ -25,7 +25,7 @@ def first_aid() -> Preset:
     Returns:
         Probes `Activations`, `Gradients`, `Parameters`; watches `NonFinite`, `Jumps` and `Plateau` on the train loss.
 
-    Example:
+    Examples:
         >>> sorted(first_aid())
         ['probes', 'watches']
     """
@@ -38,7 +38,7 @@ def separation() -> Preset:
     Give the tensors to the monitor: `monitor.step(loss=loss, estimates=..., references=..., mixture=...)`, each of
     shape (batch, sources, time), the mixture without sources.
 
-    Example:
+    Examples:
         >>> len(separation()["probes"]) - len(first_aid()["probes"])
         1
     """
@@ -53,7 +53,7 @@ def full() -> Preset:
 
     What has nothing to look at stays silent.
 
-    Example:
+    Examples:
         >>> len(full()["watches"]) > len(separation()["watches"])
         True
     """

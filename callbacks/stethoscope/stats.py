@@ -76,7 +76,7 @@ def sample_step(numel: int, last: int, limit: int) -> int:
         last: size of the last dimension.
         limit: largest number of values to take.
 
-    Example:
+    Examples:
         >>> sample_step(8 * 512 * 256, 256, 2048)
         513
     """
@@ -112,7 +112,7 @@ def log_bins(x: Tensor) -> Tensor:
     Args:
         x: float32 or float64, any shape, device.
 
-    Example:
+    Examples:
         >>> log_bins(torch.tensor([1.0, -1.0, 0.0, float("nan")])).tolist()
         [65, 15, 81, 82]
     """
@@ -145,7 +145,7 @@ def nonfinite_level_masked(high: Tensor) -> Tensor:
     Args:
         high: largest values, any shape; NaN where any value is NaN.
 
-    Example:
+    Examples:
         >>> nonfinite_level_masked(torch.tensor([0.0, -torch.inf, torch.inf, torch.nan])).tolist()
         [0.0, 0.0, 1.0, 2.0]
     """

@@ -31,7 +31,7 @@ def series(steps: Iterable[int] | None = None, **values_by_name: Sequence[float 
     Raises:
         ValueError: the lists differ in length.
 
-    Example:
+    Examples:
         >>> [record.value for record in series(loss=[2.0, 1.0])]
         [2.0, 1.0]
     """
@@ -80,7 +80,7 @@ def assert_no_sync(probe: Probe, model: nn.Module, x: object, given: Mapping[str
     Raises:
         AssertionError: the probe read a value, or it measured nothing.
 
-    Example:
+    Examples:
         >>> from torch import nn, ones
         >>> from stethoscope.probes import Activations
         >>> assert_no_sync(Activations(), nn.Linear(4, 2), ones(8, 4))
@@ -123,7 +123,7 @@ def assert_metrics(step: Callable[[Any], object], batch: Any, schema: MetricSche
     Raises:
         AssertionError: it does not fit; the message lists every finding of severity warning and error.
 
-    Example:
+    Examples:
         >>> from stethoscope.watches import MetricSchema
         >>> assert_metrics(lambda batch: {"loss": sum(batch)}, [1.0, 2.0], MetricSchema({"loss": float}))
     """
@@ -144,7 +144,7 @@ def assert_causal(model: Any, x: Any, allowed: int = 0, **options: Any) -> None:
     Raises:
         AssertionError: with the whole report as its message.
 
-    Example:
+    Examples:
         >>> import torch
         >>> assert_causal(lambda x: x.cumsum(-1), torch.randn(2, 50))
     """

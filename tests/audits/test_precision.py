@@ -100,3 +100,84 @@ def test_bad_input_is_refused():
         audits.precision(torch.sum, torch.ones(2))
     with pytest.raises(ValueError, match="float64"):
         audits.precision(net(), torch.ones(2, 8), reference="int8")
+
+
+class Statistics(nn.Module):
+    """Loses its digits where BatchNorm takes its statistics from the batch, not where they are stored."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.attention = (
+            nn.BatchNorm1d(4),
+            nn.Dropout(0.5),
+            nn.MultiheadAttention(4, 1, dropout=0.5),
+        )
+
+    def forward(self, x):
+        y = self.drop(self.norm(x))
+        return self.attention(y, y, y)[0]
+
+
+def test_train_mode_looks_at_the_statistics_of_the_batch_and_leaves_dropout_off():
+    torch.manual_seed(0)
+    model, x = Statistics().bfloat16(), (1000 + torch.randn(16, 4)).bfloat16()
+    before = copy.deepcopy(model.state_dict())
+    trained = audits.precision(model, x, mode="train")
+    assert audits.precision(Statistics(), torch.randn(16, 4), mode="train").ok
+    by_name = {each.module: each for each in trained.modules}
+    assert by_name["norm"].absmax < 10
+    stored = {each.module: each for each in audits.precision(model, x).modules}
+    assert stored["norm"].absmax > 900
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_sweep_tells_silence_and_ones_and_follows_keywords():
+    class Level(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, tokens, *, signal):
+            x = signal["x"]
+            return self.linear(x / x.std(-1, keepdim=True)) + tokens[:, None]
+
+    report = audits.precision(Level(), torch.arange(3), signal={"x": torch.randn(3, 4)})
+    assert {name for name, finite in report.sweep.items() if not finite} == {"silence", "ones"}
+    assert list(report.sweep)[2:] == ["1e-06", "1e-05", "0.0001", "0.001", "0.01", "0.1", "1", "10", "100", "1000"]
+    assert report.finite_rms == (pytest.approx(1e-6), 1000.0)
+    assert "Not finite for input of silence, ones." in str(report)
+    integers = audits.precision(nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)), torch.randint(0, 5, (2, 4)))
+    assert (integers.sweep, integers.finite_rms) == ({}, None)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.GroupNorm(2, 8)])
+def test_a_norm_whose_input_hardly_varies_is_told_before_there_is_a_nan(norm):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8, bias=False), norm), torch.randn(6, 8)
+    assert audits.precision(model, x).ok
+    (finding,) = audits.precision(model, 1e-4 * x).findings
+    assert (finding.code, finding.severity, finding.module) == ("precision-headroom", "warning", "1")
+    assert "100% of what '1' normalises has a variance below its eps (1e-05)" in finding.message
+    padded = torch.cat([x, torch.zeros(20, 8)])
+    assert audits.precision(model, padded).ok
+
+
+def test_a_device_that_is_not_here_or_is_the_models_own_is_refused():
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(ValueError, match=f"this machine has no {missing} device"):
+        audits.precision(net(), torch.ones(2, 8), reference=missing)
+    with pytest.raises(ValueError, match="on cpu already"):
+        audits.precision(net(), torch.ones(2, 8), reference=torch.device("cpu"))
+    with pytest.raises(ValueError, match="'eval' or 'train'"):
+        audits.precision(net(), torch.ones(2, 8), mode="both")
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_an_accelerator_and_the_cpu_agree():
+    device = torch.accelerator.current_accelerator()
+    model, x = net(), torch.randn(6, 8)
+    for tested, given, reference in ((model, x, device), (copy.deepcopy(model).to(device), x.to(device), "cpu")):
+        report = audits.precision(tested, given, reference=reference)
+        assert report.ok, str(report)
+        assert 0 <= max(each.error for each in report.modules) < 1e-4

@@ -109,7 +109,87 @@ def test_one_bad_sample_that_spreads_is_told():
 def test_bad_input_is_refused():
     with pytest.raises(TypeError, match="must be a tensor"):
         audits.stress(Root(), [1.0])
+    with pytest.raises(TypeError, match="must hold a tensor"):
+        audits.stress(Root(), (1.0, {}))
     with pytest.raises(ValueError, match="not empty"):
         audits.stress(Root(), torch.zeros(0, 4))
     with pytest.raises(RuntimeError, match="shapes"):
         audits.stress(Root(), torch.randn(3, 7))
+
+
+class Attentive(nn.Module):
+    """Self-attention, and a pooling that divides by lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x, padding=None, *, lengths=None):
+        y = x if x.is_floating_point() else self.table(x)
+        y = self.attention(y, y, y, key_padding_mask=padding)[0]
+        return y if lengths is None else y.sum(1) / lengths[:, None]
+
+
+def failed(report):
+    return {trial.input for trial in report.failures() if trial.precision == "as is"}
+
+
+def refused(report):
+    return {trial.input for trial in report.trials if trial.verdict == "refused" and trial.precision == "as is"}
+
+
+@pytest.mark.parametrize("floats", [True, False])
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_all_padding_and_lengths_of_zero_are_found(form, floats):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8) if floats else torch.randint(1, 9, (3, 5))
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[2, 3:] = True
+    given = (x, padding) if form is tuple else {"x": x, "padding": padding, "lengths": torch.tensor([5, 5, 3])}
+    report = audits.stress(Attentive(), given)
+    name = "'1'" if form is tuple else "'padding'"
+    expected = {f"{name} all True in one item"} | ({"'lengths' is 0 in one item"} if form is dict else set())
+    assert expected <= failed(report)
+    assert not any("False" in each for each in failed(report))
+    assert refused(report) <= {"length 1 in dimension 2", "twice the length in dimension 2"}
+    (finding,) = [each for each in report.findings if each.evidence["operation"] == "aten._softmax"]
+    assert (finding.severity, finding.module) == ("warning", "attention")
+
+
+def test_an_embedding_is_read_at_the_ends_of_its_range():
+    seen = set()
+
+    class Table(nn.Embedding):
+        def forward(self, x):
+            seen.update(x.flatten().tolist())
+            return super().forward(x)
+
+    report = audits.stress(nn.Sequential(Table(11, 4), nn.Linear(4, 2)), torch.randint(2, 5, (3, 6)))
+    assert report.ok
+    assert {0, 10} <= seen <= set(range(11))
+    with torch.no_grad():
+        model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 2))
+        model[0].weight[10] = torch.nan
+    report = audits.stress(model, torch.randint(2, 5, (3, 6)))
+    assert "largest" in failed(report)
+
+
+def test_lengths_follow_the_signal():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x, mask, lengths, scale, name="x"):
+            assert x.shape[:2] == mask.shape
+            assert lengths.shape[0] == x.shape[0]
+            assert int(lengths.max()) <= x.shape[1]
+            return self.linear(x * mask[..., None]).sum(1) / lengths.clamp(min=1)[:, None] * scale
+
+    x, mask = torch.randn(3, 6, 4), torch.ones(3, 6, dtype=torch.int64)
+    report = audits.stress(Pooled(), (x, mask, torch.tensor([6, 4, 2]), torch.ones(2), "name"))
+    assert report.ok, str(report)
+    assert refused(report) == {"length 1 in dimension 2", "twice the length in dimension 2"}
+    names = {trial.input for trial in report.trials}
+    assert {"'1' all 1 in one item", "'1' all 0 in one item", "'2' is 0 in one item", "'2' at their longest"} <= names

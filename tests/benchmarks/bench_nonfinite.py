@@ -8,6 +8,7 @@ The models are those of bench_overhead.py. The limit is 30 forward passes on the
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -45,9 +46,13 @@ def main() -> None:
         model, x = make()
         sick = x.clone()
         sick.view(-1)[0] = float("nan")
+        absurd = copy.deepcopy(model)
+        first = next(each for each in absurd.parameters() if each.dim() > 1)
+        first.data.view(-1)[::7] = 3e38
         runs = {
             "forward, healthy": lambda m=model, x=x: audits.nonfinite(m, x),
             "forward, NaN in the input": lambda m=model, x=sick: audits.nonfinite(m, x),
+            "forward, absurd weights": lambda m=absurd, x=x: audits.nonfinite(m, x),
             "forward and backward": lambda m=model, x=x: audits.nonfinite(m, x, loss=squares),
         }
         for label, audit in runs.items():

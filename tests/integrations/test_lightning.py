@@ -1,4 +1,5 @@
 import csv
+import json
 import random
 import subprocess
 import sys
@@ -516,6 +517,30 @@ def test_the_guard_stops_before_the_weights_are_spoilt():
         fit(model, MonitorCallback(guard="raise"), train=poisoned())
     assert all(p.isfinite().all() for p in model.parameters())
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_after_gradient_clipping_the_guilty_parameter_is_named_and_the_step_kept(tmp_path, accumulate):
+    model = Net()
+    model.layers[3].weight.register_hook(lambda grad: grad * torch.nan if len(model.raw) in (5, 6) else grad)
+    callback = MonitorCallback(sinks=[str(tmp_path)], guard="skip")
+    fit(model, callback, gradient_clip_val=0.5, accumulate_grad_batches=accumulate)
+    assert all(p.isfinite().all() for p in model.parameters())
+    found = next(f for f in callback.monitor.findings if f.severity == "error")
+    assert (found.code, found.module, found.step) == ("nonfinite-gradient", "layers.3", 4 // accumulate)
+    assert found.evidence["parameter"] == "layers.3.weight"
+    assert len(found.evidence["gradients_at_write"]) == 4
+    assert (tmp_path / "incidents" / f"step{found.step}" / "incident.json").is_file()
+    assert hooks(model) == 1  # the one of this test
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_incidents_go_to_the_folder_of_the_trainers_logger(tmp_path, kind):
+    logger = kind(tmp_path, name="runs", version="a")
+    fit(Net(), MonitorCallback(guard="skip"), train=poisoned(), logger=logger)
+    note = json.loads((tmp_path / "runs" / "a" / "incidents" / "step3" / "incident.json").read_text())
+    assert note["culprit"]["samples"] == [1]
+    assert note["batches"]
 
 
 def test_a_test_of_its_own_has_nothing_to_guard():

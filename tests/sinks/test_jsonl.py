@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from stethoscope import Finding, Record
 from stethoscope._protocols import Run
 from stethoscope.sinks import Jsonl, read, read_run
+from stethoscope.sinks._read import read_lines
 from stethoscope.testing import series
 
 RUN = Run("run-1", "2026-01-01T00:00:00+00:00", modules=(("", "Net"), ("enc.0", "Conv1d")), versions={"torch": "2.13"})
@@ -250,3 +252,11 @@ def test_the_example_in_the_documentation_can_be_read(tmp_path):
     assert [(record.module, record.call) for record in first.records] == [("enc.0", 0), ("enc.1", 0), ("enc.1", 1)]
     assert logged.records == (Record("th_accuracy", 0.25, 50, phase="val", source="log"),)
     assert found.findings[0].code == "nonfinite-loss"
+
+
+def test_lines_can_be_had_as_they_are_with_the_step_up_to_which_they_count(tmp_path):
+    write(tmp_path, [(step, series([step], loss=[1.0]), []) for step in range(3)])
+    write(tmp_path, [(2, series([2], loss=[5.0]), [])], run=replace(RUN, resumed_from=1))
+    run, lines = read_lines(tmp_path)
+    assert run == replace(RUN, resumed_from=1)
+    assert [(json.loads(text)["step"], upto) for text, upto in lines] == [(0, 1), (1, 1), (2, 1), (2, math.inf)]

@@ -5,8 +5,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from stethoscope import Monitor
 from stethoscope._protocols import Run
 from stethoscope.sinks import Jsonl, Logger, Memory, TensorBoard, WandB, resolve
 
@@ -104,3 +106,40 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(si
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match="pip install"):
         sink.open(Run("a", ""))
+
+
+def test_an_accelerator_passes_numbers_to_all_its_trackers(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.tracking import GeneralTracker
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory = "mine", False
+
+        def __init__(self):
+            super().__init__()
+            self.rows = []
+
+        @property
+        def tracker(self):
+            return self.rows
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step, **kwargs):
+            self.rows.append((step, values))
+
+    tracker = Tracker()
+    accelerator = accelerate.Accelerator(cpu=True, log_with=[tracker])
+    accelerator.init_trackers("project")
+    model = torch.nn.Linear(4, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with Monitor(model, optimizer, sinks=[accelerator]) as monitor:
+        for _ in range(3):
+            loss = model(torch.ones(2, 4)).square().mean()
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            monitor.step(loss=loss)
+    assert [step for step, _ in tracker.rows] == [0, 1, 2]
+    assert set(tracker.rows[0][1]) == {"stethoscope_step/loss", "stethoscope_step/lr"}

@@ -129,10 +129,12 @@ def test_the_layout_has_one_chart_per_statistic_that_matches_layers_and_phases(t
     (event,) = load(tmp_path).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = {(group.title, chart.title): chart.multiline.tag[0] for group in layout.category for chart in group.chart}
-    assert set(charts) == {("activation", "rms"), ("activation", "mean"), ("step", "loss")}
+    assert list(charts) == [("step", "loss"), ("activation", "rms"), ("activation", "mean")]
     pattern = re.compile(charts["activation", "rms"])
-    assert all(pattern.match(name) for name in ("activation/rms/enc.0", "activation_val/rms/enc.0", "activation/rms"))
-    assert not any(pattern.match(name) for name in ("activation/rms2/enc.0", "myactivation/rms/enc.0"))
+    assert all(pattern.match(name) for name in ("activation/rms/enc.0", "activation_val/rms/enc.0"))
+    assert not any(
+        pattern.match(name) for name in ("activation/rms2/enc.0", "myactivation/rms/enc.0", "activation/rms/enc.00")
+    )
 
 
 def test_a_picture_of_layers_by_steps_comes_early_and_at_the_end(tmp_path):
@@ -145,8 +147,9 @@ def test_a_picture_of_layers_by_steps_comes_early_and_at_the_end(tmp_path):
     images = events.Images("layers/activation/rms")
     assert [image.step for image in images] == [750, 950]
     pixels = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)))
-    assert pixels.shape == (2 * 16, 20 * 16, 3)
-    assert pixels[0, -1].tolist() == [255, 0, 255]
+    assert pixels.shape[0] > 2 * 16  # the frame is around it
+    assert pixels.shape[1] > 20 * 16
+    assert (pixels == [255, 0, 255]).all(axis=-1).sum() > 2 * 16 * 16  # NaN in the last column, and the scale
     legend = texts(events, "layers/activation/rms")[-1][1]
     assert "1. enc.0" in legend
     assert "&lt;b&gt;" in legend

@@ -96,19 +96,67 @@ def rows(records):
     ]
 
 
-def test_each_write_is_one_row_with_our_step_in_it(rows):
-    ours = [row for row in rows if "stethoscope/step" in row]
-    assert [row["stethoscope/step"] for row in ours] == [0, 50, 50, 50]  # the last one is the table
-    assert [row.get("stethoscope/activation/rms/enc.0") for row in ours] == [0.5, 50.5, None, None]
-    assert ours[2]["stethoscope/val/th_accuracy"] == 0.25
+def test_what_belongs_to_a_step_is_in_one_row_with_our_step_in_it(rows):
+    ours = [row for row in rows if "stethoscope/activation/rms/enc.0" in row]
+    assert [row["stethoscope/step"] for row in ours] == [0, 50]
+    assert [row["stethoscope/activation/rms/enc.0"] for row in ours] == [0.5, 50.5]
+    assert [row["stethoscope/val/th_accuracy"] for row in rows if "stethoscope/val/th_accuracy" in row] == [0.25]
     assert math.isnan(ours[0]["stethoscope/activation/rms/<b>слой</b>"])
     assert math.isinf(ours[0]["stethoscope/step/loss"])
+    assert any("layers" in key for row in rows for key in row)
 
 
-def test_the_rows_of_the_user_are_left_alone(rows):
-    mine = [row for row in rows if "mine" in row]
-    assert [row["mine"] for row in mine] == [0, 1, 2, 3]
-    assert not any(key.startswith("stethoscope") for row in mine for key in row)
+def test_no_number_of_the_user_is_lost(rows):
+    assert [row["mine"] for row in rows if "mine" in row] == [0, 1, 2, 3]
+
+
+def per_step(run, sink, step):
+    run.log({"mine": step}, step=step)
+    sink.write(step, series([step], loss=[0.5]), [])
+    sink.write(step, [Record("accuracy", 0.25, step, phase="val", source="log")], [])
+    run.log({"also": step}, step=step)
+
+
+def rarely(run, sink, step):
+    sink.write(step, series([step], loss=[0.5]), [])
+    if step % 5 == 0:
+        run.log({"mine": step}, step=step)
+
+
+def per_epoch(run, sink, step):
+    sink.write(step, series([step], loss=[0.5]), [])
+    if step % 5 == 4:
+        run.log({"mine": step}, step=step // 5)
+
+
+def never(run, sink, step):
+    sink.write(step, series([step], loss=[0.5]), [])
+
+
+@pytest.mark.parametrize(
+    ("log", "commit", "mine", "ours"),
+    [
+        (per_step, True, range(10), range(10)),
+        (rarely, True, (0, 5), range(10)),
+        (never, True, (), range(10)),
+        (per_epoch, False, (4, 9), (9,)),
+    ],
+)
+def test_a_step_that_the_user_gives_to_wandb_is_never_overtaken(log, commit, mine, ours, tmp_path):
+    settings = wandb.Settings(x_disable_stats=True, console="off", silent=True)
+    with wandb.init(mode="offline", dir=tmp_path, settings=settings) as run:
+        sink = WandB(run, commit=commit)
+        sink.open(RUN)
+        for step in range(10):
+            log(run, sink, step)
+        sink.close()
+    found = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in finished(tmp_path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [row["mine"] for row in found if "mine" in row] == list(mine)
+    assert [row["stethoscope/step"] for row in found if "stethoscope/step/loss" in row] == list(ours)
 
 
 def test_histograms_have_at_most_512_bins_and_all_counts(rows):
@@ -167,7 +215,9 @@ class Recorder:
     def __init__(self):
         self.rows = []
 
-    def log(self, row):
+    step = 0
+
+    def log(self, row, commit=None):
         self.rows.append(row)
 
     def define_metric(self, *names, **options): ...

@@ -21,6 +21,8 @@ from stethoscope.audits._plan import PlanReport as PlanReport
 from stethoscope.audits._plan import plan as plan
 from stethoscope.audits._plan import planned_steps as planned_steps
 from stethoscope.audits._precision import precision as precision
+from stethoscope.audits._replay import ReplayReport as ReplayReport
+from stethoscope.audits._replay import replay as replay
 from stethoscope.audits._sparsity import SparsityReport as SparsityReport
 from stethoscope.audits._sparsity import sparsity as sparsity
 from stethoscope.audits._streaming import StreamingReport as StreamingReport

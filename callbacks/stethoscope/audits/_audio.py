@@ -64,7 +64,7 @@ def audio(
         TypeError: neither array nor path.
         ImportError: a path was given and soundfile is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tone = torch.sin(torch.arange(16000) * 0.3).repeat(2, 1) * torch.tensor([[0.5], [3.0]])
         >>> report = audio(tone.clamp(-1, 1)[1], sample_rate=16000)

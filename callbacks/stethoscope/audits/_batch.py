@@ -79,7 +79,7 @@ def batch(data: Any, *, value_range: tuple[float, float] | None = None) -> Batch
     Raises:
         ValueError: no tensor with values, or a range that is upside down.
 
-    Example:
+    Examples:
         >>> report = batch({"image": torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8) % 256.0})
         >>> [finding.code for finding in report.findings]
         ['input-range']

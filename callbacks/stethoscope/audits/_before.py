@@ -62,7 +62,7 @@ def before(
         schedules: what is to happen when.
         planned_steps: optimizer steps of the run; negative or infinite for no end.
 
-    Example:
+    Examples:
         >>> from stethoscope.audits import Schedule, before
         >>> report = before(schedules=[Schedule("sparsify", 2500, 8000, 50)], planned_steps=1200)
         >>> [finding.code for finding in report.findings]

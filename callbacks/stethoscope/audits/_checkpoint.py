@@ -118,7 +118,7 @@ def checkpoint(
         TypeError: `source` is neither a mapping nor a path.
         ValueError: the model has lazy parameters that no batch has given a shape yet.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(2, 2)
         >>> report = checkpoint(model, {f"module.{key}": value for key, value in model.state_dict().items()})

@@ -61,7 +61,7 @@ def describe(model: nn.Module, facts: Mapping[str, JSON] | None = None) -> dict[
         model: any module.
         facts: what else a user of the weights must know, e.g. `{"sample_rate": 8000, "sources": ["speech", "noise"]}`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> describe(nn.Conv1d(1, 4, 3, stride=2), {"sample_rate": 8000})["facts"]
         {'sample_rate': 8000}

@@ -59,7 +59,7 @@ def loading(model: nn.Module, *, partial: Sequence[str] = ()) -> Iterator[Loadin
     Yields:
         An object whose `.report` is set when the block is left without an exception.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(2, 2)
         >>> with loading(model) as watched:

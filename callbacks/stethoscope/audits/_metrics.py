@@ -67,7 +67,7 @@ def metrics(
         schema: what is declared; None compares the two phases with one another. A lock file that it names
             and that does not exist yet is written, unless something was found.
 
-    Example:
+    Examples:
         >>> report = metrics(lambda x: {"loss": x, "th_accuracy": 0.5}, lambda x: {"loss": x}, 1.0, 2.0)
         >>> report.ok, report.findings[0].code, report.findings[0].evidence["metric"]
         (False, 'metric-phase-mismatch', 'th_accuracy')

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from stethoscope._randomness import random_state
 from stethoscope._record import Report
 from stethoscope._tree import plain, unwrap
+from stethoscope.audits._nonfinite_call import Call, autocasts, grad_outputs
 from stethoscope.audits._nonfinite_run import Outcome, Repair, Task, run
 from stethoscope.audits._nonfinite_words import explain
 
@@ -39,7 +42,7 @@ class NonFiniteReport(Report):
         first_inf: the first operation that returned Inf on the way from the origin; None without one.
         first_nan: the first that returned NaN.
         parameter: qualified name of the parameter or buffer to blame; for `backward`, of the one gradient reached.
-        samples: indices in the batch.
+        samples: indices in the batch where it is born; else those that it reaches in the output, if not all.
         gradients: parameters whose gradient is not finite.
     """
 
@@ -53,6 +56,41 @@ class NonFiniteReport(Report):
     parameter: str | None = None
     samples: tuple[int, ...] = ()
     gradients: tuple[str, ...] = ()
+    _task: Task | None = field(default=None, repr=False, compare=False)
+    _call: Call | None = field(default=None, repr=False, compare=False)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write an incident bundle: what was found and all that `stethoscope replay` needs to find it again elsewhere.
+
+        The input, the random states, buffers and weights (at most 256 MiB together; what did not fit is listed), flags, versions.
+        Two files, strict JSON and safetensors, no pickle. The weights are those of now: save before the model changes.
+
+        Args:
+            folder: where to; gets a number behind its name if it exists.
+
+        Returns:
+            The folder written.
+
+        Raises:
+            ValueError: there is nothing to keep: all was finite, or the report is another one's.
+            OSError: the folder cannot be written.
+
+        Examples:
+            >>> report = nonfinite(torch.nn.Linear(2, 2), torch.tensor([[1.0, float("nan")]]))
+            >>> report.save("runs/incident").name
+            'incident'
+        """
+        from stethoscope.audits._incident import Incident, write
+
+        if self._task is None or self._call is None or self.origin is None:
+            raise ValueError("There is no incident to save: this report has found no culprit.")
+        call = self._call
+        left_out: tuple[str, ...] = ()
+        try:
+            call = call._replace(grad_outputs=grad_outputs(self._task, call))
+        except Exception as error:  # the model may well be one that raises
+            left_out = (f"gradients at the output: {type(error).__name__}: {error}",)
+        return write(Incident(self._task.model, self.findings, self, (call,), left_out=left_out), Path(folder))
 
 
 def nonfinite(
@@ -87,7 +125,7 @@ def nonfinite(
         ValueError: `loss` gives more than one number.
         Exception: what the model raises, unless a non-finite value was born before: then the report is about that value.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
         >>> with torch.no_grad():
         ...     _ = model[1].weight[0, 0].fill_(float("nan"))
@@ -98,7 +136,14 @@ def nonfinite(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got an object of {type(model).__name__}.")
     model = unwrap(model)
-    return examine(Task(model, _call(model, forward), args, kwargs, loss))
+    task = Task(model, _call(model, forward), args, kwargs, loss)
+    call = Call(task.call, args, kwargs, torch.is_grad_enabled(), autocasts(), random_state(_devices(model)), {})
+    report = examine(task)
+    return report if report.origin is None else replace(report, _task=task, _call=call)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return sorted({each.device for each in model.parameters() if each.device.type == "cuda"}, key=str)
 
 
 def examine(task: Task) -> NonFiniteReport:
@@ -135,7 +180,7 @@ def _suspects(outcome: Outcome) -> list[Birth]:
         found = [birth for birth in real if birth.reached < float("inf")]
     else:
         # nothing has come out yet, but what stays in the model will
-        found = [births[i] for several in outcome.buffers.values() for i in several]
+        found = [births[i] for several in outcome.state.values() for i in several]
         found = found or [birth for birth in real if birth.kind in ("parameter", "buffer")]
     return sorted(set(found), key=lambda birth: (birth.reached, birth.index))
 
@@ -169,7 +214,7 @@ def _absurd(task: Task, outcome: Outcome, culprit: Birth) -> tuple[str, float] |
 
     Absurd is `|w| > max(1e4 * median |w|, sqrt(largest number of the dtype))`; one or two values have the median 1.
     """
-    if culprit.kind != "operation" or outcome.phase is None:
+    if culprit.kind != "operation" or not outcome.wrong:
         return None
     found: list[tuple[str, float, tuple[Tensor, Tensor]]] = []
     for name, tensor in _owned(task.model):
@@ -181,11 +226,11 @@ def _absurd(task: Task, outcome: Outcome, culprit: Birth) -> tuple[str, float] |
         high = finite & (size > max(1e4 * median, torch.finfo(tensor.dtype).max ** 0.5))
         if bool(high.any()):
             found.append((name, float(tensor.detach()[high][0]), (tensor, _filled(tensor, high))))
-    if not found or run(task, Repair(weights=tuple(each[2] for each in found))).phase is not None:
+    if not found or run(task, Repair(weights=tuple(each[2] for each in found))).wrong:
         return None
     if len(found) > 1:
         for name, value, weight in found:
-            if run(task, Repair(weights=(weight,))).phase is None:
+            if not run(task, Repair(weights=(weight,))).wrong:
                 return name, value
     return found[0][:2]
 
@@ -209,6 +254,8 @@ def _report(task: Task, outcome: Outcome, culprit: Birth, absurd: tuple[str, flo
     if origin == "backward" and len(outcome.gradients) == 1:
         parameter = outcome.gradients[0]
     module = parameter.rpartition(".")[0] if owned else place.module
+    if not culprit.samples and len(outcome.samples) < (outcome.batch or 0):
+        culprit.samples = outcome.samples  # a number without a batch, which spoils some of its items only
     still = outcome.phase is None and outcome.error is None and origin == "parameter"
     severity: Severity = (
         "warning" if still or not (culprit.first_nan or culprit.flags.nan or outcome.phase != "forward") else "error"

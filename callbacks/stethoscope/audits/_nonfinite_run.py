@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,9 +66,10 @@ class Outcome:
         phase: where it went wrong: what the model returned, the loss, a gradient; None if nowhere.
         culprits: births that reached it.
         gradients: parameters whose gradient is not finite.
-        buffers: buffers that the run made non-finite, with their births.
+        state: buffers and parameters that the run made non-finite, with their births.
         error: what the model or the loss raised.
         batch: batch size, where known.
+        samples: indices in the batch that are not finite in what the model returned.
         operations: how many were run.
     """
 
@@ -77,10 +77,16 @@ class Outcome:
     phase: Phase | None = None
     culprits: Births = NONE
     gradients: list[str] = field(default_factory=list[str])
-    buffers: dict[str, Births] = field(default_factory=dict[str, Births])
+    state: dict[str, Births] = field(default_factory=dict[str, Births])
     error: Exception | None = None
     batch: int | None = None
+    samples: tuple[int, ...] = ()
     operations: int = 0
+
+    @property
+    def wrong(self) -> bool:
+        """Whether anything that counts is not finite: what came out, or what stays in the model."""
+        return self.phase is not None or bool(self.state)
 
 
 def run(task: Task, repair: Repair | None = None) -> Outcome:
@@ -105,10 +111,11 @@ class _Run:
     def __init__(self, task: Task, args: Any, kwargs: Any, repair: Repair) -> None:
         self._task = task
         self._stack = _Stack(task.model)
+        self._bad_before: set[str] = set()
         named = [*_named(args), *_named(kwargs)]
         batch = _batch_size(named)
         self._trace = Trace(
-            self._stack.top, self._owner, batch=batch, heal=repair.operations, keep_lines=task.loss is not None
+            self._stack.top, self._owner, batch=batch, heal=repair.operations, keep_lines=torch.is_grad_enabled()
         )
         self._stack.inside = self._enter_or_leave
         self.outcome = Outcome(self._trace.births, batch=batch, operations=0)
@@ -119,7 +126,7 @@ class _Run:
         except Exception as error:  # whatever the model raises, what was seen until then counts
             self.outcome.error = error
         self.outcome.operations = self._trace.operations
-        self._look_at_buffers()
+        self._look_at_state()
 
     def _enter_or_leave(self, inside: bool) -> None:
         if self._task.whole and self._trace.phase != "backward":
@@ -146,14 +153,19 @@ class _Run:
                 if any(found):
                     constant = kind == "buffer" and not found.nan and not _statistic(name)
                     name = plain(name)  # noqa: PLW2901 - without wrappers from here on
+                    self._bad_before.add(name)
                     birth = Birth("mask" if constant else kind, -1, Place(name.rpartition(".")[0]), found, name=name)
                     self._trace.mark(tensor, birth)
 
     def _forward_and_backward(self, args: Any, kwargs: Any, named: list[tuple[str, Tensor]]) -> None:
         task, trace, outcome = self._task, self._trace, self.outcome
         output = task.call(*args, **kwargs)
+        returned = dict(tensors(output, depth=8))
+        with trace.looking_away():
+            reached = [i for each in returned.values() if trace.sources(each) for i in samples(each, outcome.batch)]
+        outcome.samples = tuple(sorted(set(reached)))
         if task.loss is None:
-            self._judge("forward", dict(tensors(output, depth=8)))
+            self._judge("forward", returned)
             return
         trace.phase = "loss"
         loss = scalar(task.loss if isinstance(task.loss, Tensor) else task.loss(output))
@@ -185,23 +197,25 @@ class _Run:
                     self.outcome.culprits |= real or births
         return bad
 
-    def _look_at_buffers(self) -> None:
-        before = {birth.name for birth in self._trace.births if birth.reached == math.inf or birth.kind == "buffer"}
-        for name, tensor in self._task.model.named_buffers():
+    def _look_at_state(self) -> None:
+        """Find what the run has written: NaN, Inf in a statistic, and any other Inf that nobody wrote on purpose."""
+        model = self._task.model
+        for name, tensor in (*model.named_buffers(), *model.named_parameters()):
             found = flags(tensor)
-            if plain(name) not in before and (found.nan or (found.inf and _statistic(name))):
-                births = self._trace.sources(tensor)
-                self.outcome.buffers[plain(name)] = births
+            if not any(found) or plain(name) in self._bad_before:
+                continue
+            births = self._trace.sources(tensor)
+            if found.nan or _statistic(name) or any(self._trace.births[i].kind != "mask" for i in births):
+                self.outcome.state[plain(name)] = births
 
     def _owner(self, tensor: Tensor) -> str:
         """Name a tensor that is a plain attribute of a module."""
         place = storage(tensor)
         for name, module in self._task.model.named_modules():
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor) and place is not None:
-                    own = storage(value)
-                    if own is not None and own._cdata == place._cdata:  # noqa: SLF001 - the address names a storage
-                        return f"{plain(name)}.{key}".lstrip(".")
+            for key, value in _plain_attributes(module):
+                own = storage(value)
+                if place is not None and own is not None and own._cdata == place._cdata:  # noqa: SLF001 - the address names a storage
+                    return f"{plain(name)}.{key}".lstrip(".")
         return ""
 
 
@@ -310,11 +324,19 @@ def _eager(model: nn.Module) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a module keeps without registering them: a moving average, a recurrent state in a tuple."""
+    for key, value in vars(module).items():
+        if key not in ("_parameters", "_buffers", "_modules"):
+            for path, each in tensors(value, depth=3):
+                yield key + (f"[{path.replace('.', '][')}]" if path else ""), each
+
+
 @contextmanager
 def _attributes(model: nn.Module) -> Iterator[None]:
     """Put plain attributes of modules back: counters, averages kept as tensors."""
     held = [(module, dict(vars(module))) for module in model.modules()]
-    kept = [(each, each.detach().clone()) for _, own in held for each in own.values() if isinstance(each, Tensor)]
+    kept = [(each, each.detach().clone()) for module, _ in held for _, each in _plain_attributes(module)]
     try:
         yield
     finally:

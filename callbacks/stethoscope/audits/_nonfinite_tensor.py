@@ -38,11 +38,17 @@ def values(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.values()
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    """Return `values` in a dtype that has the operations that are needed here: float8 has hardly any."""
+    dense = values(tensor)
+    return dense.float() if dense.is_floating_point() and dense.element_size() == 1 else dense
+
+
 def flags(tensor: Tensor) -> Flags:
     """Look at every value; integers and tensors without data are finite."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
         return FINITE
-    dense = values(tensor)
+    dense = _readable(tensor)
     if dense.is_complex():
         dense = torch.view_as_real(dense.resolve_conj())
     # a finite sum proves that all is finite, at a tenth of the price of isfinite; an overflowing one proves nothing
@@ -75,6 +81,11 @@ def inside(value: object) -> Iterator[Tensor]:
             yield from inside(each)
 
 
+def heal(tensor: Tensor) -> None:
+    """Write finite numbers in place of those that are not."""
+    tensor.copy_(torch.nan_to_num(_readable(tensor), nan=1.0, posinf=1.0, neginf=-1.0).to(tensor.dtype))
+
+
 def samples(tensor: Tensor, batch: int | None) -> tuple[int, ...]:
     """Return the indices in the batch that hold something not finite.
 
@@ -86,7 +97,7 @@ def samples(tensor: Tensor, batch: int | None) -> tuple[int, ...]:
     if tensor.is_nested:
         parts = tensor.detach().unbind()
         return tuple(i for i, part in enumerate(parts) if any(flags(part))) if len(parts) == batch else ()
-    bad = ~torch.isfinite(values(tensor))
+    bad = ~torch.isfinite(_readable(tensor))
     if batch in bad.shape:
         bad = bad.movedim(tuple(bad.shape).index(batch), 0)
     elif bad.shape[0] % batch == 0 and bad.shape[0]:
@@ -98,7 +109,7 @@ def samples(tensor: Tensor, batch: int | None) -> tuple[int, ...]:
 
 def absmax(tensors: Iterator[Tensor]) -> float | None:
     """Return the largest finite magnitude, None without one."""
-    found = [values(each).abs() for each in tensors if each.is_floating_point() or each.is_complex()]
+    found = [_readable(each).abs() for each in tensors if each.is_floating_point() or each.is_complex()]
     tops = [float(each[torch.isfinite(each)].max()) for each in found if bool(torch.isfinite(each).any())]
     return max(tops, default=None)
 
@@ -132,7 +143,7 @@ def _double(value: Any) -> Any:
 def headroom_bits(top: float, dtype: torch.dtype) -> float:
     """Return log2 of the dtype's largest number over `top`, in bits; negative means that it does not fit.
 
-    Example:
+    Examples:
         >>> headroom_bits(65504 * 4, torch.float16)
         -2.0
     """

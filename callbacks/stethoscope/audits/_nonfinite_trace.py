@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stethoscope.audits._nonfinite_tensor import Flags, absmax, flags, inside, needed, samples, storage
+from stethoscope.audits._nonfinite_tensor import Flags, absmax, flags, heal, inside, needed, samples, storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -112,7 +112,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._away = False
         self._module, self._owner, self._batch = module, owner, batch
         self._heal, self._keep_lines = frozenset(heal), keep_lines
-        self._first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
+        self._next_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
         # weak references keep a storage's address from being used again, not its memory
         self._bad: dict[int, tuple[StorageWeakRef, Births]] = {}
         self._raw: dict[int, tuple[StorageWeakRef, Place]] = {}
@@ -157,7 +157,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         index = self.operations = self.operations + 1
         name = str(func.overloadpacket)
-        if self._keep_lines and torch.is_grad_enabled():
+        if self._keep_lines:
             self._keep_line(name)
         if func.is_view:
             return func(*args, **kwargs)
@@ -176,7 +176,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 arguments = _swap(args, before), _swap(kwargs, before)
                 births = self._bad_result(func, name, index, each, found, births, arguments)
                 if index in self._heal:
-                    torch.nan_to_num_(each, nan=1.0, posinf=1.0, neginf=-1.0)
+                    heal(each)
         return result
 
     def _bad_result(
@@ -186,16 +186,21 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not births:
             births = self._unseen(name, inside(arguments))
         masked = births and all(self.births[i].kind == "mask" for i in births)
+        written = found.inf and _infinite_constant(arguments)
         place: Place | None = None
         if not births or (masked and found.nan):
             place = self._place(name)
             birth = Birth("operation", index, place, found, self.phase, samples=samples(tensor, self._batch))
-            if not found.nan and _infinite_constant(arguments):
+            # nobody writes both signs: that is a number of the model times Inf
+            if written and not found.nan and not (found.positive and found.negative):
                 birth.kind = "mask"
             else:
                 birth.details = self._details(func, tensor, found, arguments, masked=bool(masked))
             self.births.append(birth)
             births = frozenset([len(self.births) - 1])
+        elif written and not masked:
+            self.births.append(Birth("mask", index, self._place(name), found, self.phase))
+            births |= {len(self.births) - 1}
         self._remember(tensor, births)
         from_mask = any(self.births[i].kind == "mask" for i in births)
         for i in births:
@@ -251,20 +256,27 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._raw[place._cdata] = _weakly(place), self._place(name)  # noqa: SLF001
 
     def _keep_line(self, name: str) -> None:
-        # autograd makes the node right before the operation, so the first operation after it is the node's own
-        node = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
-        if node >= self._first_node and node not in self._nodes:
-            self._nodes[node] = (*self._module(), name, _position(_frame()), self.phase == "loss")
+        # autograd makes nodes right before the operation, so those that are new at an operation are its own: one, or under
+        # torch.func one for each level; a custom Function's first operation runs without gradients
+        made = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]  # noqa: SLF001 - as torch.fx does
+        if made > self._next_node:
+            kept = (*self._running(), name, _position(_frame()), self.phase == "loss")
+            self._nodes.update(dict.fromkeys(range(self._next_node, made), kept))
+            self._next_node = made
+
+    def _running(self) -> tuple[str, int]:
+        """Return the innermost module; where a backward pass runs the user's code, the one that its node was made in."""
+        inner = self._module()
+        kept = None if inner[0] else self._nodes.get(_node_number())
+        return kept[:2] if kept is not None else inner
 
     def _place(self, name: str) -> Place:
         frame = _frame()
-        if self.phase == "backward" and not _is_users(frame):
+        node = torch._C._current_autograd_node()  # noqa: SLF001 - as detect_anomaly
+        if node is not None and not _is_users(frame):
             kept = self._nodes.get(_node_number())
-            if kept is not None:
-                return Place(*kept[:3], _line(kept[3]))
-            node = torch._C._current_autograd_node()  # noqa: SLF001 - as detect_anomaly
-            return Place(operation=_of_node(node.name()) if node is not None else name)
-        return Place(*self._module(), name, _line(_position(frame)))
+            return Place(*kept[:3], _line(kept[3])) if kept is not None else Place(operation=_of_node(node.name()))
+        return Place(*self._running(), name, _line(_position(frame)))
 
 
 def _weakly(place: torch.UntypedStorage) -> StorageWeakRef:
@@ -278,11 +290,11 @@ def _node_number() -> int:
 
 
 def _frame() -> FrameType | None:
-    """Return the innermost frame of the user's code, else of torch.nn, within this run."""
+    """Return the innermost frame of the user's code, else of torch.nn, within this run and this backward pass."""
     frame, torch_nn = sys._getframe(1), None  # noqa: SLF001 - the only way to see the caller without formatting a traceback
     while frame is not None:
         name = frame.f_code.co_filename
-        if name == _RUNNER:
+        if name == _RUNNER or frame.f_code.co_name == "_engine_run_backward":
             break
         if not name.startswith((_TORCH, _HERE)):
             return frame

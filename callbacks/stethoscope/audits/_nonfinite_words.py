@@ -24,7 +24,8 @@ def explain(
     """Return the finding for the culprit of a run."""
     evidence = _evidence(origin, birth, outcome)
     what = "NaN" if birth.flags.nan else "Inf"
-    end = _ENDS[outcome.phase] if outcome.phase else "an exception" if outcome.error else "a buffer"
+    stays = f"the state {next(iter(outcome.state))!r} of the model" if outcome.state else "nothing yet"
+    end = _ENDS[outcome.phase] if outcome.phase else "an exception" if outcome.error else stays
     where = "" if not birth.samples else f" Samples of the batch: {_few(birth.samples)}."
     turns = ""
     if birth.first_nan and birth.first_inf and birth.first_inf.module != birth.first_nan.module:
@@ -64,7 +65,8 @@ def explain(
             "sqrt, norm, std and division have infinite slopes at zero, and where() does not hide them, since 0 * Inf is "
             "NaN: make the input safe before the operation, e.g. sqrt(x.clamp(min=1e-8))."
         )
-        return Finding("nonfinite-gradient", severity, message, advice, module=module, evidence=evidence)
+        owner = module or evidence["parameter"].rpartition(".")[0]  # a hook on a parameter runs in no module
+        return Finding("nonfinite-gradient", severity, message, advice, module=owner, evidence=evidence)
     if origin == "loss":
         message = f"{born}, in the loss function.{why}{where}"
         return Finding("nonfinite-loss", severity, message, advice, module=module, evidence=evidence)
@@ -123,7 +125,8 @@ def _evidence(origin: str, birth: Birth, outcome: Outcome) -> dict[str, Any]:
         "origin": origin,
         "operation": birth.place.operation,
         "source": birth.place.source,
-        "parameter": birth.name,
+        "parameter": birth.name
+        or (outcome.gradients[0] if origin == "backward" and len(outcome.gradients) == 1 else ""),
         "samples": list(birth.samples),
         "first_inf": birth.first_inf.module if birth.first_inf else None,
         "first_nan": birth.first_nan.module if birth.first_nan else None,

@@ -47,7 +47,7 @@ def plan(schedule: Schedule, planned_steps: float, *, restarted_at: int = 0) -> 
     Raises:
         ValueError: planned_steps is negative or no number, or restarted_at is not within it.
 
-    Example:
+    Examples:
         >>> from stethoscope.audits import Schedule, plan
         >>> report = plan(Schedule("sparsify", 2500, 8000, 50), 1200)
         >>> report.verdict, report.ends_dense, report.largest_stop
@@ -122,7 +122,7 @@ def planned_steps(
     Raises:
         ValueError: neither batches nor items with batch_size, or a count below one.
 
-    Example:
+    Examples:
         >>> planned_steps(epochs=3, items=1000, batch_size=128, drop_last=True)
         21
     """

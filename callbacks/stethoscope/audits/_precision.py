@@ -5,23 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from stethoscope._record import Finding, Report
 from stethoscope._tree import plain, tensors, unwrap
-from stethoscope.audits._nonfinite_run import Task, run
 from stethoscope.audits._nonfinite_tensor import absmax, headroom_bits, values
+from stethoscope.audits._precision_norms import flat_share, nearly_constant
+from stethoscope.audits._precision_sweep import finite_range, sweep
 from stethoscope.audits._untouched import untouched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-LEVELS = tuple(10.0**power for power in range(-6, 4))
-"""Root mean squares that the input is scaled to."""
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)  # noqa: SLF001 - all of nn.Dropout
+"""Modules that draw random numbers in train mode, which differ from dtype to dtype."""
 
 
 class ModuleError(NamedTuple):
@@ -56,37 +57,47 @@ class PrecisionReport(Report):
         tolerance: square root of the tested dtype's epsilon: half of its digits.
         modules: every call, in the order in which calls end.
         finite_rms: lowest and highest of the tried root mean squares of the input, around that of the input, that give a
-            finite output; None if the first argument is no float tensor.
+            finite output; None without a float tensor among the arguments.
+        sweep: whether the output is finite for `silence`, `ones` and each root mean square from `1e-06` to `1000`.
     """
 
     module: str | None = None
     tolerance: float = 0.0
     modules: tuple[ModuleError, ...] = ()
     finite_rms: tuple[float, float] | None = None
+    sweep: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
 
 def precision(
-    model: nn.Module, *args: Any, reference: str | torch.dtype | nn.Module = "float64", **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    reference: str | torch.dtype | torch.device | nn.Module = "float64",
+    mode: Literal["eval", "train"] = "eval",
+    **kwargs: Any,
 ) -> PrecisionReport:
     """Compare the model as it is, in its dtype and under the autocast around this call, with a more exact run.
 
-    Both run in eval mode with the same random state, as dropout draws differently in each dtype. An error is relative: the 2-norm
-    of the difference over the norm of the reference. An overflow to come shows as few bits of headroom before there is any Inf.
+    Both run with the same random state and without dropout, which draws differently in each dtype. An error is relative: the
+    2-norm of the difference over the norm of the reference. Trouble to come shows before there is any Inf: as few bits of headroom,
+    and as a normalisation whose input varies less than its eps.
 
-    The model is put back as it was. Cost: one pass of each side, a copy of the model, of its activations and in float64, and ten
-    passes for the levels. Waits for the device.
+    The model is put back as it was. Cost: one pass of each side, a copy of the model, of its activations and in float64, and
+    twelve passes for the levels. Waits for the device.
 
     Args:
         model: any module that can be copied, unless `reference` is a model.
         *args: positional arguments of the forward pass.
-        reference: a dtype or its name; or a model with modules of the same names, run as it is.
+        reference: a dtype or its name; a device or its name, such as `"cpu"` for a model on an accelerator, where a copy runs in the
+            model's own dtype; or a model with modules of the same names, run as it is.
+        mode: `"train"` takes BatchNorm's statistics from the batch, as in training; dropout modules stay off, dropout by function
+            does not and shows as an error.
         **kwargs: keyword arguments of the forward pass.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: an unknown dtype, or a model that cannot be copied.
+        ValueError: an unknown dtype or mode, a device that this machine lacks or that the model is on, a model that cannot be copied.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
         ...     report = precision(model, torch.randn(3, 4))
@@ -96,40 +107,66 @@ def precision(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got an object of {type(model).__name__}.")
     model = unwrap(model)
-    other, dtype = _reference(model, reference)
-    exact = _Calls()
-    _pass(other, _cast(args, dtype), _cast(kwargs, dtype), exact.keep, exact=True)
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode must be 'eval' or 'train', got {mode!r}.")
+    other, dtype, device = _reference(model, reference)
+    exact = _Calls({plain(name): module for name, module in other.named_modules()})
+    _pass(other, _cast(args, dtype, device), _cast(kwargs, dtype, device), exact.keep, mode=mode, exact=True)
     errors = _Errors(exact)
-    _pass(model, _cast(args, None), _cast(kwargs, None), errors.compare, exact=False)
+    _pass(model, _cast(args), _cast(kwargs), errors.compare, mode=mode, exact=False)
     tolerance = errors.epsilon**0.5
     lost = next((i for i, step in enumerate(errors.steps) if step[1] > tolerance), None)
     module = None
     if lost is not None:
         module = max(errors.steps[: lost + 1], key=lambda step: step[2])[0]
-    findings = [*_loss(module, tolerance, errors), *_little_headroom(errors.modules)]
+    findings = [*_loss(module, tolerance, errors), *_little_headroom(errors.modules), *exact.nearly_constant()]
+    swept = sweep(model, args, kwargs)
     table = [
         f"{m.error:8.1e}  {m.headroom_bits:6.1f} bits  {m.underflow:5.1%}  {m.module or '(root)'}"
         for m in errors.modules
     ]
     return PrecisionReport(
         title=f"precision of {type(model).__name__}",
-        summary="\n".join([" error    headroom   underflow  module", *table[:200]]),
+        summary="\n".join([" error    headroom   underflow  module", *table[:200], *_told(swept)]),
         findings=tuple(findings),
         module=module,
         tolerance=tolerance,
         modules=tuple(errors.modules),
-        finite_rms=_levels(model, args, kwargs),
+        finite_rms=finite_range(swept, _rms(args, kwargs)),
+        sweep=swept,
     )
+
+
+def _rms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    floats = [each for _, each in tensors((args, kwargs), depth=8) if each.is_floating_point() and each.numel()]
+    return float(floats[0].detach().double().square().mean().sqrt()) if floats else 0.0
+
+
+def _told(swept: Mapping[str, bool]) -> list[str]:
+    bad = [name if name in ("silence", "ones") else f"rms {name}" for name, finite in swept.items() if not finite]
+    if not swept:
+        return []
+    return [f"Not finite for input of {', '.join(bad)}." if bad else "Finite for silence, ones and all levels tried."]
 
 
 class _Calls:
     """What the reference took and returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.kept: dict[tuple[str, int, bool], list[Tensor]] = {}
+        self._modules = modules
+        self._flat: dict[str, float] = {}
 
     def keep(self, name: str, parent: str, call: int, value: Any, *, entering: bool) -> None:
-        self.kept[name, call, entering] = _floats(value)
+        found = self.kept[name, call, entering] = _floats(value)
+        if entering and found:
+            share = flat_share(self._modules[name], found[0])
+            if share is not None:
+                self._flat[name] = max(share, self._flat.get(name, 0.0))
+
+    def nearly_constant(self) -> list[Finding]:
+        eps = {name: float(getattr(self._modules[name], "eps", 0.0)) for name in self._flat}
+        return nearly_constant(self._flat, eps)
 
 
 class _Errors:
@@ -164,8 +201,8 @@ class _Errors:
         )
 
 
-def _pass(model: nn.Module, args: Any, kwargs: Any, see: Callable[..., None], *, exact: bool) -> None:
-    """Run once in eval mode, and show what every module takes and returns."""
+def _pass(model: nn.Module, args: Any, kwargs: Any, see: Callable[..., None], *, mode: str, exact: bool) -> None:
+    """Run once, without dropout, and show what every module takes and returns."""
     running: list[tuple[str, int]] = []
     calls: dict[str, int] = {}
 
@@ -186,7 +223,10 @@ def _pass(model: nn.Module, args: Any, kwargs: Any, see: Callable[..., None], *,
 
     with ExitStack() as stack:
         stack.enter_context(untouched(model.forward))
-        model.eval()
+        model.train(mode == "train")
+        for module in model.modules():
+            if isinstance(module, _RANDOM):
+                module.eval()
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(enter(plain(name)), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave(plain(name))).remove)
@@ -196,29 +236,52 @@ def _pass(model: nn.Module, args: Any, kwargs: Any, see: Callable[..., None], *,
         model(*args, **kwargs)
 
 
-def _reference(model: nn.Module, reference: str | torch.dtype | nn.Module) -> tuple[nn.Module, torch.dtype | None]:
+def _reference(
+    model: nn.Module, reference: str | torch.dtype | torch.device | nn.Module
+) -> tuple[nn.Module, torch.dtype | None, torch.device | None]:
     if isinstance(reference, nn.Module):
-        return unwrap(reference), None
+        return unwrap(reference), None, None
     dtype = getattr(torch, reference, None) if isinstance(reference, str) else reference
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    device = _device(model, reference)
+    if device is None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(
-            f"reference must be a floating dtype, its name such as 'float64', or a module; got {reference!r}."
+            f"reference must be a floating dtype, its name such as 'float64', a device such as 'cpu', or a module; got {reference!r}."
         )
+    dtype = dtype if isinstance(dtype, torch.dtype) else None
     try:
-        return copy.deepcopy(model).to(dtype), dtype
+        return copy.deepcopy(model).to(device=device, dtype=dtype), dtype, device
     except RuntimeError as error:
         raise ValueError(
             f"{type(model).__name__} cannot be copied ({error}); give a model as the reference, e.g. a second one in float64."
         ) from error
 
 
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+def _device(model: nn.Module, reference: Any) -> torch.device | None:
+    """Return the device that is meant, if one is."""
+    try:
+        device = torch.device(reference)
+    except (RuntimeError, TypeError):
+        return None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = {"cpu", *([accelerator.type] if accelerator else [])}
+    if device.type not in here:
+        raise ValueError(
+            f"reference={reference!r}: this machine has no {device.type} device, only {sorted(here)}. Run the audit where there is "
+            "one, or compare with a dtype: reference='float64'."
+        )
+    own = next((each.device for each in model.parameters()), torch.device("cpu"))
+    if own.type == device.type:
+        raise ValueError(f"reference={reference!r}: the model is on {own} already, so there is nothing to compare.")
+    return device
+
+
+def _cast(value: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
     if isinstance(value, Tensor):
-        value = value.detach().clone()
+        value = value.detach().clone().to(device=device)
         return value.to(dtype) if dtype and value.is_floating_point() else value
     if type(value) in (tuple, list):
-        return type(value)(_cast(each, dtype) for each in value)
-    return {key: _cast(each, dtype) for key, each in value.items()} if type(value) is dict else value
+        return type(value)(_cast(each, dtype, device) for each in value)
+    return {key: _cast(each, dtype, device) for key, each in value.items()} if type(value) is dict else value
 
 
 def _floats(value: Any) -> list[Tensor]:
@@ -277,22 +340,3 @@ def _little_headroom(modules: Sequence[ModuleError]) -> list[Finding]:
             evidence={"headroom_bits": round(least.headroom_bits, 2), "absmax": least.absmax},
         )
     ]
-
-
-def _levels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float] | None:
-    if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-        return None
-    x = args[0].detach()
-    rms = float(x.double().square().mean().sqrt())
-    if not rms or not math.isfinite(rms):
-        return None
-    finite = [run(Task(model, model, (x * (level / rms), *args[1:]), kwargs)).phase is None for level in LEVELS]
-    start = min(range(len(LEVELS)), key=lambda i: abs(math.log10(LEVELS[i] / rms)))
-    if not finite[start]:
-        return None
-    low = high = start
-    while low and finite[low - 1]:
-        low -= 1
-    while high + 1 < len(LEVELS) and finite[high + 1]:
-        high += 1
-    return LEVELS[low], LEVELS[high]

@@ -90,7 +90,7 @@ def sparsity(
         ValueError: a target outside of [0, 1], a block that is no pair of positive lengths, a model on the meta device,
             a pattern that matches no matrix.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> layer = nn.Linear(8, 3)
         >>> _ = nn.init.zeros_(layer.weight[1:])

@@ -71,7 +71,7 @@ def streaming(
     Raises:
         ValueError: the outputs are no tensors, or differ in more than their length.
 
-    Example:
+    Examples:
         >>> import torch
         >>> def chunks(x):
         ...     return [part.cumsum(-1) for part in x.split(10, dim=-1)]  # forgets the sum so far

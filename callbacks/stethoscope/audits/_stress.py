@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -12,19 +13,22 @@ from torch import Tensor, nn
 
 from stethoscope._record import Finding, Report
 from stethoscope._tree import tensors, unwrap
-from stethoscope.audits._nonfinite import NonFiniteReport, nonfinite
+from stethoscope.audits._nonfinite import NonFiniteReport, examine
 from stethoscope.audits._nonfinite_run import Task, run
 from stethoscope.audits._nonfinite_tensor import samples
+from stethoscope.audits._stress_inputs import Batch, batch_of, boundaries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from stethoscope._record import Severity
 
 Verdict = Literal["finite", "non-finite", "refused"]
 
-HARSH = ("huge", "x 1000")
-"""Inputs that no model owes an answer to: what they break is information."""
+HARSH = "x 1000"
+"""An input that no model owes an answer to: what it breaks is information."""
+EMPTY = " in one item"
+"""Ends the names of masks and lengths that leave nothing of an item, which a loader may never make: a warning, no error."""
 
 
 class Trial(NamedTuple):
@@ -60,28 +64,33 @@ class StressReport(Report):
         return [trial for trial in self.trials if trial.verdict == "non-finite"]
 
 
-def stress(model: nn.Module, x: Tensor) -> StressReport:
+def stress(model: nn.Module, x: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> StressReport:
     """Feed boundary inputs in several precisions and say which of them give a non-finite output or gradient, and where.
 
     Inputs, made from `x`: as given, silence, ones, an impulse, a constant 0.5, clipped, rms 1e-6, 1000 times as large, one
-    item, length 1 and twice the length along each dimension but the batch, one sample NaN. For integers: as given, the
-    smallest and the largest value that `x` holds everywhere, one item, the lengths. Precisions: as is; for a float32 model
-    also bfloat16 and float16, whole (on a copy) and by autocast. What the model refuses by an exception is not held against it.
+    item, length 1 and twice the length along each dimension but the batch, one sample NaN. For integers: as given, the ends of
+    the range (0 and the last row of the `Embedding` that reads it, else the smallest and the largest value that `x` holds), one
+    item, the lengths. Of several tensors the first float one is varied, else the first of two dimensions; others follow in
+    batch and length. A mask among them (bool, or 0 and 1) is set to all True and to all False for one item: one of the two is all
+    padding. Lengths (integers, one per item) are set to 0, to 1 and to the longest.
+
+    Precisions: as is; for a float32 model also bfloat16 and float16, whole (on a copy) and by autocast. What the model refuses by
+    an exception is not held against it.
 
     The model is left as it was, as by `nonfinite`. Uses its training flag as it is.
 
     Cost: two runs of `nonfinite` per input and precision, about a hundred in all; a copy of the model.
 
     Args:
-        model: any module that takes one tensor.
-        x: a typical batch, `(batch, ...)`, of at least one dimension.
+        model: any module.
+        x: a typical batch, `(batch, ...)`, of at least one dimension; a tuple of positional or a dictionary of keyword arguments.
 
     Raises:
-        TypeError: `x` is no tensor.
+        TypeError: there is no tensor in `x`.
         ValueError: `x` is empty or has no dimension.
         Exception: what the model raises for `x` itself, as it is.
 
-    Example:
+    Examples:
         >>> class Normalised(torch.nn.Linear):
         ...     def forward(self, x):
         ...         return super().forward(x / x.std(-1, keepdim=True))
@@ -89,21 +98,16 @@ def stress(model: nn.Module, x: Tensor) -> StressReport:
         >>> sorted({trial.input for trial in report.failures() if trial.precision == "as is"})
         ['constant', 'ones', 'silence']
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got an object of {type(x).__name__}.")
-    if not x.dim() or not x.numel():
-        raise ValueError(f"x must be a batch, (batch, ...), and not empty; got shape {tuple(x.shape)}.")
+    batch = batch_of(x)
     model = unwrap(model)
     trials: list[Trial] = []
-    for precision, ready, dtype, context in _precisions(model, x):
-        for name, each in _inputs(x):
-            trial = _try(
-                ready, each.to(dtype) if dtype and each.is_floating_point() else each, name, precision, context
-            )
+    for precision, ready, dtype, context in _precisions(model, batch.x):
+        for name, each in boundaries(model, batch):
+            trial = _try(ready, each.each(partial(_to, dtype=dtype)), name, precision, context)
             if not trials and trial.verdict == "refused":
-                model(x)  # raises what it has just raised
+                batch.call(model)  # raises what it has just raised
             trials.append(trial)
-    findings = [*_findings(trials), *_spread(model, x)]
+    findings = [*_findings(trials), *_spread(model, batch)]
     finite = sum(trial.verdict == "finite" for trial in trials)
     refused = [trial for trial in trials if trial.verdict == "refused"]
     summary = f"{finite} of {len(trials)} trials are finite, {len(refused)} were refused by the model."
@@ -112,27 +116,8 @@ def stress(model: nn.Module, x: Tensor) -> StressReport:
     )
 
 
-def _inputs(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    x = x.detach()
-    yield "as given", x
-    if x.is_floating_point():
-        middle = torch.zeros_like(x)
-        middle.view(x.shape[0], -1)[:, x[0].numel() // 2] = 1
-        rms = x.double().square().mean().sqrt().clamp(min=1e-30).to(x.dtype)
-        yield "silence", torch.zeros_like(x)
-        yield "ones", torch.ones_like(x)
-        yield "impulse", middle
-        yield "constant", torch.full_like(x, 0.5)
-        yield "clipped", (10 * x / rms).clamp(-1, 1)
-        yield "rms 1e-6", x / rms * 1e-6
-        yield "x 1000", x * 1000
-    elif not x.is_complex() and x.dtype is not torch.bool:
-        yield "smallest", torch.full_like(x, int(x.min()))
-        yield "largest", torch.full_like(x, int(x.max()))
-    yield "one item", x[:1]
-    for dim in range(1, x.dim()):
-        yield f"length 1 in dimension {dim}", x.narrow(dim, 0, 1)
-        yield f"twice the length in dimension {dim}", torch.cat([x, x], dim)
+def _to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
 def _precisions(
@@ -151,13 +136,13 @@ def _precisions(
         yield name, whole, dtype, nullcontext()
 
 
-def _try(model: nn.Module, x: Tensor, name: str, precision: str, context: AbstractContextManager[Any]) -> Trial:
+def _try(model: nn.Module, batch: Batch, name: str, precision: str, context: AbstractContextManager[Any]) -> Trial:
     report: NonFiniteReport | None = None
     try:
         # first the output, where a mask of -Inf is healthy, then the gradients of what is finite in it
         for loss in (None, _mean):
             with context:
-                report = nonfinite(model, x, loss=loss)
+                report = examine(Task(model, model, batch.args, batch.kwargs, loss))
             raised = report.findings[0].evidence["exception"] if report.findings else ""
             if raised:
                 return Trial(name, precision, "refused", error=raised)
@@ -183,12 +168,10 @@ def _findings(trials: list[Trial]) -> list[Finding]:
             culprits.setdefault((report.origin, report.module, report.operation, report.parameter), []).append(trial)
     found: list[Finding] = []
     for (origin, module, operation, parameter), failed in culprits.items():
-        usual = [trial for trial in failed if trial.input not in HARSH]
-        severity: Severity = "info" if not usual else "warning"
-        if (
-            any(trial.input == "as given" for trial in usual)
-            or len({t.input for t in usual if t.precision == "as is"}) > 0
-        ):
+        usual = [trial for trial in failed if trial.input != HARSH]
+        sure = [trial for trial in usual if not trial.input.endswith(EMPTY)]
+        severity: Severity = "warning" if usual else "info"
+        if any(trial.input == "as given" or trial.precision == "as is" for trial in sure):
             severity = "error"
         by_precision = "; ".join(
             f"{precision}: {', '.join(trial.input for trial in failed if trial.precision == precision)}"
@@ -215,22 +198,24 @@ def _findings(trials: list[Trial]) -> list[Finding]:
     return found
 
 
-def _spread(model: nn.Module, x: Tensor) -> list[Finding]:
+def _spread(model: nn.Module, batch: Batch) -> list[Finding]:
     """Say whether a NaN in one sample reaches the others."""
+    x = batch.x
     if not x.is_floating_point() or x.shape[0] < 2:
         return []
-    sick = x.detach().clone()
-    sick[0].view(-1)[0] = float("nan") if sick[0].dim() else 0
+    sick = x.clone()
+    sick[0].view(-1)[0] = float("nan")
     reached: set[int] = set()
 
-    def watched(batch: Tensor) -> Any:
-        output = model(batch)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = model(*args, **kwargs)
         for _, each in tensors(output, depth=8):
             if each.dim() and each.shape[0] == x.shape[0] and (each.is_floating_point() or each.is_complex()):
                 reached.update(samples(each, x.shape[0]))
         return output
 
-    run(Task(model, watched, (sick,), {}))
+    bad = batch.put(batch.signal, sick)
+    run(Task(model, watched, bad.args, bad.kwargs))
     if not reached - {0}:
         return []
     return [

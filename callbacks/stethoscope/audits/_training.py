@@ -64,7 +64,7 @@ def training(
         TypeError: `optimizer` holds something that is no `torch.optim.Optimizer`.
         ValueError: an unknown `loss_sign`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
         >>> training(torch.optim.SGD(other.parameters(), lr=0.1), model).findings[0].code

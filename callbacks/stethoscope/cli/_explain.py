@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-_PACKAGE = Path(__file__).parents[1]
-
-
-def pages() -> dict[str, Path]:
-    """Find the pages by their codes: inside of an installed package, or beside it in a checkout."""
-    for folder in (_PACKAGE / "_findings", _PACKAGE.parents[1] / "docs" / "findings"):
-        if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.md"))}
-    return {}
+from stethoscope._pages import pages
 
 
 def explain(
-    code: Annotated[str | None, typer.Argument(help="Code of a finding, e.g. nonfinite-activation.")] = None,
+    code: Annotated[
+        str | None,
+        typer.Argument(help="Code of a finding, e.g. nonfinite-activation.", autocompletion=lambda: sorted(pages())),
+    ] = None,
 ) -> None:
     """Print the page of a finding: symptom, meaning, how it is decided, what to try. Without CODE: all codes."""
     from rich.console import Console

@@ -34,6 +34,24 @@ def load(factory: str, arguments: str = "{}") -> Any:
     """
     from torch import nn
 
+    found = find(factory)
+    if not isinstance(found, nn.Module):
+        try:
+            given = json.loads(arguments)
+        except ValueError as error:
+            raise ValueError(f"--arguments {arguments!r} is no JSON: {error}.") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"--arguments {arguments!r} is no JSON object such as '{{\"n_src\": 2}}'.")  # noqa: TRY004  # the user's text
+        found = found(**given)
+    return found
+
+
+def find(factory: str) -> Any:
+    """Import what `package.module:name` says.
+
+    Raises:
+        ValueError: not of that form, not importable, no such name.
+    """
     path, separator, name = factory.partition(":")
     if not (separator and path and name):
         raise ValueError(f"{factory!r} is not of the form package.module:name.")
@@ -48,12 +66,4 @@ def load(factory: str, arguments: str = "{}") -> Any:
         if not hasattr(found, part):
             raise ValueError(f"{path!r} has no {name!r}.")
         found = getattr(found, part)
-    if not isinstance(found, nn.Module):
-        try:
-            given = json.loads(arguments)
-        except ValueError as error:
-            raise ValueError(f"--arguments {arguments!r} is no JSON: {error}.") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"--arguments {arguments!r} is no JSON object such as '{{\"n_src\": 2}}'.")  # noqa: TRY004  # the user's text
-        found = found(**given)
     return found

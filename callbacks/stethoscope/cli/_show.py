@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,6 +30,12 @@ def show(audit: Callable[[], Report], *, as_json: bool) -> NoReturn:
 
         Console(soft_wrap=True).print(report)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print, also where the terminal cannot show all letters."""
+    code = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    typer.echo(text.encode(code, "replace").decode(code), err=err)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import math
 import re
@@ -13,12 +12,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stethoscope import presets
 from stethoscope._monitor import Monitor
 from stethoscope._protocols import Probe, Sink, Watch  # noqa: TC001  # LightningCLI reads the annotations
 from stethoscope.integrations import _monitored
+from stethoscope.integrations._options import monitor_options
 from stethoscope.watches import MetricSchema, unknown_monitors
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         every: observe a step when `step % every == 0`.
         guard: see `Monitor`.
         planned_steps: optimizer steps that the run will make; None takes the trainer's estimate.
+        reduce: see `Monitor`.
 
     Attributes:
         monitor: that of the fit, validation or test under way, or of the last one, closed; None before the first.
@@ -65,7 +65,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         TypeError: a part that is none, such as a class in place of an object.
         ValueError: no such preset, or an argument that `Monitor` does not accept.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> callback = MonitorCallback(every=10)
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -81,21 +81,13 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         every: int = 50,
         guard: Literal["raise", "skip"] | None = None,
         planned_steps: int | None = None,
+        reduce: bool | None = None,
     ) -> None:
         super().__init__()
-        chosen: presets.Preset = _preset(preset) if preset is not None else {"probes": (), "watches": ()}
-        self._options: dict[str, Any] = {
-            "probes": [*(each for each in chosen["probes"] if type(each) not in map(type, probes)), *probes],
-            "watches": [*(each for each in chosen["watches"] if each not in watches), *watches],
-            "every": every,
-            "planned_steps": planned_steps,
-        }
-        if guard not in (None, "raise", "skip"):
-            raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")
+        self._options = monitor_options(preset, probes, watches, sinks, every, guard, planned_steps)
+        self._options["reduce"] = reduce
         self._guard = guard
         self._sinks = sinks
-        # thrown away: whoever made a mistake hears of it here, not when the trainer has loaded all data
-        Monitor(nn.Identity(), sinks=() if sinks is None else sinks, **self._options)
         self._key: dict[str, object] = {
             "preset": preset,
             "probes": _stable(probes),
@@ -319,18 +311,6 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         """Keep the state until the monitor needs it. A test of an earlier checkpoint does not turn back time."""
         if self._fitting or not self._state:
             self._state = state_dict
-
-
-def _preset(name: str) -> presets.Preset:
-    known = {
-        each: function
-        for each, function in inspect.getmembers(presets, inspect.isfunction)
-        if function.__module__ == presets.__name__ and not each.startswith("_")
-    }
-    if name not in known:
-        raise ValueError(f"Unknown preset {name!r}. Known: {sorted(known)}; None for no preset.")
-    preset: presets.Preset = known[name]()
-    return preset
 
 
 def _stable(parts: object) -> object:

@@ -49,7 +49,7 @@ class Activations:
     Raises:
         ValueError: an unknown statistic.
 
-    Example:
+    Examples:
         >>> Activations(statistics=("rms",), include="encoder.*", every=10).statistics
         ('rms',)
     """

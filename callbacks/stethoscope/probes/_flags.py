@@ -351,8 +351,8 @@ class _After(Hook):
         if is_compiling() or not attached.armed or get_ident() != attached.thread:
             return
         grad = is_grad_enabled()
-        set_grad_enabled(False)
         try:
+            set_grad_enabled(False)
             site = self.site
             if self.enters:
                 attached.depth -= 1

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
+from stethoscope._shards import PREFIX, parts, prefix
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._select import Pattern, as_patterns, includes, named_parameters, select, settle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch.utils.hooks import RemovableHandle
 
     from stethoscope._protocols import Attachment, Probe
 
 KNOWN = ("norm", "nonfinite")
+
+_Place: TypeAlias = "tuple[torch.device, torch.dtype, str]"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,10 @@ class Gradients:
 
     **Records**, in training only: `gradient/norm` per parameter (2-norm) and of all together (module `""`), and
     `gradient/nonfinite`, the number of NaN and Inf values, for parameters that have any, and of all together. With a
-    `GradScaler` the gradients are scaled; under DDP they are this rank's own, before averaging.
+    `GradScaler` the gradients are scaled; under DDP they are this rank's own, before averaging. Of a parameter that is
+    split over ranks (FSDP2, after averaging) each rank measures its own part as `gradient/shard_norm` and
+    `gradient/shard_nonfinite`; in those of all together, what every rank holds counts by its share. The monitor makes
+    the numbers of the whole of them, see `Monitor(reduce=...)`.
 
     **Cost:** a hook on each parameter on observed steps only, with one operation per statistic; nothing in between.
 
@@ -43,7 +49,7 @@ class Gradients:
     Raises:
         ValueError: an unknown statistic.
 
-    Example:
+    Examples:
         >>> Gradients(statistics=("norm",), exclude="*.bias").statistics
         ('norm',)
     """
@@ -66,10 +72,13 @@ class Gradients:
 
 
 class _Group:
-    """The parameters of one device and precision, and their numbers."""
+    """The parameters of one device and precision, whole or split, and their numbers."""
 
-    def __init__(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
-        self.names = names
+    def __init__(self, members: Sequence[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
+        self.names = [name for name, _ in members]
+        self.parts = [parts(parameter) for _, parameter in members]
+        self.shares: Tensor | None = None  # what each counts among all together, see GradientHooks._total
+        names = self.names
         with torch.inference_mode(mode=False):
             self.norms = torch.zeros(len(names), dtype=dtype, device=device)
             self.bad = torch.zeros(len(names), dtype=torch.int64, device=device)
@@ -81,14 +90,14 @@ class GradientHooks:
     """The live hooks of one `Gradients`."""
 
     def __init__(self, spec: Gradients, model: nn.Module) -> None:
-        self.spec = spec
+        self.spec, self._model = spec, model
+        self._split = 1  # the most parts in which any parameter of the model lies
         self.failure: Exception | None = None
         self._parameters, self.notes = select(
             named_parameters(model), as_patterns(spec.include), as_patterns(spec.exclude), "Gradients"
         )
         self._handles: list[RemovableHandle] = []
-        self._groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
-        self._hooked: list[int] = []
+        self._groups: dict[_Place, _Group] = {}
 
     def arm(self, on: bool, phase: str) -> None:
         """See `Attachment`. Only the training phase has gradients of interest."""
@@ -97,17 +106,17 @@ class GradientHooks:
         self._release()
         if not on or self.failure is not None:
             return
-        wanted: dict[tuple[torch.device, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+        wanted: dict[_Place, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self._parameters:
             # a lazy module's parameter takes no hook until its first call has given it a shape
             if parameter.requires_grad and not isinstance(parameter, nn.parameter.UninitializedParameter):
-                place = parameter.device, stats.precision(parameter.dtype, parameter.device)
+                place = parameter.device, stats.precision(parameter.dtype, parameter.device), prefix(parameter)
                 wanted.setdefault(place, []).append((name, parameter))
         for place, members in wanted.items():
             group = self._groups.get(place)
-            names = [name for name, _ in members]
-            if group is None or group.names != names:
-                group = self._groups[place] = _Group(names, *place)
+            if group is None or group.names != [name for name, _ in members]:
+                group = self._groups[place] = _Group(members, *place[:2])
+                self._split = max(parts(each) for each in self._model.parameters())
             group.seen.clear()
             for index, (_, parameter) in enumerate(members):
                 self._handles.append(parameter.register_post_accumulate_grad_hook(_Arrived(self, group, index)))  # type: ignore[no-untyped-call]
@@ -130,29 +139,44 @@ class GradientHooks:
         if self.failure is not None:
             raise self.failure
         columns: list[Columns] = []
-        groups = [group for group in self._groups.values() if group.seen]
-        for group in groups:
+        arrived = [(part, group) for (_, _, part), group in self._groups.items() if group.seen]
+        groups = [group for _, group in arrived]
+        for part, group in arrived:
             rows, names = list(group.seen), group.names
             if "norm" in self.spec.statistics:
-                keys = [Key("gradient/norm", names[row]) for row in rows]
+                keys = [Key(f"gradient/{part}norm", names[row]) for row in rows]
                 columns.append(Columns(keys, group.norms.clone(), rows))
             if "nonfinite" in self.spec.statistics:
-                keys = [Key("gradient/nonfinite", names[row]) for row in rows]
+                keys = [Key(f"gradient/{part}nonfinite", names[row]) for row in rows]
                 columns.append(Columns(keys, group.bad.clone(), rows, sparse=True))
         if groups:
-            home = groups[0].norms.device
-            if "norm" in self.spec.statistics:
-                norms = [torch.linalg.vector_norm(group.norms).to(home, non_blocking=True) for group in groups]
-                total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].dtype) for norm in norms]))
-                columns.append(Columns([Key("gradient/norm")], total.view(1), [0]))
-            if "nonfinite" in self.spec.statistics:
-                bad = torch.stack([group.bad.sum().to(home, non_blocking=True) for group in groups]).sum()
-                columns.append(Columns([Key("gradient/nonfinite")], bad.view(1), [0]))
+            columns += self._totals(groups)
         for group in groups:
             group.norms.zero_()
             group.bad.zero_()
             group.seen.clear()
         return Readings(columns)
+
+    def _totals(self, groups: Sequence[_Group]) -> Iterator[Columns]:
+        """All gradients together. Where some are split, what is whole counts by the share of one part."""
+        home = groups[0].norms.device
+        split, part = self._split, PREFIX if self._split > 1 else ""
+        norms, bads = [], []
+        for group in groups:
+            norm, bad = group.norms, group.bad
+            if min(group.parts) < split:
+                if group.shares is None:
+                    group.shares = stats.upload([each / split for each in group.parts], norm.dtype, norm.device)
+                norm, bad = norm * group.shares.sqrt(), bad * group.shares
+            norms.append(torch.linalg.vector_norm(norm).to(home, non_blocking=True))
+            bads.append(bad.sum().to(home, non_blocking=True))
+        if "norm" in self.spec.statistics:
+            total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].dtype) for norm in norms]))
+            yield Columns([Key(f"gradient/{part}norm")], total.view(1), [0])
+        if "nonfinite" in self.spec.statistics:
+            # a share of a count is no whole number
+            bad = torch.stack([bad.to(norms[0].dtype) if part else bad for bad in bads]).sum()
+            yield Columns([Key(f"gradient/{part}nonfinite")], bad.view(1), [0])
 
     def _release(self) -> None:
         for handle in self._handles:

@@ -44,7 +44,7 @@ class Inputs:
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 1)
         >>> attached = Inputs().attach(model)
         >>> attached.arm(True, "train")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
+from stethoscope._shards import local, prefix
 from stethoscope._tree import has_no_forward
 from stethoscope.probes._hook import Hook, takes_hooks
 from stethoscope.probes._select import Pattern, as_patterns, includes, named_parameters, select, settle
@@ -41,6 +42,10 @@ class Parameters:
     step; `parameter/nonfinite`, 1 where the norm was NaN or Inf when the step's first forward pass began, that is before
     this step's gradients could spread it (left out where it was finite).
 
+    Of a parameter that is split over ranks (FSDP2, tensor parallelism) each rank measures its own part:
+    `parameter/shard_norm`, `parameter/shard_unchanged`, and for the update ratio `parameter/shard_update_norm`, the norm
+    of the part's change. The monitor makes the numbers of the whole of them, see `Monitor(reduce=...)`.
+
     **Cost:** on observed steps reads each weight once for the norm and twice for `unchanged`, and keeps the sample.
     Never waits for the device.
 
@@ -54,7 +59,7 @@ class Parameters:
     Raises:
         ValueError: an unknown statistic.
 
-    Example:
+    Examples:
         >>> Parameters(statistics=("norm", "update_ratio"), include="decoder.*").every is None
         True
     """
@@ -93,7 +98,7 @@ class ParameterReader:
             self._hook_all()
         self.failure: Exception | None = None
         self._sorted: list[_Group] = []
-        self._places: list[tuple[type, torch.device, torch.dtype]] = []  # of all parameters, when they were sorted
+        self._places: list[_Place] = []  # of all parameters, when they were sorted
         self._lazy = False
         self._armed = self._training = False
 
@@ -119,11 +124,11 @@ class ParameterReader:
             return []
         asked = range(len(self._parameters)) if thorough or self._lazy else (0, -1)
         if not self._places or any(_place(self._parameters[i][1]) != self._places[i] for i in asked):
-            groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
+            groups: dict[tuple[torch.device, torch.dtype, str], _Group] = {}
             for name, parameter in self._parameters:
                 if _readable(parameter):
-                    place = parameter.device, parameter.dtype
-                    groups.setdefault(place, _Group([], [])).add(name, parameter)
+                    place = parameter.device, parameter.dtype, prefix(parameter)
+                    groups.setdefault(place, _Group([], [], place[2])).add(name, parameter)
             self._places = [_place(each) for _, each in self._parameters]
             self._lazy = any(isinstance(each, nn.parameter.UninitializedParameter) for _, each in self._parameters)
             self._sorted = list(groups.values())
@@ -179,19 +184,22 @@ class ParameterReader:
         return before
 
     def _moved(self, group: _Group) -> Iterator[Columns]:
-        names, values, rows = group.names, group.values(), range(len(group.names))
-        if "norm" in self.spec.statistics:
-            yield Columns([Key("parameter/norm", name) for name in names], _norms(values), rows)
+        names, values, rows, part = group.names, group.values(), range(len(group.names)), group.prefix
+        if "norm" in self.spec.statistics or (part and group.samples is not None):
+            yield Columns([Key(f"parameter/{part}norm", name) for name in names], _norms(values), rows)
         if group.samples is not None:
             after = _samples(values)
             # a model that was moved since the step began has nothing to compare with
             if after.device == group.samples.device:
-                ratios = _update_ratios(group.owners(values), group.samples, after, len(names))
-                yield Columns([Key("parameter/update_ratio", name) for name in names], ratios, rows)
+                if part:
+                    moved, said = _update_norms(group, values, after), f"{part}update_norm"
+                else:
+                    moved, said = _update_ratios(group.owners(values), group.samples, after, len(names)), "update_ratio"
+                yield Columns([Key(f"parameter/{said}", name) for name in names], moved, rows)
         if group.checksums is not None:
             sums = _checksums(values)
             if sums.device == group.checksums.device:
-                keys = [Key("parameter/unchanged", name) for name in names]
+                keys = [Key(f"parameter/{part}unchanged", name) for name in names]
                 yield Columns(keys, sums == group.checksums, rows)
 
     def detach(self) -> None:
@@ -230,13 +238,14 @@ class _Enters(Hook):
 
 
 class _Group:
-    """Parameters of one device and dtype, and their state before the step."""
+    """Parameters of one device and dtype, whole or split, and their state before the step."""
 
-    def __init__(self, names: list[str], members: list[nn.Parameter]) -> None:
-        self.names, self._members = names, members
+    def __init__(self, names: list[str], members: list[nn.Parameter], prefix: str) -> None:
+        self.names, self._members, self.prefix = names, members, prefix
         self.samples: Tensor | None = None
         self.checksums: Tensor | None = None
         self._owners: Tensor | None = None
+        self._shares: Tensor | None = None
         self._exotic = False
         self._alike: list[tuple[bool, list[Key], list[int]]] = []
 
@@ -276,8 +285,19 @@ class _Group:
             self._owners = stats.upload(owners, torch.int64, values[0].device)
         return self._owners
 
+    def shares(self, values: Sequence[Tensor]) -> Tensor:
+        """For each parameter, how many of its values one value of the sample stands for."""
+        if self._shares is None:
+            sizes = [(value.numel(), stats.sample(value, SAMPLE).numel()) for value in values]
+            shares = [numel / max(sampled, 1) for numel, sampled in sizes]
+            self._shares = stats.upload(shares, stats.precision(values[0].dtype, values[0].device), values[0].device)
+        return self._shares
 
-def _place(parameter: nn.Parameter) -> tuple[type, torch.device, torch.dtype]:
+
+_Place: TypeAlias = "tuple[type, torch.device, torch.dtype]"
+
+
+def _place(parameter: nn.Parameter) -> _Place:
     # the class of a lazy parameter changes when it gets its shape
     return type(parameter), parameter.device, parameter.dtype
 
@@ -292,20 +312,25 @@ def _readable(parameter: nn.Parameter) -> bool:
 
 
 def _local(parameter: Tensor) -> Tensor:
-    to_local = getattr(parameter, "to_local", None)
-    value: Tensor = parameter if to_local is None else to_local()
+    value = local(parameter)
     return torch.view_as_real(value) if value.is_complex() else value
 
 
 def _update_ratios(owners: Tensor, before: Tensor, after: Tensor, count: int) -> Tensor:
     """Norm of the change over the larger norm, per parameter, from flat samples."""
+    largest = torch.maximum(_squares(owners, before, count), _squares(owners, after, count)).sqrt()
+    return _squares(owners, after - before, count).sqrt() / largest.clamp(min=torch.finfo(largest.dtype).tiny)
 
-    def norm(sample: Tensor) -> Tensor:
-        zeros = torch.zeros(count, dtype=sample.dtype, device=sample.device)
-        return zeros.index_add_(0, owners, sample.square()).sqrt()
 
-    largest = torch.maximum(norm(before), norm(after))
-    return norm(after - before) / largest.clamp(min=torch.finfo(largest.dtype).tiny)
+def _update_norms(group: _Group, values: Sequence[Tensor], after: Tensor) -> Tensor:
+    """Norm of the change of each part, which adds up over ranks where a ratio does not."""
+    assert group.samples is not None
+    squares = _squares(group.owners(values), after - group.samples, len(values))
+    return (squares * group.shares(values)).sqrt()
+
+
+def _squares(owners: Tensor, sample: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=sample.dtype, device=sample.device).index_add_(0, owners, sample.square())
 
 
 def _norms(values: Sequence[Tensor]) -> Tensor:

@@ -63,7 +63,7 @@ class Separation:
         every: observe when `step % every == 0`; None takes the monitor's.
         max_delay: largest delay between copies that is looked for, samples; 0 turns it off.
 
-    Example:
+    Examples:
         >>> import torch
         >>> probe = Separation(max_delay=0).attach(torch.nn.Identity())
         >>> probe.arm(True, "train")

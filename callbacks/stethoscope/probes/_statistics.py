@@ -227,8 +227,8 @@ class ActivationHooks:
         else:
             slot.repeats = None
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # noqa: SLF001  # what torch.no_grad() calls, without its 2 us
         try:
+            torch._C._set_grad_enabled(False)  # noqa: SLF001  # what torch.no_grad() calls, without its 2 us
             real = stats.measurable(x)
             if real is None:
                 self._refuse(slot, x)

@@ -32,7 +32,7 @@ def trim(histogram: Histogram, most: int | None = None) -> Bins | None:
     Returns:
         None where nothing was counted.
 
-    Example:
+    Examples:
         >>> from stethoscope._record import Histogram
         >>> bins = trim(Histogram((0.0, 1.0, 2.0, 3.0), (0, 5, 0)))
         >>> bins.edges.tolist(), bins.counts.tolist()

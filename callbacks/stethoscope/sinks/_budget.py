@@ -60,7 +60,7 @@ class Budget:
     Raises:
         ValueError: `limit` is below 1.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> layers = [Record("activation/rms", 1.0, 0, module=f"enc.{i}") for i in range(400)]
         >>> len(Budget("Doctest", limit=300).admit(layers))

@@ -24,12 +24,13 @@ _STYLE = {"info": "cyan", "warning": "yellow", "error": "bold red"}
 class Console:
     """Prints each finding when it comes, and at the end the steps, the last loss and the findings by code.
 
-    Names of modules and other text from outside are shown as they are: no markup, no control characters.
+    Names of modules and other text from outside are shown as they are: no markup, no control characters. Ranks other than
+    0 print when they have found something, and are silent otherwise.
 
     Args:
         file: where to print; None is standard output.
 
-    Example:
+    Examples:
         >>> from stethoscope import Finding
         >>> from stethoscope._protocols import Run
         >>> sink = Console()
@@ -42,6 +43,7 @@ class Console:
 
     file: IO[str] | None = None
     _console: RichConsole | None = field(default=None, init=False, repr=False)
+    _rank: int = field(default=0, init=False, repr=False)
     _steps: tuple[int, int] | None = field(default=None, init=False, repr=False)
     _loss: float | None = field(default=None, init=False, repr=False)
     _findings: defaultdict[str, list[Finding]] = field(
@@ -57,6 +59,7 @@ class Console:
         random.setstate(state)
         self._console = RichConsole(file=self.file, highlight=False, markup=False, emoji=False)
         self._steps = self._loss = None
+        self._rank = run.rank
         self._findings.clear()
 
     def write(self, step: int, records: Sequence[Record], findings: Sequence[Finding]) -> None:
@@ -74,7 +77,7 @@ class Console:
     def close(self) -> None:
         """Print the summary."""
         console, self._console = self._console, None
-        if console is not None and (self._steps is not None or self._findings):
+        if console is not None and (self._findings or (self._steps is not None and not self._rank)):
             for line in self._summary():
                 self._print(console, line)
 
@@ -90,7 +93,8 @@ class Console:
         from rich.text import Text
 
         number = sum(len(findings) for findings in self._findings.values())
-        facts = [f"steps {self._steps[0]} to {self._steps[1]}"] if self._steps else []
+        facts = [f"rank {self._rank}"] if self._rank else []
+        facts += [f"steps {self._steps[0]} to {self._steps[1]}"] if self._steps else []
         facts += [f"last loss {self._loss:.4g}"] if self._loss is not None else []
         facts += [f"{number} finding{'s' if number != 1 else ''}"] if number else ["no findings"]
         lines = [Text(f"stethoscope: {', '.join(facts)}", style="bold")]

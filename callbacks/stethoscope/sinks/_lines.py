@@ -48,6 +48,8 @@ def encode_run(run: Run, part: int = 0) -> str:
     """Make the first line of a file; `part` above 0 says that the file goes on where another one ended."""
     facts = asdict(run)
     facts["versions"] = dict(run.versions)
+    if not facts["shards"]:
+        del facts["shards"]
     head: dict[str, Any] = {"run": facts, "format": FORMAT}
     return _ENCODE(head | {"part": part} if part else head)
 
@@ -79,7 +81,7 @@ def encode(step: int, records: Sequence[Record], findings: Sequence[Finding]) ->
     if groups:
         line["records"] = _groups_to_json(step, groups)
     if findings:
-        line["findings"] = [_finding_to_json(finding) for finding in findings]
+        line["findings"] = [encode_finding(finding) for finding in findings]
     return _ENCODE(line)
 
 
@@ -101,7 +103,7 @@ def decode(line: Mapping[str, Any]) -> Delivery:
             where = {"step": group.get("step", step), "module": module, "call": call[0] if call else 0}
             placed.append((place, Record(group["name"], value, **where, **same)))
     placed.sort(key=lambda pair: pair[0])
-    findings = tuple(_finding_from_json(finding) for finding in line.get("findings", ()))
+    findings = tuple(decode_finding(finding) for finding in line.get("findings", ()))
     return Delivery(step, tuple(record for _, record in placed), findings)
 
 
@@ -135,7 +137,8 @@ def _from_number(cell: Any) -> Any:
     return _NON_FINITE[cell] if isinstance(cell, str) else cell
 
 
-def _finding_to_json(finding: Finding) -> dict[str, Any]:
+def encode_finding(finding: Finding) -> dict[str, Any]:
+    """Make JSON of a finding; fields at their defaults are left out."""
     line = {key: getattr(finding, key) for key in ("code", "severity", "message", "advice")}
     for key, default in _FINDING_DEFAULTS.items():
         value = getattr(finding, key)
@@ -144,7 +147,8 @@ def _finding_to_json(finding: Finding) -> dict[str, Any]:
     return line
 
 
-def _finding_from_json(line: Mapping[str, Any]) -> Finding:
+def decode_finding(line: Mapping[str, Any]) -> Finding:
+    """Undo `encode_finding`."""
     facts = {key: line[key] for key in ("code", "severity", "message", "advice")}
     facts |= {key: line[key] for key in _FINDING_DEFAULTS if key in line}
     facts["evidence"] = _evidence_from_json(facts.get("evidence", {}))

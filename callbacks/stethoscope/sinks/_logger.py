@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding, Histogram, Record
@@ -36,7 +37,7 @@ class Logger:
     Raises:
         TypeError: there is no `log_metrics`.
 
-    Example:
+    Examples:
         >>> class Print:
         ...     def log_metrics(self, metrics, step):
         ...         print(step, metrics)
@@ -57,6 +58,12 @@ class Logger:
         if not callable(getattr(self.logger, "log_metrics", None)):
             raise TypeError(f"Logger got a {type(self.logger).__qualname__}, which has no log_metrics(metrics, step).")
         self._budget = Budget("Logger", self.max_series)
+
+    @property
+    def folder(self) -> Path | None:
+        """The logger's `log_dir`, where it has one on this machine: further files of the run belong there."""
+        place = getattr(self.logger, "log_dir", None)
+        return Path(place) if isinstance(place, str) and "://" not in place else None
 
     def open(self, run: Run) -> None:
         """Accept writes."""

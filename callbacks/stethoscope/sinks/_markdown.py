@@ -20,7 +20,7 @@ _PUNCTUATION = re.compile(r"([\\`*_{}\[\]()#+!~])")
 def escape(text: str) -> str:
     r"""Make text that Markdown shows as it is, in one line, also inside a table.
 
-    Example:
+    Examples:
         >>> escape("<b>a|b</b> *c*")
         '&lt;b&gt;a&#124;b&lt;/b&gt; \\*c\\*'
     """

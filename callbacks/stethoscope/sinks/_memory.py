@@ -21,7 +21,7 @@ class Memory:
         records: what was written, in order.
         findings: what was written, in order.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> memory = Memory()
         >>> memory.write(0, [Record("loss", 2.0, step=0, source="step")], [])

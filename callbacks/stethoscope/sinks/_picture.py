@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stethoscope.sinks._frame import frame
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -95,6 +97,15 @@ class Picture:
             f"Colour: logarithm, dark up to {low:.3g}, yellow from {high:.3g}; black 0, grey not measured, magenta NaN or Inf."
         )
         return text, list(self._rows)
+
+    def framed(self, title: str) -> NDArray[np.uint8]:
+        """Return the picture with names, steps and scale around it."""
+        low, high = self._range()
+        middle = 10 ** ((np.log10(low) + np.log10(high)) / 2)
+        marks = [(f"{value:.2g}", _RAMP[place]) for value, place in ((low, 0), (middle, len(_RAMP) // 2), (high, -1))]
+        marks += [("0", np.array(_ZERO)), ("not measured", np.array(_NONE)), ("NaN, Inf", np.array(_NON_FINITE))]
+        scale = [(words, (int(255 * r), int(255 * g), int(255 * b))) for words, (r, g, b) in marks]
+        return frame(self.paint(), list(self._rows), title, self._steps, scale)
 
     def _used(self) -> NDArray[np.float32]:
         return self._cells[: max(1, len(self._rows)), : max(1, -(-self._seen // self._stride))]

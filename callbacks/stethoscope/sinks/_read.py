@@ -7,14 +7,18 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stethoscope.sinks._jsonl import file_of, parts_of
+from stethoscope.sinks._jsonl import file_of, parts_of, ranks_of
 from stethoscope.sinks._lines import FORMAT, Delivery, decode, decode_run
+from stethoscope.sinks._merge import of_one_run, together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from stethoscope._protocols import Run
+
+
+_HEAD = b'{"run":'
 
 
 class _Section(NamedTuple):
@@ -25,7 +29,7 @@ class _Section(NamedTuple):
     """Records of later steps are made again by the resumed run that follows."""
 
 
-def read(path: str | Path, *, rank: int = 0) -> Iterator[Delivery]:
+def read(path: str | Path, *, rank: int | None = 0) -> Iterator[Delivery]:
     """Iterate over a run's deliveries as they were written, without holding more than one of them.
 
     Where the place was used by several runs, the last one is read. Where that run was resumed, steps that it made twice
@@ -34,16 +38,18 @@ def read(path: str | Path, *, rank: int = 0) -> Iterator[Delivery]:
 
     Args:
         path: what was given to `Jsonl`: a run folder or a `.jsonl` file.
-        rank: whose file to read.
+        rank: whose file to read. None reads those of all ranks as one run: what a step or a log call has brought on
+            each of them is one delivery, the records combined as docs/distributed.md says, the findings in order of step
+            and rank, so that the first one tells where it began. What has no operation stays a record per rank.
 
     Returns:
-        An iterator over `Delivery(step, records, findings)`; record for record equal to what was written.
+        An iterator over `Delivery(step, records, findings)`; of one rank, record for record equal to what was written.
 
     Raises:
         FileNotFoundError: nothing was written there.
         ValueError: the file was written by a newer stethoscope.
 
-    Example:
+    Examples:
         >>> from stethoscope._protocols import Run
         >>> from stethoscope.sinks import Jsonl
         >>> from stethoscope.testing import series
@@ -55,6 +61,12 @@ def read(path: str | Path, *, rank: int = 0) -> Iterator[Delivery]:
         >>> next(read(file)).step
         7
     """
+    if rank is None:
+        runs = {each: read_run(path, rank=each) for each in ranks_of(path)}
+        if not runs:
+            _files(path, 0)  # says what is missing
+        chosen = of_one_run(runs)
+        return together({each: read(path, rank=each) for each in chosen}, runs[chosen[0]])
     files = _files(path, rank)
     return _deliveries(files, _sections(files))
 
@@ -76,6 +88,22 @@ def read_run(path: str | Path, *, rank: int = 0) -> Run:
     return sections[-1].run
 
 
+def read_lines(path: str | Path, *, rank: int = 0) -> tuple[Run | None, Iterator[tuple[bytes, float]]]:
+    """Find the run and iterate over the lines that `read` would decode, for those who need to be faster than that.
+
+    Returns:
+        The run, None where no line tells about one; and an iterator over each line and the step up to which its records
+        count: those of later steps were made again by a resumed run. Findings always count. Lines may be torn.
+
+    Raises:
+        FileNotFoundError: nothing was written there.
+        ValueError: the file was written by a newer stethoscope.
+    """
+    files = _files(path, rank)
+    sections = _sections(files)
+    return sections[-1].run if sections else None, _current(files, sections)
+
+
 def _files(path: str | Path, rank: int) -> list[Path]:
     first = file_of(path, rank)
     if not first.is_file():
@@ -92,7 +120,7 @@ def _lines(files: Sequence[Path]) -> Iterator[bytes]:
 
 
 def _sections(files: Sequence[Path]) -> list[_Section]:
-    heads = (_parse(text) for text in _lines(files) if text.startswith(b'{"run":'))
+    heads = (_parse(text) for text in _lines(files) if text.startswith(_HEAD))
     runs = [run for line in heads if line is not None and (run := _opening(line)) is not None]
     sections: list[_Section] = []
     upto = math.inf
@@ -104,31 +132,40 @@ def _sections(files: Sequence[Path]) -> list[_Section]:
 
 
 def _deliveries(files: Sequence[Path], sections: Sequence[_Section]) -> Iterator[Delivery]:
+    skipped = 0
+    for text, upto in _current(files, sections):
+        line = _parse(text)
+        try:
+            delivery = decode(line or {})
+            late = delivery.step > upto
+        except (LookupError, TypeError, ValueError, AttributeError):
+            skipped += 1
+            continue
+        if not late:
+            yield delivery
+        elif delivery.findings:
+            yield delivery._replace(records=())
+    if skipped:
+        logging.getLogger("stethoscope").warning("%s: %d lines could not be read and were skipped.", files[0], skipped)
+
+
+def _current(files: Sequence[Path], sections: Sequence[_Section]) -> Iterator[tuple[bytes, float]]:
+    """The lines of the last run but for those that open it, each with the step up to which its records count."""
     last = sections[-1].run.id if sections else ""
     coming = iter(sections)
     section: _Section | None = None
-    skipped = 0
     for text in _lines(files):
-        if not text.strip():
+        if text.isspace():
             continue
-        line = _parse(text)
-        if line is None:
-            skipped += 1
-        elif "run" in line:
-            section = next(coming, section) if _opening(line) is not None else section
-        elif section is None or section.run.id == last:
-            try:
-                delivery = decode(line)
-                late = section is not None and delivery.step > section.upto
-            except (LookupError, TypeError, ValueError, AttributeError):
-                skipped += 1
+        if text.startswith(_HEAD):
+            line = _parse(text)
+            if line is not None:
+                section = next(coming, section) if _opening(line) is not None else section
                 continue
-            if not late:
-                yield delivery
-            elif delivery.findings:
-                yield delivery._replace(records=())
-    if skipped:
-        logging.getLogger("stethoscope").warning("%s: %d lines could not be read and were skipped.", files[0], skipped)
+        if section is None:
+            yield text, math.inf
+        elif section.run.id == last:
+            yield text, section.upto
 
 
 def _opening(line: dict[str, Any]) -> Run | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,13 +19,13 @@ def resolve(obj: Any) -> Sink:
     """Return the sink that writes to `obj`.
 
     A sink stays what it is; a path becomes `Jsonl`; a `torch.utils.tensorboard.SummaryWriter` and Lightning's
-    TensorBoardLogger become `TensorBoard`; a W&B run and Lightning's WandbLogger become `WandB`; anything else with
-    `log_metrics(metrics, step)` becomes `Logger`. No framework is imported to find out.
+    TensorBoardLogger become `TensorBoard`; a W&B run and Lightning's WandbLogger become `WandB`; an `accelerate.Accelerator`,
+    whose trackers get the numbers, and anything else with `log_metrics(metrics, step)` becomes `Logger`. No framework is imported to find out.
 
     Raises:
         TypeError: it is none of these.
 
-    Example:
+    Examples:
         >>> type(resolve("runs/demo")).__name__
         'Jsonl'
     """
@@ -37,6 +38,8 @@ def resolve(obj: Any) -> Sink:
             return WandB(obj)
         if is_summary_writer(obj):
             return TensorBoard(obj)
+        if "Accelerator" in {base.__name__ for base in type(obj).__mro__}:
+            return Logger(_Trackers(obj))
         if callable(getattr(obj, "log_metrics", None)):
             return _behind(obj) or Logger(obj)
     what = f"the class {obj.__qualname__} (call it first)" if isinstance(obj, type) else f"a {type(obj).__qualname__}"
@@ -49,6 +52,17 @@ def resolve(obj: Any) -> Sink:
 def _is_sink(obj: object) -> bool:
     # Of the class: Lightning's dummies, for fast_dev_run and for ranks other than 0, answer to every name themselves.
     return all(callable(getattr(type(obj), name, None)) for name in ("open", "write", "close"))
+
+
+@dataclass(frozen=True)
+class _Trackers:
+    """All trackers of an Accelerator."""
+
+    accelerator: Any
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Write to those that `init_trackers` has started."""
+        self.accelerator.log(metrics, step=step)
 
 
 def _behind(logger: Any) -> Sink | None:

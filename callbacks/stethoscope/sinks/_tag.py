@@ -25,7 +25,7 @@ def tag(record: Record, prefix: str = "") -> str:
         record: any record.
         prefix: put before everything, without a separator of its own.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> tag(Record("activation/rms", 1.0, step=0, module="encoder.3", call=1, phase="val"))
         'activation_val/rms/encoder.3#1'

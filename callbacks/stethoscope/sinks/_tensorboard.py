@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +11,9 @@ import numpy as np
 from stethoscope._record import Finding, Histogram, Record
 from stethoscope.sinks._bins import Bins, trim
 from stethoscope.sinks._budget import MAX_SERIES, Budget
+from stethoscope.sinks._layout import layout
 from stethoscope.sinks._markdown import escape, table
-from stethoscope.sinks._picture import Picture
+from stethoscope.sinks._pictures import Painted, Pictures
 from stethoscope.sinks._tag import FOREIGN, tag
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class TensorBoard:
         ImportError: from `open`, tensorboard is not installed.
         OSError: from `open`, the folder cannot be written.
 
-    Example:
+    Examples:
         >>> from stethoscope._protocols import Run
         >>> from stethoscope.testing import series
         >>> sink = TensorBoard("runs/today")
@@ -75,7 +74,7 @@ class TensorBoard:
     _prefix: str = field(default="", init=False, repr=False)
     _laid_out: bool = field(default=False, init=False, repr=False)
     _findings: list[Finding] = field(default_factory=list[Finding], init=False, repr=False)
-    _pictures: defaultdict[str, Picture] = field(init=False, repr=False)
+    _pictures: Pictures = field(default_factory=Pictures, init=False, repr=False)
     _step: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,10 +83,21 @@ class TensorBoard:
                 f"TensorBoard got a {type(self.target).__qualname__}. Give it a folder or a torch.utils.tensorboard.SummaryWriter."
             )
         self._budget = Budget("TensorBoard", self.max_series)
-        self._pictures = defaultdict(Picture)
+
+    @property
+    def background(self) -> bool:
+        """Whether a monitor may write from a thread of its own: not to a writer that the caller writes to as well."""
+        return isinstance(self.target, str | Path)
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder, where further files of the run belong; None where it is on another machine."""
+        place = str(self.target if isinstance(self.target, str | Path) else self.target.log_dir)
+        return None if "://" in place else Path(place)
 
     def open(self, run: Run) -> None:
         """Create the event file, or take the writer as it is."""
+        self._pictures.order(run.modules)
         if not isinstance(self.target, str | Path):
             self._writer, self._prefix, self._laid_out = self.target, FOREIGN, True
             if self._writer.file_writer is None:
@@ -110,7 +120,8 @@ class TensorBoard:
             raise RuntimeError(f"{self!r} is not open, or its SummaryWriter was closed: open it before write(...).")
         self._step = max(self._step, step)
         self._write_series(step, self._budget.admit(records, findings))
-        self._collect_pictures(step, records)
+        for painted in self._pictures.add(step, records):
+            self._paint(self._writer, painted)
         if findings:
             self._findings += findings
             self._writer.add_text(f"{self._prefix}findings", table(self._findings), step)
@@ -122,10 +133,9 @@ class TensorBoard:
         if writer is None or writer.file_writer is None:
             return
         try:
-            for name, picture in self._pictures.items():
-                self._paint(writer, name, picture)
+            for painted in self._pictures.last():
+                self._paint(writer, painted)
         finally:
-            self._pictures.clear()
             writer.flush()
             if writer is not self.target:
                 writer.close()
@@ -146,33 +156,17 @@ class TensorBoard:
             return
         # One event with many values costs a thirtieth of one add_scalar or add_histogram_raw for each.
         self._writer.file_writer.add_summary(Summary(value=values.values()), step)
-        # There is one layout per run, so it waits for the probes.
-        if not self._laid_out and any(record.source == "probe" for record in records):
+        # There is one layout per run, so it waits for what the training's probes read.
+        if not self._laid_out and any(record.source == "probe" and record.phase == "train" for record in records):
             self._laid_out = True
-            self._writer.add_custom_scalars(_layout(records))
+            self._writer.add_custom_scalars(layout(records))
 
-    def _collect_pictures(self, step: int, records: Sequence[Record]) -> None:
-        columns: defaultdict[str, dict[str, float]] = defaultdict(dict)
-        for record in records:
-            if (
-                record.name.endswith("/rms")
-                and record.module
-                and record.phase == "train"
-                and isinstance(record.value, float)
-            ):
-                layer = f"{record.module}#{record.call}" if record.call else record.module
-                columns[record.name][layer] = record.value
-        for name, column in columns.items():
-            picture = self._pictures[name]
-            picture.add(step, column)
-            if picture.due:
-                self._paint(self._writer, name, picture)
-
-    def _paint(self, writer: Any, name: str, picture: Picture) -> None:
-        text, layers = picture.legend()
-        rows = "\n".join(f"{row}. {escape(layer)}" for row, layer in enumerate(layers, start=1))
-        writer.add_image(f"{self._prefix}layers/{name}", picture.paint(), self._step, dataformats="HWC")
-        writer.add_text(f"{self._prefix}layers/{name}", f"{text}\n\nRows from the top:\n\n{rows}", self._step)
+    def _paint(self, writer: Any, painted: Painted) -> None:
+        rows = "\n".join(f"{row}. {escape(layer)}" for row, layer in enumerate(painted.layers, start=1))
+        writer.add_image(f"{self._prefix}layers/{painted.name}", painted.pixels, self._step, dataformats="HWC")
+        writer.add_text(
+            f"{self._prefix}layers/{painted.name}", f"{painted.text}\n\nRows from the top:\n\n{rows}", self._step
+        )
 
 
 def is_summary_writer(obj: object) -> bool:
@@ -198,14 +192,3 @@ def _histogram(bins: Bins) -> Any:
         bucket_limit=edges[1:].tolist(),
         bucket=counts.tolist(),
     )
-
-
-def _layout(records: Sequence[Record]) -> dict[str, dict[str, list[Any]]]:
-    """Make one category per group, with one chart per statistic that matches all layers and phases."""
-    named = {(record.source, record.name): record for record in records if isinstance(record.value, float | int)}
-    layout: defaultdict[str, dict[str, list[Any]]] = defaultdict(dict)
-    for record in named.values():
-        group, _, statistic = tag(record._replace(module="", call=0, phase="train")).partition("/")
-        if statistic and record.source != "log":
-            layout[group][statistic] = ["Multiline", [rf"{re.escape(group)}(_[^/]+)?/{re.escape(statistic)}(/|$)"]]
-    return dict(layout)

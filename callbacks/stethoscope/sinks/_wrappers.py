@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from stethoscope._protocols import Run, Sink
     from stethoscope._record import Finding, Record
@@ -23,7 +24,7 @@ class OnRank:
         sink: where to write.
         ranks: ranks whose records are written.
 
-    Example:
+    Examples:
         >>> from stethoscope.sinks import Memory
         >>> OnRank(Memory(), ranks=(0, 8)).ranks
         (0, 8)
@@ -33,6 +34,16 @@ class OnRank:
     ranks: tuple[int, ...] = (0,)
     _run: Run | None = field(default=None, init=False, repr=False)
     _opened: bool = field(default=False, init=False, repr=False)
+
+    @property
+    def background(self) -> bool:
+        """As the sink inside."""
+        return bool(getattr(self.sink, "background", False))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the sink inside puts further files."""
+        return getattr(self.sink, "folder", None)
 
     def open(self, run: Run) -> None:
         """Open the sink inside, on the ranks that were asked for."""
@@ -77,7 +88,7 @@ class Every:
     Raises:
         ValueError: `every` is below 1.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> from stethoscope.sinks import Memory
         >>> memory = Memory()
@@ -94,6 +105,16 @@ class Every:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every={self.every!r} must be a number of steps, at least 1.")
+
+    @property
+    def background(self) -> bool:
+        """As the sink inside."""
+        return bool(getattr(self.sink, "background", False))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the sink inside puts further files."""
+        return getattr(self.sink, "folder", None)
 
     def open(self, run: Run) -> None:
         """Open the sink inside."""

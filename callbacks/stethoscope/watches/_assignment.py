@@ -42,7 +42,7 @@ class Assignment:
     Raises:
         ValueError: a number out of its range.
 
-    Example:
+    Examples:
         >>> from stethoscope.testing import replay, series
         >>> found = replay(Assignment(), series(range(0, 2000, 50), **{"separation/margin_db": 40 * [0.1]}))
         >>> print(found[0].message)

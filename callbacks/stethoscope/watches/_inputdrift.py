@@ -53,7 +53,7 @@ class InputDrift:
     Raised again only after the phase was back within its bounds. Drift within training (a curriculum) is no finding.
     **Cost:** host, O(tensors).   **Needs:** `Inputs`; other phases run inside of `monitor.phase(name)`.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> from stethoscope.testing import replay
         >>> records = [Record("input/rms", 0.1, step) for step in range(5)]

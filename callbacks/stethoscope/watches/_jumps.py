@@ -59,7 +59,7 @@ class Jumps:
         schedule: steps at which the loss may change its level by plan (curriculum, data, loss weights); the best
             level is forgotten there.
 
-    Example:
+    Examples:
         >>> from stethoscope.testing import replay, series
         >>> print(replay(Jumps(), series(loss=[1.0, 1.1] * 30 + [float("nan")] * 3))[0])
         error loss-diverged at step 62: loss is NaN or Inf for 3 steps in a row. Try: Go back to a checkpoint before \

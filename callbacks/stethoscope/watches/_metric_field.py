@@ -48,7 +48,7 @@ class Field:
     Raises:
         ValueError: not a type for numbers, or limits that contradict one another.
 
-    Example:
+    Examples:
         >>> Field(float, ge=0.0, le=1.0).check(26.8)
         Fault(code='metric-range', rule='must be less than or equal to 1')
     """

@@ -60,7 +60,7 @@ def load(path: Path) -> dict[str, Field]:
 def difference(old: Mapping[str, Field], new: Mapping[str, Field]) -> str:
     """Return what changed, one metric per line: `+` added, `-` removed, `~` changed. Empty where nothing did.
 
-    Example:
+    Examples:
         >>> print(difference({"acc": Field(float, le=1.0)}, {"acc": Field(float, le=100.0), "loss": Field()}))
         ~ acc: maximum 1.0 -> 100.0
         + loss: number, required

@@ -28,7 +28,7 @@ def unknown_monitors(
         phase: phase in which this is found, for the finding.
         absent: phases that the run does not have: nothing will be logged in them.
 
-    Example:
+    Examples:
         >>> found = unknown_monitors([("EarlyStopping", "val_los")], {"train": ["loss"], "val": ["val_loss"]})
         >>> found[0].code, found[0].evidence["nearest"]
         ('metric-monitor-unknown', 'val_loss')

@@ -60,7 +60,7 @@ class Name(NamedTuple):
 def split(name: str) -> Name:
     """Take a name apart.
 
-    Example:
+    Examples:
         >>> split("valid_loss_epoch/dataloader_idx_1")
         Name(bare='loss', phase='val')
         >>> split("Loss/train"), split("epoch")
@@ -87,7 +87,7 @@ def tokens(name: str) -> tuple[str, ...]:
 def bookkeeping(name: str) -> bool:
     """Whether a name stands for a count, a time, a speed, memory or a setting of training: no result of the model.
 
-    Example:
+    Examples:
         >>> [name for name in ("lr-AdamW", "val_wer_num", "grad_norm", "per_second", "loss") if bookkeeping(name)]
         ['lr-AdamW', 'val_wer_num', 'grad_norm', 'per_second']
     """
@@ -125,7 +125,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     `difflib`: twice the matching characters over all characters; one typing error in four letters is 0.75) in what
     the two names do not have in common, with the same numbers: `g_loss` and `d_loss`, `top1` and `top5` are two things.
 
-    Example:
+    Examples:
         >>> nearest("th_acuracy", ["loss", "th_accuracy"]), nearest("g_loss", ["d_loss"])
         ('th_accuracy', None)
     """

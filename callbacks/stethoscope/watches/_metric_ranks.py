@@ -30,7 +30,7 @@ def rank_differences(by_rank: Mapping[int, Mapping[str, Iterable[str]]]) -> list
     Args:
         by_rank: rank -> phase -> names.
 
-    Example:
+    Examples:
         >>> found = rank_differences({0: {"train": ["loss"]}, 1: {"train": ["loss", "aux"]}})
         >>> found[0].code, found[0].evidence["missing_on"]
         ('metric-ranks', [0])

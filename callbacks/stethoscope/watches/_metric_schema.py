@@ -50,7 +50,7 @@ class MetricSchema:
         TypeError, ValueError: a declaration that cannot be read or contradicts itself; a lock file that is corrupt or
             from a newer version.
 
-    Example:
+    Examples:
         >>> schema = MetricSchema({"loss": float, "th_accuracy": float | None}, on_mismatch="fill")
         >>> schema.validate({"loss": 2}, phase="val")
         {'loss': 2.0, 'th_accuracy': None}
@@ -129,7 +129,7 @@ class MetricSchema:
             known: phase to names, e.g. of a sanity check and of a first training batch.
             step: for the findings.
 
-        Example:
+        Examples:
             >>> MetricSchema().compare({"val": ["val_loss"], "train": ["train_loss", "train_acc"]})[0].evidence["metric"]
             'train_acc'
         """
@@ -165,7 +165,7 @@ class MetricSchema:
             val: dictionaries of validation.
             **options: the keyword arguments of `MetricSchema`.
 
-        Example:
+        Examples:
             >>> schema = MetricSchema.learn([{"loss": 2.0, "lr": 0.1}], [{"loss": 2.1, "acc": 0.5}])
             >>> print(schema.to_markdown().splitlines()[3][:30])
             | `acc` | number |  |  | yes |

@@ -45,7 +45,7 @@ class NonFinite:
     Args:
         loss: name under which the loss is given to `Monitor.step`.
 
-    Example:
+    Examples:
         >>> flags = [
         ...     Record("activation/nonfinite", 1.0, 3, module="encoder.1"),
         ...     Record("loss", float("nan"), 3, source="step"),

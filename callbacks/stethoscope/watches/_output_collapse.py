@@ -56,7 +56,7 @@ class OutputCollapse:
     Raises:
         ValueError: a number out of its range.
 
-    Example:
+    Examples:
         >>> from stethoscope.testing import replay, series
         >>> stuck = series(range(0, 1500, 50), **{"loss": [28.0] + 29 * [0.1], "separation/out_cos": 30 * [0.99]})
         >>> replay(OutputCollapse(), stuck)[0].code

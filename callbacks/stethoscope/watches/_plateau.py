@@ -59,7 +59,7 @@ class Plateau:
     Raises:
         ValueError: a patience that is neither steps nor a share, or a number out of its range.
 
-    Example:
+    Examples:
         >>> from stethoscope.testing import replay, series
         >>> stuck = series(loss=[max(-10.0, 5.0 - step) for step in range(1000)])
         >>> print(replay(Plateau(unit="dB", patience=100), stuck)[0].message)

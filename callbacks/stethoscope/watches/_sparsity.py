@@ -52,7 +52,7 @@ class Sparsity:
     Raises:
         ValueError: a target outside of [0, 1].
 
-    Example:
+    Examples:
         >>> from stethoscope.audits import Schedule
         >>> from stethoscope.testing import replay, series
         >>> watch = Sparsity(Schedule("sparsify", 2500, 8000, 50))

@@ -69,7 +69,7 @@ def causality(
         ValueError: an input that cannot be judged: NaN, wrong axis, too short, an output without time, a model that
             gives two different answers to the same question.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.ReLU())

@@ -1,0 +1,61 @@
+"""The loop's own numbers, recorded at every step: those given to `step`, and the learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from stethoscope._parts import describe
+from stethoscope._protocols import Key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch.optim import Optimizer
+
+    from stethoscope._record import Record
+
+
+def numbers_of_step(
+    named: Mapping[str, object], given: Mapping[str, Tensor], optimizers: Iterable[Optimizer], stamp: Record
+) -> tuple[list[Record], dict[Key, Tensor]]:
+    """Return what the host has already, as records, and what is still on a device.
+
+    Args:
+        named: the arguments of `step`, by name.
+        given: all tensors of the step; those of one element that come from `named` are taken.
+        optimizers: their groups' learning rates are `lr`, `lr/1` ... in order.
+        stamp: the fields that all records share.
+    """
+    ready = [stamp._replace(name=n, value=float(v)) for n, v in named.items() if isinstance(v, Real)]
+    scalars = {
+        Key(name): value for name, value in given.items() if value.numel() == 1 and name.partition("/")[0] in named
+    }
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for i, group in enumerate(groups):
+        name, rate = f"lr/{i}" if i else "lr", group.get("lr")
+        if name in named:
+            continue  # the caller knows better: a scheduler may have moved on since the optimizer's step
+        if isinstance(rate, Tensor):
+            scalars[Key(name)] = rate
+        elif rate is not None:
+            ready.append(stamp._replace(name=name, value=float(rate)))
+    return ready, scalars
+
+
+def several(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """Return the optimizers as a tuple.
+
+    Raises:
+        TypeError: one of them is none.
+    """
+    if optimizer is None:
+        return ()
+    optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    for each in optimizers:
+        if not hasattr(each, "param_groups"):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {describe(each)}.")
+    return optimizers

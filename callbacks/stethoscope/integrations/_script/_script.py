@@ -1,0 +1,205 @@
+"""Listens to a whole script through torch's global hooks, and starts a session per trained model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+from multiprocessing import parent_process
+from multiprocessing.util import Finalize
+from threading import local
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from stethoscope.integrations._loss import Losses
+from stethoscope.integrations._script import _say, _traceback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from stethoscope.integrations._script._session import Session
+    from stethoscope.integrations._script._settings import Settings
+
+log = logging.getLogger("stethoscope")
+
+_MOST = 256
+"""Outermost calls in train mode after which the search for an optimizer rests, until one steps that nobody knows."""
+
+
+class _Depth(local):
+    value = 0
+
+
+class Script:
+    """What a process of `stethoscope run` does to torch, from its import to the end of the process.
+
+    Hooks on all modules are there only while a model is searched for: from the first call in train mode, at which its optimizer
+    is found, to that of the last model whose optimizer is alive, and when an optimizer is gone or an unknown one steps. Hooks of
+    optimizers stay.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.sessions: list[Session] = []
+        self._losses: Losses | None = None
+        self._steady: list[RemovableHandle] = []
+        self._searching: list[RemovableHandle] = []
+        self._handler, self._propagate = logging.StreamHandler(sys.stderr), True
+        self._depth = _Depth()
+        self._calls = 0  # outermost ones since the search began, and of these
+        self._strange = 0  # such of modules that belong to no session
+        self._unknown = 0  # steps of optimizers whose model was not found
+        self._own: set[int] = set()  # optimizers of models that the script monitors itself
+        self._off = False
+
+    def begin(self) -> None:
+        """Called once, when torch has been imported."""
+        # standard output is the script's: what we log goes to standard error, whatever the script tells its root logger
+        self._handler.setLevel(logging.WARNING)
+        self._handler.setFormatter(logging.Formatter("stethoscope: %(message)s"))
+        log.addHandler(self._handler)
+        self._propagate, log.propagate = log.propagate, False
+        self._losses, self._undo = Losses(), _traceback.install()
+        self._steady = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        self._search()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked)
+
+    def end(self) -> None:
+        """Take everything off, deliver, and say what was seen."""
+        self._off = True
+        self._rest()
+        for handle in self._steady:
+            handle.remove()
+        if self._losses is not None:
+            self._losses.close()
+            self._undo()
+        for session in self.sessions:
+            self._guarded(session.close)
+        log.removeHandler(self._handler)
+        log.propagate = self._propagate
+        over, self.sessions = [each for each in self.sessions if each.steps], []
+        _say.sessions(self.settings, over)
+        if _say.is_main(self.settings) and not over:
+            if self._own:
+                _say.say(f"{self.settings.target} monitors its model itself: `run` has kept out of it.")
+            else:
+                _say.nothing(self.settings)
+
+    def _guarded(self, call: Callable[..., Any], *args: Any) -> None:
+        """Call something of ours; if it fails, say so and keep out of the training from there on."""
+        try:
+            call(*args)
+        except Exception:
+            self._off = True
+            self._rest()
+            log.exception("`stethoscope run` has failed and keeps out of the training from here on.")
+
+    def _forked(self) -> None:
+        """A child begins anew: what its parent observes, the parent writes."""
+        for session in self.sessions:
+            session.abandon()
+        self.sessions = []
+        self._search()
+
+    # -- the search for what is trained ------------------------------------------------------------------------------
+
+    def _search(self) -> None:
+        self._calls = self._strange = 0
+        if not self._searching and not self._off:
+            self._searching = [
+                register_module_forward_pre_hook(self._enter),
+                register_module_forward_hook(self._leave, always_call=True),
+            ]
+
+    def _rest(self) -> None:
+        for handle in self._searching:
+            handle.remove()
+        self._searching, self._depth = [], _Depth()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._depth.value += 1
+        if self._depth.value == 1 and module.training and torch.is_grad_enabled() and not self._off:
+            self._guarded(self._look_at, module, args)
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        if not torch.compiler.is_compiling():
+            self._depth.value = max(self._depth.value - 1, 0)
+
+    def _look_at(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._calls += 1
+        if self._calls > _MOST:
+            self._rest()
+        if not any(each.requires_grad for each in module.parameters()) or any(map(_holds(module), self.sessions)):
+            return
+        self._strange += 1
+        if not _power_of_two(self._strange):
+            return  # it takes a tenth of a second to look through all objects
+        state = random.getstate()  # some packages draw from it when they are imported
+        from stethoscope.integrations._script._find import training_of
+        from stethoscope.integrations._script._session import Session, folder
+        from stethoscope.integrations._validation import telling
+
+        found = training_of(module)
+        if found is not None:
+            self._calls = self._strange = 0
+            if found.monitor is not None:
+                self._own |= {id(each) for each in found.optimizers}
+            else:
+                to = folder(self.settings.to, type(found.root).__name__, {each.to for each in self.sessions})
+                with telling(module, args, {}):
+                    self.sessions.append(Session(found, module, self.settings, to, self._search))
+                if parent_process() is not None:
+                    Finalize(None, self.end, exitpriority=100)  # a child of multiprocessing runs no atexit
+            if all(id(each) in self._own or self._session_of(each) for each in found.others):
+                self._rest()
+        random.setstate(state)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        losses = self._losses
+        if self._off or losses is None or torch.compiler.is_compiling():
+            return
+        losses.stepping = True
+        session = self._session_of(optimizer)
+        if session is None:
+            self._unknown += id(optimizer) not in self._own
+            if _power_of_two(self._unknown):
+                self._search()
+        elif self.settings.guard is not None:
+            self._guarded(session.before_step, losses.peek())
+
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        losses = self._losses
+        if self._off or losses is None or torch.compiler.is_compiling():
+            return
+        losses.stepping = False
+        loss: Tensor | None = losses.take()
+        session = self._session_of(optimizer)
+        if session is not None:
+            self._guarded(session.after_step, optimizer, loss)
+
+    def _session_of(self, optimizer: Optimizer) -> Session | None:
+        return next((each for each in self.sessions if each.monitor is not None and each.owns(optimizer)), None)
+
+
+def _power_of_two(number: int) -> bool:
+    return number > 0 and not number & (number - 1)
+
+
+def _holds(module: nn.Module) -> Callable[[Session], bool]:
+    return lambda session: session.monitor is not None and session.holds(module)
