@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # what torch.optim uses, since torch.compiler.disable loads the compiler
 
 from stethoscope._delivery import Delivery
 from stethoscope._guard import Guard
@@ -161,6 +162,7 @@ class Monitor:
 
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def observe(self, batch: object = None, **tensors: object) -> None:
         """Hand over tensors of the step under way before it ends; `step` adds to them.
 
@@ -175,6 +177,7 @@ class Monitor:
         if self._guard is not None:
             self._guard.observe(batch, tensors)
 
+    @_disable_dynamo
     def step(self, batch: object = None, **tensors: object) -> None:
         """Close an optimizer step. The first call closes step 0.
 
@@ -208,6 +211,7 @@ class Monitor:
         self._deliver(ready, parts)
         self._probing.lap(step)
 
+    @_disable_dynamo
     def log(self, metrics: object, phase: str = "val") -> None:
         """Take any toolkit's metric dictionary, stamped with the last closed step (0 before the first).
 
