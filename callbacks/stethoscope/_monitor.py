@@ -23,7 +23,7 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
-from stethoscope._transfer import Part, Transfer
+from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
 from stethoscope.sinks import resolve
 
@@ -337,7 +337,7 @@ class Monitor:
                 self._transfer.send(ready, parts)
         except Exception as error:
             self._notes.disabled(self._transfer, "transfer", error)
-            self._transfer.send(ready, [part for part in parts if _can_be_sent(part)])
+            self._transfer.send(ready, [part for part in parts if can_be_sent(part)])
         self._run = self._ranks.join(self._run)
         self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
 
@@ -389,14 +389,6 @@ class Monitor:
         if self._guard is not None:
             self._guard.step = step
         self._probing.arm(self._step, self._phase)
-
-
-def _can_be_sent(part: Part) -> bool:
-    try:
-        Transfer().send((), [part])
-    except Exception:
-        return False
-    return True
 
 
 def _flat(name: str, value: object) -> dict[str, Tensor]:
