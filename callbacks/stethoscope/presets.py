@@ -9,12 +9,14 @@ from stethoscope.probes import Activations, Gradients, Inputs, Parameters, Separ
 from stethoscope.watches import (
     ActivationHealth,
     Assignment,
+    ClassHealth,
     GradientHealth,
     InputDrift,
     Jumps,
     MetricSchema,
     NonFinite,
     OutputCollapse,
+    Overfit,
     ParameterHealth,
     Plateau,
 )
@@ -70,7 +72,9 @@ def full() -> Preset:
     """
     base = separation()
     health = (ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
-    return _marked((*base["probes"], Inputs()), (*health, *base["watches"], InputDrift(), MetricSchema()))
+    return _marked(
+        (*base["probes"], Inputs()), (*health, *base["watches"], ClassHealth(), Overfit(), InputDrift(), MetricSchema())
+    )
 
 
 def _marked(probes: tuple[Probe, ...], watches: tuple[Watch, ...]) -> Preset:
