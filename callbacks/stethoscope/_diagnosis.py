@@ -183,11 +183,18 @@ RULES: tuple[Rule, ...] = (
     # What is not finite spoils everything that is measured after it.
     Rule(
         code="nonfinite-parameter",
-        explains=("nonfinite-activation", "nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
+        explains=(
+            "nonfinite-activation",
+            "nonfinite-loss",
+            "nonfinite-gradient",
+            "output-nonfinite",
+            "loss-diverged",
+            "prediction-collapse",
+        ),
     ),
     Rule(
         code="nonfinite-activation",
-        explains=("nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
+        explains=("nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged", "prediction-collapse"),
     ),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
     # Why a loss does not move, from the most specific reason to the least.
@@ -212,6 +219,7 @@ RULES: tuple[Rule, ...] = (
         says=_assignment,
     ),
     Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
+    Rule(code="input-drift", explains=("overfit", "overtraining")),
     Rule(code="loss-diverged", explains=("loss-plateau", "loss-spike")),
     Rule(
         code="stalled-optimisation",

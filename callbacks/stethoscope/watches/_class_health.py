@@ -42,7 +42,7 @@ class ClassHealth:
         recalled: share of the items of a class that are answered rightly.
 
     Example:
-        >>> from stethoscope import Histogram, Record
+        >>> from stethoscope._record import Histogram, Record
         >>> from stethoscope import Record
         >>> from stethoscope.testing import replay
         >>> def step(at):

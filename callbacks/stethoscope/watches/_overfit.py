@@ -23,7 +23,7 @@ class Overfit:
     **What it decides**, at each value that is logged for `phase`; the training level is the mean of the loss given to `step` since the value before:
 
     - `overfit` (warning): in `times` values in a row, the validation loss lies above its best by more than `rise` of its drop from the first
-      value to the best, or of the training loss's drop where that is more, while the training loss has fallen, since the best, by more than
+      value to the best, or of half the training loss's drop where that is more, while the training loss has fallen, since the best, by more than
       `fall` of its own drop.
     - `overtraining` (info): no new best in `patience` values, and not overfit: the steps since then have brought nothing.
 
@@ -102,7 +102,7 @@ class Overfit:
         judging = Judging(state["held"], step, self.times, 0)
         learnt = state["start"] - train
         # a validation loss that was best at first has no drop of its own
-        drop = max(state["first"] - state["best"], learnt)
+        drop = max(state["first"] - state["best"], learnt / 2)
         worse = drop > 0 and value - state["best"] > self.rise * drop
         better = learnt > 0 and state["train"] - train > self.fall * learnt
         numbers = {"best": state["best"], "now": value, "train_then": state["train"], "train_now": train}
