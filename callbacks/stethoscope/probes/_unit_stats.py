@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-VALUES = 262144
+VALUES = 65536
 """Values of a tensor that are looked at."""
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)  # noqa: SLF001  # only their base knows all convolutions

@@ -32,7 +32,7 @@ class Units:
     """Shares of dead, constant and saturated units, and what normalisations and attention heads are given.
 
     **Records**, in training only, of innermost modules whose output has a gradient, per module over all its calls in a step, from
-    at most 262,144 values of the first items of the batch. A unit is a channel: axis 1 of convolutions, the last one of `Linear`.
+    at most 65,536 values of the first items of the batch. A unit is a channel: axis 1 of convolutions, the last one of `Linear`.
 
     - `unit/dead_fraction`: units that were exactly zero in each of the last three observed steps. `unit/input_dead_fraction` says the same of
       what a `Linear` or convolution is given, unless a module has just returned it: that is where functional activations show.
