@@ -60,6 +60,15 @@ def test_the_spread_over_the_batch_is_zero_where_all_items_get_the_same():
     assert found["batch_spread", "2"] == 0.0
 
 
+def test_units_that_are_masked_are_constant_and_the_best_eight_are_sparse_on_purpose():
+    masked, best = (nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 2)) for _ in range(2))
+    masked[1].register_forward_hook(lambda module, args, y: y * (torch.arange(32) >= 8))
+    best[1].register_forward_hook(lambda module, args, y: y * (y.abs() >= y.abs().topk(8, -1).values[..., -1:]))
+    x = torch.randn(8, 6)
+    assert read(masked, x)["constant_fraction", "1"] == 0.25
+    assert read(best, x)["constant_fraction", "1"] == 0.0
+
+
 def test_saturation_counts_units_and_leaves_out_the_last_module():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Sigmoid())
     with torch.no_grad():

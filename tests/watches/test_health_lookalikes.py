@@ -265,9 +265,13 @@ def test_two_optimizers_that_share_gradients(first, critics):
 @pytest.mark.slow
 def test_a_moving_average_of_a_student():
     torch.manual_seed(0)
-    student = mlp(outputs=16)
+    student = mlp(norm=nn.BatchNorm1d, outputs=16)
     both = nn.ModuleDict(
-        {"student": student, "teacher": copy.deepcopy(student).requires_grad_(False), "head": mlp(outputs=16)}
+        {
+            "student": student,
+            "teacher": copy.deepcopy(student).requires_grad_(False),
+            "head": mlp(norm=nn.BatchNorm1d, outputs=16),
+        }
     )
     optimizer = ADAM([p for p in both.parameters() if p.requires_grad])
 

@@ -36,7 +36,8 @@ class Units:
 
     - `unit/dead_fraction`: units that were exactly zero in each of the last three observed steps. `unit/input_dead_fraction` says the same of
       what a `Linear` or convolution is given, unless a module has just returned it: that is where functional activations show.
-    - `unit/constant_fraction`: units without any variation, of activations that are not flat anywhere by design (tanh, GELU, ...).
+    - `unit/constant_fraction`: units without any variation, of activations that are not flat anywhere by design (tanh, GELU, ...). Zeros do not
+      count where other units are zero for some items too.
     - `unit/batch_spread`: largest difference between items of the batch, over the largest absolute value; 0 for a module that returns
       the same for each item. Left out where everything is zero.
     - `unit/saturated_fraction`: units with 90 % of their values in the flat ends of a tanh (|y| > .99); `unit/certain_fraction`: the same of a
@@ -181,6 +182,8 @@ class UnitHooks:
         flat = units.saturation(site.module, real, axis)
         if flat is not None:
             self._keep(site, "saturated", flat)
+        if isinstance(site.module, units.NOWHERE_FLAT):
+            self._keep(site, "zeros", (real == 0).to(real.dtype).mean())
         if x.dtype is torch.float16:
             self._keep(site, "largest", real.abs().amax())
 
@@ -242,7 +245,10 @@ class UnitHooks:
             # NaN, which no threshold meets, where all is zero: such a module has nothing to be constant in
             found.append(("batch_spread", now["output spread"] / largest))
             if isinstance(site.module, units.NOWHERE_FLAT):
-                found.append(("constant_fraction", (high - low <= 1e-6 * largest).to(low.dtype).mean()))
+                still = high - low <= 1e-6 * largest
+                # zeros elsewhere as well: only some units are kept per item, which is sparsity on purpose
+                sparse = now["zeros"] > dead.to(low.dtype).mean() + 0.01
+                found.append(("constant_fraction", (still & ~(dead & sparse)).to(low.dtype).mean()))
         if "saturated" in now and site not in self._outputs:
             kind = "saturated" if isinstance(site.module, nn.Tanh) else "certain"
             found.append((f"{kind}_fraction", now["saturated"]))
