@@ -94,15 +94,15 @@ def test_momentum_moves_what_was_frozen_and_a_moving_average_is_an_info():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     assert train(model, optimizer, before=freeze) == [("parameter-changed", "warning", "0")]
     model = mlp()
-    average = nn.Linear(8, 32).requires_grad_(False)
+    average = nn.Sequential(nn.Linear(8, 32)).requires_grad_(False)
     model.add_module("average", average)
 
     def follow(_):
         with torch.no_grad():
-            average.weight.lerp_(model[0].weight, 0.01)
+            average[0].weight.lerp_(model[0].weight, 0.01)
 
     found = train(model, forward=model[:-1], after=follow)
-    assert found == [("parameter-changed", "info", "average")]
+    assert found == [("parameter-changed", "info", "average.0")]
 
 
 @pytest.mark.parametrize("init", [nn.init.normal_, lambda w: nn.init.normal_(w, std=1e-3), nn.init.zeros_])

@@ -35,7 +35,7 @@ class ParameterHealth:
     - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising.
     - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero; or the
       parameter requires a gradient, and no optimizer holds it: info where that is most of the model (meant, it seems).
-    - `parameter-changed`: a frozen parameter changes. A warning where an optimizer holds it, else info (a moving average?).
+    - `parameter-changed`: a frozen parameter changes. A warning, but info where it looks like a moving average of a trained one.
     - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
       or above 100 in one.
     - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.

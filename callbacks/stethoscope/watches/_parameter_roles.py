@@ -98,7 +98,7 @@ def changed(judging: Judging, found: Mapping[str, Values]) -> None:
     )
     frozen = [name for name, role in roles.items() if role == FROZEN and still.get(name) == 0.0]
     # a moving average has the names of what it follows, but for where it lives
-    followed = {_tail(name) for name, role in roles.items() if role != FROZEN}
+    followed = {tail for name, role in roles.items() if role != FROZEN for tail in (name, _tail(name))}
     quiet = [name for name in frozen if not held.get(name) and "." in _tail(name) and _tail(name) in followed]
     for code, hits in (
         ("parameter-changed", [name for name in frozen if name not in set(quiet)]),
@@ -107,9 +107,7 @@ def changed(judging: Judging, found: Mapping[str, Values]) -> None:
         news = judging.hold(code, hits, roles)
         if not news:
             continue
-        by = (
-            "an optimizer that still holds them" if code == "parameter-changed" else "something other than an optimizer"
-        )
+        by = "an optimizer that still holds them" if held.get(news[0]) else "something other than an optimizer"
         judging.tell(
             Finding(
                 "parameter-changed",
