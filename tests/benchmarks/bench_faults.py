@@ -1,0 +1,56 @@
+"""Precision and recall of `presets.full()` on seeded faults and healthy runs, and of peers on the same.
+
+    python tests/benchmarks/bench_faults.py [--held-out] [--peers] [--jobs 2] [--markdown docs/scoreboard.md]
+    python tests/benchmarks/bench_faults.py --only dead_relu        # one case, everything that was said
+
+Without `--held-out`, the half of the cases that may be looked at while watches are written. The held-out half is run
+once, before a release. Rules and catalogue: `faults/`, `docs/scoreboard.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from faults import _page
+from faults._cost import ratio
+from faults._score import Result, run
+from faults.cases import CASES, OBSERVERS, installed
+
+
+def one(observer: str, case: str) -> Result:
+    return run(CASES[case], OBSERVERS[observer]())
+
+
+def cost(observer: str) -> float:
+    return ratio(OBSERVERS[observer])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--held-out", action="store_true", help="the other half, too")
+    parser.add_argument("--peers", action="store_true", help="torch-audit, TorchLens, trainpulse, training-doctor")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--markdown", type=Path, help="write the page to this file")
+    parser.add_argument("--only", default="", help="cases whose name contains this, told at length")
+    arguments = parser.parse_args()
+    names = [n for n, case in CASES.items() if arguments.only in n and (arguments.held_out or not case.held_out)]
+    observers = [name for name in OBSERVERS if name == "stethoscope" or arguments.peers]
+    present = [name for name in observers if installed(name)]
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        jobs = {name: [pool.submit(one, name, case) for case in names] for name in present}
+        results = {name: [job.result() for job in running] for name, running in jobs.items()}
+    if arguments.only:
+        for name, found in results.items():
+            print(*(_page.at_length(name, result) for result in found), sep="\n")
+        return
+    costs = {name: cost(name) for name in present}  # after the rest: nothing else of ours runs
+    page = _page.page(results, costs, missing=[name for name in observers if name not in present])
+    print(page)
+    if arguments.markdown:
+        arguments.markdown.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
