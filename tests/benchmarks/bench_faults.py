@@ -10,7 +10,9 @@ once, before a release. Rules and catalogue: `faults/`, `docs/scoreboard.md`.
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
+import pickle
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 
 from faults import _page
@@ -33,14 +35,22 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="torch-audit, TorchLens, trainpulse, training-doctor")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--markdown", type=Path, help="write the page to this file")
+    parser.add_argument("--resume", type=Path, help="keep results in this file, and take those that it has")
     parser.add_argument("--only", default="", help="cases whose name contains this, told at length")
     arguments = parser.parse_args()
     names = [n for n, case in CASES.items() if arguments.only in n and (arguments.held_out or not case.held_out)]
     observers = [name for name in OBSERVERS if name == "stethoscope" or arguments.peers]
     present = [name for name in observers if installed(name)]
+    done: dict[tuple[str, str], Result] = {}
+    if arguments.resume and arguments.resume.exists():
+        done = pickle.loads(arguments.resume.read_bytes())
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        jobs = {name: [pool.submit(one, name, case) for case in names] for name in present}
-        results = {name: [job.result() for job in running] for name, running in jobs.items()}
+        todo = {pool.submit(one, *key): key for key in product(present, names) if key not in done}
+        for job in as_completed(todo):
+            done[todo[job]] = job.result()
+            if arguments.resume:
+                arguments.resume.write_bytes(pickle.dumps(done))
+    results = {name: [done[name, case] for case in names] for name in present}
     if arguments.only:
         for name, found in results.items():
             print(*(_page.at_length(name, result) for result in found), sep="\n")

@@ -106,7 +106,8 @@ def optimizer_state_spoilt(t: Training) -> None:
 
 @fault(language, "gradient-zero", "dtype-headroom", "gradient-vanishing", then=(*STUCK, "update-ratio-low", "parameter-unchanged"), held_out=True)  # fmt: skip
 def half_without_scaling(t: Training) -> None:
-    """float16 without a gradient scaler, and a loss divided once more by the number of tokens: gradients underflow."""
+    """float16 without a gradient scaler, and a loss divided once more by the number of tokens: gradients
+    underflow. TrainCheck: mixed precision."""
     t.precision, t.schedule, t.clip = torch.float16, None, None
     t.optimize = lambda p: torch.optim.SGD(p, 0.5, momentum=0.9)
 
