@@ -111,8 +111,67 @@ def _owner(now: Numbers) -> tuple[str, str]:
     return message, advice
 
 
+NOT_FINITE = (
+    "nonfinite-gradient",
+    "nonfinite-optimizer",
+    "nonfinite-parameter",
+    "nonfinite-activation",
+    "nonfinite-loss",
+)
+BLOWN_UP = (*NOT_FINITE, "output-nonfinite", "loss-diverged", "loss-spike", "weight-norm-drift")
+NO_SIGNAL = ("gradient-vanishing", "gradient-zero", "gradient-imbalance", "feature-constant", "prediction-collapse")
+
 RULES: tuple[Rule, ...] = (
-    # What is not finite comes first: it spoils everything that is measured after it.
+    # What a run begins with, then steps that are too large: they spoil what is measured after them.
+    Rule(
+        code="poor-initialisation",
+        explains=(
+            "units-symmetric",
+            "update-ratio-high",
+            "update-ratio-low",
+            "activation-exploding",
+            "activation-vanishing",
+            "activation-saturated",
+            "norm-input-variance",
+            "dead-units",
+            "gradient-exploding",
+            *NO_SIGNAL,
+            *BLOWN_UP,
+            "loss-plateau",
+        ),
+    ),
+    Rule(code="gradient-accumulation", explains=("update-ratio-high", "gradient-exploding", *BLOWN_UP, "loss-plateau")),
+    Rule(
+        code="update-ratio-high",
+        explains=(
+            "activation-exploding",
+            "activation-saturated",
+            "norm-input-variance",
+            "dead-units",
+            "gradient-exploding",
+            *NO_SIGNAL,
+            *BLOWN_UP,
+            "dtype-headroom",
+            "loss-plateau",
+        ),
+    ),
+    Rule(
+        code="activation-exploding",
+        explains=("activation-saturated", "dtype-headroom", "gradient-exploding", *BLOWN_UP),
+    ),
+    Rule(code="dtype-headroom", explains=BLOWN_UP),
+    Rule(code="gradient-exploding", explains=("dead-units", "activation-saturated", *BLOWN_UP)),
+    Rule(code="nonfinite-gradient", explains=("nonfinite-optimizer", "nonfinite-parameter", "loss-diverged")),
+    # Where the signal is lost.
+    Rule(code="activation-saturated", explains=(*NO_SIGNAL, "update-ratio-low", "loss-plateau")),
+    Rule(code="dead-units", explains=("activation-vanishing", "norm-input-variance", *NO_SIGNAL, "loss-plateau")),
+    Rule(code="activation-vanishing", explains=("norm-input-variance", *NO_SIGNAL, "update-ratio-low", "loss-plateau")),
+    Rule(code="feature-constant", explains=("prediction-collapse", "gradient-zero", "loss-plateau")),
+    Rule(code="units-symmetric", explains=("loss-plateau", "stalled-from-start")),
+    Rule(
+        code="gradient-vanishing", explains=("gradient-zero", "update-ratio-low", "parameter-unchanged", "loss-plateau")
+    ),
+    # What is not finite spoils everything that is measured after it.
     Rule(
         code="nonfinite-parameter",
         explains=("nonfinite-activation", "nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
@@ -123,6 +182,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
     # Why a loss does not move, from the most specific reason to the least.
+    Rule(code="gradient-zero", explains=("update-ratio-low", "loss-plateau", "stalled-from-start")),
+    Rule(code="gradient-clipping", explains=("update-ratio-low", "loss-plateau", "stalled-from-start")),
+    Rule(code="update-ratio-low", explains=("parameter-unchanged", "loss-plateau", "stalled-from-start")),
     Rule(
         code="optimizer-owns-others",
         explains=("loss-plateau", "stalled-from-start", "parameter-unchanged"),
