@@ -17,7 +17,7 @@ from pathlib import Path
 
 from faults import _page
 from faults._cost import ratio
-from faults._score import Result, run
+from faults._score import Result, judge, run
 from faults.cases import CASES, OBSERVERS, installed
 
 
@@ -27,6 +27,11 @@ def one(observer: str, case: str) -> Result:
 
 def cost(observer: str) -> float:
     return ratio(OBSERVERS[observer])
+
+
+def again(r: Result) -> Result:
+    """Judge what was kept by the truth as it is now."""
+    return judge(CASES[r.case], [*r.right, *r.wrong, *r.asides], r.crash, r.seconds)
 
 
 def main() -> None:
@@ -41,11 +46,14 @@ def main() -> None:
     names = [n for n, case in CASES.items() if arguments.only in n and (arguments.held_out or not case.held_out)]
     observers = [name for name in OBSERVERS if name == "stethoscope" or arguments.peers]
     present = [name for name in observers if installed(name)]
-    done: dict[tuple[str, str], Result] = {}
+    done: dict[tuple[str, str], Result | float] = {}
     if arguments.resume and arguments.resume.exists():
-        done = pickle.loads(arguments.resume.read_bytes())
+        kept = pickle.loads(arguments.resume.read_bytes())
+        done = {key: again(value) if isinstance(value, Result) else value for key, value in kept.items()}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         todo = {pool.submit(one, *key): key for key in product(present, names) if key not in done}
+        if not arguments.only:
+            todo |= {pool.submit(cost, name): (name, "cost") for name in present if (name, "cost") not in done}
         for job in as_completed(todo):
             done[todo[job]] = job.result()
             if arguments.resume:
@@ -55,7 +63,7 @@ def main() -> None:
         for name, found in results.items():
             print(*(_page.at_length(name, result) for result in found), sep="\n")
         return
-    costs = {name: cost(name) for name in present}  # after the rest: nothing else of ours runs
+    costs = {name: done[name, "cost"] for name in present}
     page = _page.page(results, costs, missing=[name for name in observers if name not in present])
     print(page)
     if arguments.markdown:

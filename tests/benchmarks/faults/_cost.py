@@ -43,7 +43,7 @@ def timed(program, observer, steps: int) -> float:
     return time.process_time() - start
 
 
-def ratio(make: Callable[[], object], pairs: int = 5, steps: int = 100) -> float:
+def ratio(make: Callable[[], object], pairs: int = 3, steps: int = 60) -> float:
     """Median over the programs of the median ratio over pairs."""
     torch.set_num_threads(1)
     ratios = []

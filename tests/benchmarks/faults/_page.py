@@ -48,7 +48,7 @@ bugs, Humbatova's taxonomy, and issues of speech toolkits: each docstring says w
 - *Delay*: steps from where the fault can be seen to the finding that found it, median.
 - *False alarms*: findings of warning or above in healthy runs. There, each one is wrong.
 - *Held out*: cases that nobody ran while watches were written; they were run once, for this page.
-- *Cost*: process time of the first 100 steps with, over without, median over the six programs, five pairs each. These models are far
+- *Cost*: process time of the first 60 steps with, over without, median over the six programs, three pairs each. These models are far
   smaller than real ones, so the ratio is far larger: see [cost](cost.md) for real sizes.
 - Observed every {EVERY} steps: a run of 300 steps is then looked at as often as one of 1500 at the default of 50.
 - Peers run on the same cases with their defaults. Each of their messages is taken for all of our codes that it may mean, repeated

@@ -47,7 +47,7 @@ def second_mask_closed(t: Training) -> None:
         t.model.mask.bias[separation.CHANNELS :] = -300.0
 
 
-@fault(separation, "stalled-optimisation", "loss-plateau", "update-ratio-low", step=100, then=STUCK)
+@fault(separation, "stalled-optimisation", "loss-plateau", "update-ratio-low", step=100, then=(*STUCK, "parameter-unchanged"))
 def rate_cut_too_early(t: Training) -> None:
     """A scheduler takes the rate down to 1e-8 at step 100 of 400, at -9 dB. Speech: speechbrain/speechbrain#2471."""
     t.steps = 400
@@ -79,7 +79,7 @@ def references_are_silent(t: Training) -> None:
     t.sample = sample
 
 
-@fault(separation, "stalled-from-start", "loss-plateau", "stalled-optimisation", "update-ratio-low", then=(*STUCK, "output-collapse", "assignment-ambiguous"), held_out=True)  # fmt: skip
+@fault(separation, "stalled-from-start", "loss-plateau", "stalled-optimisation", "update-ratio-low", then=(*STUCK, "parameter-unchanged", "output-collapse", "assignment-ambiguous"), held_out=True)  # fmt: skip
 def rate_of_1e_7(t: Training) -> None:
     """A learning rate of 1e-7. SageMaker WeightUpdateRatio and LossNotDecreasing."""
     t.optimize = lambda p: torch.optim.Adam(p, 1e-7)
