@@ -23,10 +23,18 @@ CLEAR_DB = 3.0  # margin of an assignment that is beyond doubt
 UNCLEAR_DB = 1.0  # margin at which assignments count as ties
 APART = 0.9  # |cos| below which outputs are apart
 ALIKE = 0.95  # |cos| above which they are one
+HELD = 0.5  # share of the parameters above which the optimizer is this model's
 MEMORY = 1000  # steps, or half the run, for which a finding is taken to last
 KEEP = 0.8  # of the running means of the numbers below
 
-NUMBERS = ("separation/margin_db", "separation/out_cos", "separation/ref_cos", "gradient/norm", "lr")
+NUMBERS = (
+    "separation/margin_db",
+    "separation/out_cos",
+    "separation/ref_cos",
+    "gradient/norm",
+    "optimizer/held_fraction",
+    "lr",
+)
 """Records of the whole model whose running means the rules may look at."""
 
 Numbers: TypeAlias = Mapping[str, float]
@@ -63,7 +71,8 @@ def _ambiguous(now: Numbers) -> bool:
 
 
 def _gradients_flow(now: Numbers) -> bool:
-    return now.get("gradient/norm", 0.0) > 0 and now.get("lr", 1.0) > 0
+    held = now.get("optimizer/held_fraction", 0.0) > HELD
+    return now.get("gradient/norm", 0.0) > 0 and now.get("lr", 1.0) > 0 and not held
 
 
 def _cosines(now: Numbers) -> str:
@@ -297,6 +306,10 @@ def _follow(numbers: Mapping[str, float], records: Sequence[Record]) -> Mapping[
 
 def _of(numbers: Mapping[str, float], phase: str) -> Numbers:
     """The numbers of a phase; the learning rate and gradients are known from training."""
-    train = {name: numbers[f"train:{name}"] for name in ("lr", "gradient/norm") if f"train:{name}" in numbers}
+    train = {
+        name: numbers[f"train:{name}"]
+        for name in ("lr", "gradient/norm", "optimizer/held_fraction")
+        if f"train:{name}" in numbers
+    }
     prefix = f"{phase}:"
     return train | {key.removeprefix(prefix): value for key, value in numbers.items() if key.startswith(prefix)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 from stethoscope._parts import mark_preset
 from stethoscope.probes import Activations, Gradients, Inputs, Parameters, Separation
 from stethoscope.watches import (
+    ActivationHealth,
     Assignment,
     GradientHealth,
     InputDrift,
@@ -68,7 +69,7 @@ def full() -> Preset:
         True
     """
     base = separation()
-    health = (ParameterHealth(), GradientHealth())  # causes before what they explain
+    health = (ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
     return _marked((*base["probes"], Inputs()), (*health, *base["watches"], InputDrift(), MetricSchema()))
 
 

@@ -8,3 +8,4 @@ from stethoscope.probes._inputs import Inputs as Inputs
 from stethoscope.probes._optimizers import Optimizers as Optimizers
 from stethoscope.probes._parameters import Parameters as Parameters
 from stethoscope.probes._separation import Separation as Separation
+from stethoscope.probes._units import Units as Units

@@ -28,7 +28,7 @@ class Initialisation:
     """The gain of each weight of two dimensions or more, and the share of its units that are copies, in the first steps.
 
     **Records**, in training, as the first five observed steps find them, of weights that multiply features (`Linear`,
-    convolutions and their like; no embeddings):
+    convolutions and their like; no embeddings but those that are tied to one):
     `parameter/gain` = ||W|| / sqrt(outputs), the factor by which white inputs grow in rms (1 for Xavier, 1.41 for Kaiming, 0.58
     for PyTorch's default); `parameter/copies`, the share of outputs in [0, 1] whose weights, not all zero, are those of
     another output.
@@ -58,12 +58,15 @@ class _Weights:
     """The weights of one model, and how often they were looked at."""
 
     def __init__(self, model: nn.Module) -> None:
-        skipped = (nn.Embedding, nn.EmbeddingBag)
-        shared = {id(each.weight) for each in model.modules() if isinstance(each, skipped)}
+        tables = (nn.Embedding, nn.EmbeddingBag)
+        # a table that is tied to an output layer multiplies after all
+        used = {
+            id(p) for each in model.modules() if not isinstance(each, tables) for p in each.parameters(recurse=False)
+        }
         self._weights = [
             (name, isinstance(owner, nn.modules.conv._ConvTransposeNd), parameter)  # noqa: SLF001  # only its base knows
             for name, owner, parameter in named_parameters(model)
-            if id(parameter) not in shared and not isinstance(owner, skipped)
+            if id(parameter) in used
         ]
         self._looks = 0
         self._columns: list[Columns] = []

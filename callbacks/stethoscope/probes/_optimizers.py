@@ -39,7 +39,7 @@ class Optimizers:
     """Which parameters an optimizer holds and steps, how large the gradients are that it gets, whether its state is finite.
 
     **Records**, in training only: `optimizer/steps`, calls of any optimizer's `step` in this
-    process; per parameter `parameter/role`: 0 `requires_grad` is off, 1 no optimizer that has ever stepped holds it, 2 held,
+    process; `optimizer/held_fraction`, share of the parameters that require gradients and that an optimizer holds; per parameter `parameter/role`: 0 `requires_grad` is off, 1 no optimizer that has ever stepped holds it, 2 held,
     but its optimizer did not step, 3 stepped without a gradient, 4 stepped with one; `parameter/held`, 1 where an optimizer
     that stepped holds a parameter that is frozen and has a gradient left; `gradient/applied_norm` per parameter,
     2-norm of the gradient as the optimizer has used it, after clipping (not under a `GradScaler`, which scales in between);
@@ -187,9 +187,11 @@ class OptimizerHooks:
             roles = [float(self._role(parameter)) for _, parameter in self._names]
             held = [float(id(parameter) in self._held_frozen) for _, parameter in self._names]
             count = len(names)
-            numbers = self._upload([*roles, *held, float(self._steps)], device)
+            trainable = [role for role in roles if role != FROZEN]
+            share = sum(role != UNHELD for role in trainable) / max(1, len(trainable))
+            numbers = self._upload([*roles, *held, float(self._steps), share], device)
             columns = [
-                Columns([Key("optimizer/steps")], numbers, [2 * count]),
+                Columns([Key("optimizer/steps"), Key("optimizer/held_fraction")], numbers, [2 * count, 2 * count + 1]),
                 Columns([Key("parameter/role", name) for name in names], numbers, range(count)),
                 Columns([Key("parameter/held", name) for name in names], numbers, range(count, 2 * count), sparse=True),
                 *self._columns,

@@ -1,5 +1,6 @@
 """Watches decide: pure folds over records that return findings. No torch in here."""
 
+from stethoscope.watches._activation_health import ActivationHealth as ActivationHealth
 from stethoscope.watches._assignment import Assignment as Assignment
 from stethoscope.watches._gradient_health import GradientHealth as GradientHealth
 from stethoscope.watches._inputdrift import InputDrift as InputDrift

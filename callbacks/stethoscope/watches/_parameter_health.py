@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from stethoscope._record import Record
 
 ROUNDING = 1e-5
+SETTLED = 1e-3  # share of the largest learning rate so far
+WILD = 100.0  # gain of a single weight that no scheme of initialisation has: a deviation of 1 at 10,000 inputs
 FEWEST = 2  # weights that a verdict on an initialisation needs
 
 
@@ -34,7 +36,8 @@ class ParameterHealth:
     - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero; or the
       parameter requires a gradient, and no optimizer holds it: info where that is most of the model (meant, it seems).
     - `parameter-changed`: a frozen parameter changes. A warning where an optimizer holds it, else info (a moving average?).
-    - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights.
+    - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
+      or above 100 in one.
     - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.
     - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less.
     - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module runs, or looks
@@ -125,7 +128,9 @@ class ParameterHealth:
             look.copies(found["parameter/copies"])
         if found["optimizer/steps"].get("", 1.0) > 0:
             look.optimizer(found["optimizer/nonfinite"])
-            moving = not rates or max(rates.values()) > 0
+            top = max([state["rates"].get("top", 0.0), *rates.values()])
+            # a schedule that is through, or has been cut off, is another story
+            moving = not rates or max(rates.values()) > SETTLED * top
             roles.unchanged(judging, found, ran, moving=moving)
             look.ratios(rates)
         roles.changed(judging, found)
@@ -146,12 +151,15 @@ class _Look:
             return
         self.state["gains"] = True
         watch = self.watch
+        wild = [name for name, gain in gains.items() if gain > WILD]
         for what, hit in (
             ("large", [name for name, gain in gains.items() if gain > watch.gain_high]),
             ("small", [name for name, gain in gains.items() if 0 < gain < watch.gain_low]),
             ("zero", [name for name, gain in gains.items() if gain == 0]),
         ):
             if 2 * len(hit) <= len(gains) - (what != "zero"):
+                hit = wild if what == "large" else []  # noqa: PLW2901  # what is told is what was found
+            if not hit:
                 continue
             middle = sorted(gains[name] for name in hit)[len(hit) // 2]
             self.judging.tell(
@@ -235,7 +243,8 @@ class _Look:
                 ratio,
             )
         rate, before = max(rates.values(), default=math.nan), self.state["rates"].get("last", math.inf)
-        self.state["rates"] = {"last": rate if math.isfinite(rate) else None} if rates else {}
+        top = max(self.state["rates"].get("top", 0.0), rate if math.isfinite(rate) else 0.0)
+        self.state["rates"] = {"last": rate if math.isfinite(rate) else None, "top": top} if rates else {}
         before = math.inf if before is None else before
         rising = rates and not rate <= before
         small = everything < self.watch.lowest and not self.state["moved"] and not rising

@@ -97,9 +97,12 @@ def changed(judging: Judging, found: Mapping[str, Values]) -> None:
         found["parameter/held"],
     )
     frozen = [name for name, role in roles.items() if role == FROZEN and still.get(name) == 0.0]
+    # a moving average has the names of what it follows, but for where it lives
+    followed = {_tail(name) for name, role in roles.items() if role != FROZEN}
+    quiet = [name for name in frozen if not held.get(name) and "." in _tail(name) and _tail(name) in followed]
     for code, hits in (
-        ("parameter-changed", [name for name in frozen if held.get(name)]),
-        ("parameter-changed-quiet", [name for name in frozen if not held.get(name)]),
+        ("parameter-changed", [name for name in frozen if name not in set(quiet)]),
+        ("parameter-changed-quiet", quiet),
     ):
         news = judging.hold(code, hits, roles)
         if not news:
@@ -118,3 +121,7 @@ def changed(judging: Judging, found: Mapping[str, Values]) -> None:
             ),
             news,
         )
+
+
+def _tail(name: str) -> str:
+    return name.partition(".")[2]
