@@ -104,7 +104,7 @@ def test_the_page_lists_misses_and_false_alarms_and_figures_of_both_halves():
         judge(replace(LATE, held_out=True), [Seen(("nonfinite-gradient",), 85)]),
         judge(healthy, [Seen(("overfit",), 10)]),
     ]
-    text = page({"stethoscope": results}, {"stethoscope": 1.5}, missing=["torch-audit"])
+    text = page({"stethoscope": results}, {"stethoscope": 1.5}, ["torch-audit"], "python bench_faults.py")
     assert "**root_of_zero** (autoencoder)" in text
     assert "dead-units at step 90: five of nine" in text
     assert "| torch-audit | | not installed |" in text

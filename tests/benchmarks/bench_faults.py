@@ -34,6 +34,12 @@ def again(r: Result) -> Result:
     return judge(CASES[r.case], [*r.right, *r.wrong, *r.asides], r.crash, r.seconds)
 
 
+def command(arguments: argparse.Namespace) -> str:
+    """What a reader has to type for the same page."""
+    flags = [flag for flag, on in (("--held-out", arguments.held_out), ("--peers", arguments.peers)) if on]
+    return " ".join(["python tests/benchmarks/bench_faults.py", *flags, "--jobs 2 --markdown docs/scoreboard.md"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--held-out", action="store_true", help="the other half, too")
@@ -57,14 +63,16 @@ def main() -> None:
         for job in as_completed(todo):
             done[todo[job]] = job.result()
             if arguments.resume:
-                arguments.resume.write_bytes(pickle.dumps(done))
+                fresh = arguments.resume.with_suffix(".new")
+                fresh.write_bytes(pickle.dumps(done))
+                fresh.replace(arguments.resume)  # whole at any time, also when cut off
     results = {name: [done[name, case] for case in names] for name in present}
     if arguments.only:
         for name, found in results.items():
             print(*(_page.at_length(name, result) for result in found), sep="\n")
         return
     costs = {name: done[name, "cost"] for name in present}
-    page = _page.page(results, costs, missing=[name for name in observers if name not in present])
+    page = _page.page(results, costs, [name for name in observers if name not in present], command(arguments))
     print(page)
     if arguments.markdown:
         arguments.markdown.write_text(page)

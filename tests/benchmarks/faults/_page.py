@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import platform
+import subprocess
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from faults._seen import Seen
 
 DOCS = Path(__file__).parents[3] / "docs"
-COMMAND = "python tests/benchmarks/bench_faults.py --held-out --peers --jobs 2 --markdown docs/scoreboard.md"
-
 RULES = f"""# Scoreboard
 
 How often `presets.full()` finds what is wrong, and how often it cries wolf: {len(FAULTS)} seeded faults and {len(HEALTHY)} healthy runs of
@@ -29,7 +28,7 @@ separation of two speakers with PIT, a CTC recogniser, causal enhancement), each
 learnt. This page is written by one command, and by nothing else:
 
 ```sh
-{COMMAND}
+{{command}}
 ```
 
 The programs, the faults with their truth, and the healthy runs are in `tests/benchmarks/faults`, a few lines each. Classes
@@ -59,12 +58,14 @@ of the target into the input ([causality](causality.md) has an audit for that), 
 """
 
 
-def page(results: Mapping[str, Sequence[Result]], costs: Mapping[str, float], missing: Sequence[str]) -> str:
+def page(
+    results: Mapping[str, Sequence[Result]], costs: Mapping[str, float], missing: Sequence[str], command: str
+) -> str:
     """The whole page."""
     ours = results["stethoscope"]
     halves = [("seen", lambda r: not r.held_out), ("held out", lambda r: r.held_out)]
     halves = [(name, keep) for name, keep in halves if any(keep(r) for r in ours)]
-    parts = [RULES, f"## Figures\n\n{stamp()}\n", table(results, costs, halves, missing)]
+    parts = [RULES.replace("{command}", command), f"## Figures\n\n{stamp()}\n", table(results, costs, halves, missing)]
     parts.append("## Per program\n\n" + per_program(ours))
     parts.append(
         "## Per code\n\nOf `presets.full()`. *Faults* and *found*: those that the code names best.\n\n" + per_code(ours)
@@ -77,7 +78,10 @@ def page(results: Mapping[str, Sequence[Result]], costs: Mapping[str, float], mi
 
 def stamp() -> str:
     peers = ", ".join(f"{package} {version(package)}" for name, (_, package) in PACKAGES.items() if _there(package))
-    versions = f"stethoscope {version('stethoscope')}, torch {version('torch')}, Python {platform.python_version()}"
+    versions = f"torch {version('torch')}, Python {platform.python_version()}; stethoscope {version('stethoscope')}"
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=False, cwd=DOCS).stdout.strip()
+    versions += f" at commit {commit}" if commit else ""
     return f"Of {dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}; {versions}{'; ' + peers if peers else ''}; one CPU thread a run."
 
 
@@ -101,7 +105,9 @@ def table(
     ]
     for name, found in results.items():
         for half, keep in halves:
-            lines.append(f"| {name} | {half} | {row(summarise(found, keep))} | {costs[name]:.2f} |")
+            lines.append(
+                f"| {name} | {half} | {row(summarise(found, keep))} | {f'{costs[name]:.2f}' if name in costs else '-'} |"
+            )
     lines += [f"| {name} | | not installed | | | | | | | | |" for name in missing]
     return "\n".join(lines) + "\n"
 

@@ -47,7 +47,14 @@ def second_mask_closed(t: Training) -> None:
         t.model.mask.bias[separation.CHANNELS :] = -300.0
 
 
-@fault(separation, "stalled-optimisation", "loss-plateau", "update-ratio-low", step=100, then=(*STUCK, "parameter-unchanged"))
+@fault(
+    separation,
+    "stalled-optimisation",
+    "loss-plateau",
+    "update-ratio-low",
+    step=100,
+    then=(*STUCK, "parameter-unchanged"),
+)
 def rate_cut_too_early(t: Training) -> None:
     """A scheduler takes the rate down to 1e-8 at step 100 of 400, at -9 dB. Speech: speechbrain/speechbrain#2471."""
     t.steps = 400
