@@ -25,7 +25,7 @@ class Heartbeat:
         tell: takes the finding; called on the clock's thread.
         seconds: between two signs of life. SageMaker's StalledTraining has the same 1800.
 
-    Example:
+    Examples:
         >>> heartbeat = Heartbeat(print, seconds=1800)
         >>> heartbeat.beat(0)
         >>> heartbeat.close()

@@ -36,7 +36,7 @@ class Classes:
         targets: the same for labels.
         every: observe when `step % every == 0`; None takes the monitor's.
 
-    Example:
+    Examples:
         >>> attached = Classes().attach(nn.Identity())
         >>> attached.arm(True, "train")
         >>> given = {"logits": torch.eye(3), "targets": torch.tensor([0, 1, 1])}

@@ -38,7 +38,7 @@ class Initialisation:
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.
 
-    Example:
+    Examples:
         >>> Initialisation().covers(Initialisation())
         True
     """

@@ -52,7 +52,7 @@ class Optimizers:
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.
 
-    Example:
+    Examples:
         >>> Optimizers(every=10).every
         10
     """

@@ -53,7 +53,7 @@ class Units:
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.
 
-    Example:
+    Examples:
         >>> Units(every=10).covers(Units(every=10))
         True
     """

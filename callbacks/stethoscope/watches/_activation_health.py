@@ -56,7 +56,7 @@ class ActivationHealth:
         faint: the same.
         headroom_bits: octaves. Two are a factor of four.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> from stethoscope.testing import replay
         >>> replay(ActivationHealth(), [Record("unit/dead_fraction", 1.0, 100, "encoder.1")])[0].code

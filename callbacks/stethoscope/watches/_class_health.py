@@ -41,7 +41,7 @@ class ClassHealth:
         imbalance: a factor.
         recalled: share of the items of a class that are answered rightly.
 
-    Example:
+    Examples:
         >>> from stethoscope._record import Histogram, Record
         >>> from stethoscope import Record
         >>> from stethoscope.testing import replay

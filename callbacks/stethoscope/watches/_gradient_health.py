@@ -65,7 +65,7 @@ class GradientHealth:
         imbalance: a factor.
         clipped_share: in (0, 1). Below 2 % a learning rate is in effect fifty times lower than the one that was set.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> from stethoscope.testing import replay
         >>> norms = {"a.weight": 0.0, "b.weight": 1.0}

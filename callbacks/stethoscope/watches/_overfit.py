@@ -38,7 +38,7 @@ class Overfit:
         fall: share of the drop of the training loss.
         patience: values without a new best.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> from stethoscope.testing import replay
         >>> train, val = [4, 2, 1, 0.5, 0.2, 0.1], [4, 2.5, 2, 2.6, 2.9, 3.2]

@@ -58,7 +58,7 @@ class ParameterHealth:
         gain_low: factor of rms per layer. Four layers of 0.02 make 1.6e-7.
         drift: a factor.
 
-    Example:
+    Examples:
         >>> from stethoscope import Record
         >>> from stethoscope.testing import replay
         >>> def step(at):

@@ -42,7 +42,7 @@ def confirm(
     Returns:
         The new memory, and all modules for which it is confirmed, in the order of `hits`; empty where that is no news.
 
-    Example:
+    Examples:
         >>> memory, news = confirm({}, "dead", 0, ["a"], ["a", "b"], times=2)
         >>> confirm(memory, "dead", 50, ["a"], ["a", "b"], times=2)[1]
         ['a']
@@ -116,7 +116,7 @@ def owner(parameter: str) -> str:
 def listing(modules: Sequence[str], most: int = 3) -> str:
     """Return names for a message: the first few, and how many more.
 
-    Example:
+    Examples:
         >>> listing(["a", "b", "c", "d", "e"])
         "'a', 'b', 'c' and 2 more"
     """
