@@ -113,6 +113,67 @@ def test_a_sink_that_never_answers_is_given_up_at_the_end(monkeypatch, caplog):
     slow.gate.set()
 
 
+def test_a_sink_that_hangs_is_waited_for_once_and_not_at_each_finding_and_checkpoint(monkeypatch, caplog):
+    monkeypatch.setattr(stethoscope._writer, "PATIENCE", 0.5)
+    slow, heard = Slow(), []
+    began = time.monotonic()
+    with Monitor(nn.Linear(3, 2), sinks=slow, on_finding=heard.append) as monitor:
+        for _ in range(10):
+            train(monitor, 1)
+            monitor.add(FINDING)
+            monitor.state_dict()
+    assert len(heard) == 10
+    assert time.monotonic() - began < 2
+    assert caplog.text.count("did not answer") == 1
+    assert "Slow: 20 records and findings" in caplog.text
+    slow.gate.set()
+
+
+def test_a_sink_that_was_given_up_and_answers_again_is_waited_for_again(monkeypatch):
+    monkeypatch.setattr(stethoscope._writer, "PATIENCE", 0.05)
+    slow = Slow()
+    with Monitor(nn.Linear(3, 2), sinks=slow) as monitor:
+        train(monitor, 2)
+        monitor.flush()
+        assert not slow.records
+        monkeypatch.setattr(stethoscope._writer, "PATIENCE", 20)
+        slow.gate.set()
+        while not slow.records:
+            time.sleep(0.001)
+        train(monitor, 2)
+        monitor.flush()
+        assert [r.step for r in slow.records] == [0, 1, 2, 3]
+
+
+def test_a_sink_that_exits_is_a_sink_that_failed():
+    class Exits(Slow):
+        def write(self, step, records, findings):
+            sys.exit(2)
+
+    with Monitor(nn.Linear(3, 2), sinks=Exits()) as monitor:
+        train(monitor, 3)
+        monitor.flush()
+        assert [f.code for f in monitor.findings] == ["part-disabled"]
+        assert "SystemExit: 2" in monitor.findings[0].message
+
+
+def test_an_interrupt_before_the_thread_starts_loses_nothing(monkeypatch):
+    slow = Slow()
+    slow.gate.set()
+    monitor = Monitor(nn.Linear(3, 2), sinks=slow)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(monitor, 1)
+    train(monitor, 1)
+    monitor.close()
+    assert [r.step for r in slow.records] == [0, 1]
+
+
 def test_on_finding_is_called_when_it_is_written():
     slow, seen = Slow(seconds=0.05), []
     slow.gate.set()
@@ -213,6 +274,32 @@ def test_a_forked_child_writes_nothing_and_ends(tmp_path):
     assert done.returncode == 0, done.stderr
     assert steps(tmp_path) == list(range(11))
     assert "forked" in done.stderr
+
+
+def test_a_child_forked_while_the_lock_is_held_closes_at_once_and_blames_no_sink(tmp_path):
+    done = script(
+        tmp_path,
+        """
+        monitor = Monitor(model, sinks=Slow(sys.argv[1]))
+        train(monitor, 3)
+        (writer,) = monitor._delivery._writers
+        with writer._changed:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                import threading
+                lock = threading.Lock()
+                lock.acquire()
+                writer._changed = threading.Condition(lock)  # as the writing thread leaves it behind
+                monitor.close()
+                sys.exit(0)
+        assert os.wait()[1] == 0
+        monitor.close()
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path) == [0, 1, 2]
+    assert "did not answer" not in done.stderr
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])

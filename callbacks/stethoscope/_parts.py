@@ -31,7 +31,7 @@ class Notes:
     pending: deque[Finding] = field(default_factory=deque[Finding])  # sinks add to it from threads of their own
     said: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
-    def disabled(self, part: object, role: str, error: Exception) -> None:
+    def disabled(self, part: object, role: str, error: BaseException) -> None:
         """Say that a part has failed and is off from here on. Raises the error again if strict."""
         if self.strict:
             raise error
