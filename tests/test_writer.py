@@ -102,6 +102,20 @@ def test_a_sink_that_fails_on_its_thread_is_said_to_the_others_and_what_it_misse
     assert f"Broken: {missed} records and findings were not written." in caplog.text
 
 
+def test_what_a_sink_failed_with_is_kept_without_keys_and_passwords(monkeypatch, tmp_path):
+    monkeypatch.setenv("SERVICE_API_KEY", "sk-planted-1")
+    user = "me:planted-2"
+
+    class Remote(sinks.Memory):
+        def write(self, step, records, findings):
+            raise OSError(f"401 for https://{user}@host/api with bearer {os.environ['SERVICE_API_KEY']}")
+
+    with Monitor(nn.Linear(3, 2), sinks=[Remote(), tmp_path]) as monitor:
+        train(monitor, 1)
+    assert "401 for https://***@host/api with bearer ***" in monitor.findings[0].message
+    assert b"planted" not in (tmp_path / "records.jsonl").read_bytes()
+
+
 def test_a_sink_that_never_answers_is_given_up_at_the_end(monkeypatch, caplog):
     monkeypatch.setattr(stethoscope._writer, "PATIENCE", 0.05)
     slow = Slow()
