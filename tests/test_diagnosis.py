@@ -103,6 +103,18 @@ def test_parameter_explains_what_became_nonfinite_after_it():
     assert [cause for _, cause in told(([], [finding(code) for code in codes]))] == ["", *3 * ["nonfinite-parameter"]]
 
 
+def test_what_another_rank_found_earlier_is_not_explained_by_what_came_of_it_here():
+    history = told(
+        ([], [finding("nonfinite-parameter", 12)]),
+        ([], [finding("nonfinite-activation", 11), finding("loss-diverged", 13)]),
+    )
+    assert history == [
+        ("nonfinite-parameter", ""),
+        ("nonfinite-activation", ""),
+        ("loss-diverged", "nonfinite-parameter"),
+    ]
+
+
 def test_no_rule_explains_itself():
     assert all(rule.code not in rule.explains for rule in RULES)
 

@@ -102,6 +102,20 @@ def test_a_sink_that_fails_on_its_thread_is_said_to_the_others_and_what_it_misse
     assert f"Broken: {missed} records and findings were not written." in caplog.text
 
 
+def test_what_a_sink_failed_with_is_kept_without_keys_and_passwords(monkeypatch, tmp_path):
+    monkeypatch.setenv("SERVICE_API_KEY", "sk-planted-1")
+    user = "me:planted-2"
+
+    class Remote(sinks.Memory):
+        def write(self, step, records, findings):
+            raise OSError(f"401 for https://{user}@host/api with bearer {os.environ['SERVICE_API_KEY']}")
+
+    with Monitor(nn.Linear(3, 2), sinks=[Remote(), tmp_path]) as monitor:
+        train(monitor, 1)
+    assert "401 for https://***@host/api with bearer ***" in monitor.findings[0].message
+    assert b"planted" not in (tmp_path / "records.jsonl").read_bytes()
+
+
 def test_a_sink_that_never_answers_is_given_up_at_the_end(monkeypatch, caplog):
     monkeypatch.setattr(stethoscope._writer, "PATIENCE", 0.05)
     slow = Slow()
@@ -111,6 +125,67 @@ def test_a_sink_that_never_answers_is_given_up_at_the_end(monkeypatch, caplog):
     assert "did not answer" in caplog.text
     assert "Slow: 3 records" in caplog.text
     slow.gate.set()
+
+
+def test_a_sink_that_hangs_is_waited_for_once_and_not_at_each_finding_and_checkpoint(monkeypatch, caplog):
+    monkeypatch.setattr(stethoscope._writer, "PATIENCE", 0.5)
+    slow, heard = Slow(), []
+    began = time.monotonic()
+    with Monitor(nn.Linear(3, 2), sinks=slow, on_finding=heard.append) as monitor:
+        for _ in range(10):
+            train(monitor, 1)
+            monitor.add(FINDING)
+            monitor.state_dict()
+    assert len(heard) == 10
+    assert time.monotonic() - began < 2
+    assert caplog.text.count("did not answer") == 1
+    assert "Slow: 20 records and findings" in caplog.text
+    slow.gate.set()
+
+
+def test_a_sink_that_was_given_up_and_answers_again_is_waited_for_again(monkeypatch):
+    monkeypatch.setattr(stethoscope._writer, "PATIENCE", 0.05)
+    slow = Slow()
+    with Monitor(nn.Linear(3, 2), sinks=slow) as monitor:
+        train(monitor, 2)
+        monitor.flush()
+        assert not slow.records
+        monkeypatch.setattr(stethoscope._writer, "PATIENCE", 20)
+        slow.gate.set()
+        while not slow.records:
+            time.sleep(0.001)
+        train(monitor, 2)
+        monitor.flush()
+        assert [r.step for r in slow.records] == [0, 1, 2, 3]
+
+
+def test_a_sink_that_exits_is_a_sink_that_failed():
+    class Exits(Slow):
+        def write(self, step, records, findings):
+            sys.exit(2)
+
+    with Monitor(nn.Linear(3, 2), sinks=Exits()) as monitor:
+        train(monitor, 3)
+        monitor.flush()
+        assert [f.code for f in monitor.findings] == ["part-disabled"]
+        assert "SystemExit: 2" in monitor.findings[0].message
+
+
+def test_an_interrupt_before_the_thread_starts_loses_nothing(monkeypatch):
+    slow = Slow()
+    slow.gate.set()
+    monitor = Monitor(nn.Linear(3, 2), sinks=slow)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(monitor, 1)
+    train(monitor, 1)
+    monitor.close()
+    assert [r.step for r in slow.records] == [0, 1]
 
 
 def test_on_finding_is_called_when_it_is_written():
@@ -213,6 +288,32 @@ def test_a_forked_child_writes_nothing_and_ends(tmp_path):
     assert done.returncode == 0, done.stderr
     assert steps(tmp_path) == list(range(11))
     assert "forked" in done.stderr
+
+
+def test_a_child_forked_while_the_lock_is_held_closes_at_once_and_blames_no_sink(tmp_path):
+    done = script(
+        tmp_path,
+        """
+        monitor = Monitor(model, sinks=Slow(sys.argv[1]))
+        train(monitor, 3)
+        (writer,) = monitor._delivery._writers
+        with writer._changed:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                import threading
+                lock = threading.Lock()
+                lock.acquire()
+                writer._changed = threading.Condition(lock)  # as the writing thread leaves it behind
+                monitor.close()
+                sys.exit(0)
+        assert os.wait()[1] == 0
+        monitor.close()
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path) == [0, 1, 2]
+    assert "did not answer" not in done.stderr
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])

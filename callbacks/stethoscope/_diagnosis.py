@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stethoscope._record import Finding
 
@@ -236,7 +236,8 @@ class Relate:
     """Sets `cause` on findings that another one explains, and adds the one that explains several.
 
     A finding is taken to last for 1000 steps or half of the run, whichever is more. Phases are kept apart. A finding
-    that was delivered before its cause was known stays as it is. Host only; memory is one number per code and phase.
+    that was delivered before its cause was known stays as it is, and nothing is explained by what was found at a later step:
+    what other ranks have found arrives late. Host only; memory is one number per code and phase.
 
     Examples:
         >>> flat = Finding("loss-plateau", "warning", "Flat.", "", step=500)
@@ -265,15 +266,16 @@ class Relate:
             of_phase = [finding for finding in findings if finding.phase == phase]
             step = max((finding.step or 0) for finding in of_phase)
             known = {code: [at, severity] for code, (at, severity) in seen.get(phase, {}).items() if _lasts(at, step)}
-            known |= {finding.code: [step, finding.severity] for finding in of_phase}
+            known |= {finding.code: [finding.step or 0, finding.severity] for finding in of_phase}
             added = self._draw(known, {f.code for f in of_phase}, _of(state["numbers"], phase), step, phase)
+            drawn = {finding.code for finding in added}
+            out += [self._explain(finding, known, drawn) for finding in [*of_phase, *added]]
             known |= {finding.code: [step, finding.severity] for finding in added}
-            out += [self._explain(finding, known) for finding in [*of_phase, *added]]
             seen = {**seen, phase: known}
         return {**state, "seen": seen}, out
 
     def _draw(
-        self, known: Mapping[str, list[object]], fresh: set[str], now: Numbers, step: int, phase: str
+        self, known: Mapping[str, list[Any]], fresh: set[str], now: Numbers, step: int, phase: str
     ) -> list[Finding]:
         """Add at most one finding: the first rule all of whose premises were seen, one of them just now."""
         for rule in self.rules:
@@ -290,11 +292,12 @@ class Relate:
         rows = self.rules[: self.rules.index(rule)]
         return [row.code for row in rows if set(rule.drawn_from) <= set(row.explains)]
 
-    def _explain(self, finding: Finding, known: Mapping[str, list[object]]) -> Finding:
+    def _explain(self, finding: Finding, known: Mapping[str, list[Any]], drawn: set[str]) -> Finding:
         if finding.cause:
             return finding
-        causes = (rule.code for rule in self.rules if finding.code in rule.explains and rule.code in known)
-        return replace(finding, cause=next(causes, ""))
+        before = {code for code, (at, _) in known.items() if finding.step is None or at <= finding.step}
+        codes = (rule.code for rule in self.rules if finding.code in rule.explains)
+        return replace(finding, cause=next((code for code in codes if code in before | drawn), ""))
 
 
 def _lasts(at: int, step: int) -> bool:

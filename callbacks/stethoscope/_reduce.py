@@ -52,6 +52,7 @@ class _Held:
 class _Message:
     """What is under way for the oldest delivery."""
 
+    moment: int
     peaks: torch.Tensor
     sums: torch.Tensor
     works: Sequence[Any]
@@ -106,14 +107,19 @@ class Reduction:
                     self.stop(f"other ranks have not sent theirs within {limit}")
                     continue
             except Exception as error:
-                self.stop(f"{type(error).__name__}: {error}")
+                closed = (
+                    "another rank has closed its monitor or has ended: " if "Connection closed" in str(error) else ""
+                )
+                self.stop(f"{closed}{type(error).__name__}: {error}")
                 continue
             message, self._message = self._message, None
             assert message is not None
             if self._make_room(message):
                 continue  # the same delivery again, on all ranks
-            self._held.popleft()
-            yield self._combined(head.records, head.layout, message)
+            combined = self._combined(head.records, head.layout, message)
+            if combined is not None:
+                self._held.popleft()
+                yield combined
 
     def _done(self, head: _Held) -> bool:
         """Get the message of a delivery on its way, and see whether it is complete. Raises what went wrong with it."""
@@ -159,7 +165,7 @@ class Reduction:
         works = [self._group.allreduce([first], _over_ranks(dist.ReduceOp.MAX))]
         if second.numel():
             works.append(self._group.allreduce([second], _over_ranks(dist.ReduceOp.SUM)))
-        return _Message(first, second, works)
+        return _Message(moment, first, second, works)
 
     def _make_room(self, message: _Message) -> bool:
         """Whether a rank had more to send than fits: all ranks see the same, so all make the same room."""
@@ -169,11 +175,12 @@ class Reduction:
         self._room = max(wanted[0], self._room[0]), max(wanted[1], self._room[1])
         return True
 
-    def _combined(self, records: list[Record], layout: Layout, message: _Message) -> list[Record]:
-        checksum, minus_checksum, moment, minus_moment = message.peaks[:4].tolist()
-        if checksum != -minus_checksum or moment != -minus_moment:
-            self._differ(-minus_moment // 1024, moment // 1024)
-            return records
+    def _combined(self, records: list[Record], layout: Layout, message: _Message) -> list[Record] | None:
+        """The records to hand over; None where another rank has sent an earlier delivery: it keeps that, and catches up."""
+        checksum, minus_checksum, last, minus_first = message.peaks[:4].tolist()
+        if checksum != -minus_checksum or last != -minus_first:
+            self._differ(-minus_first // 1024, last // 1024)
+            return records if message.moment == -minus_first else None
         sums, peaks = message.sums[: layout.sums], message.peaks[_HEAD : _HEAD + layout.peaks]
         return layout.unpack(records, sums.numpy(), peaks.numpy())
 
@@ -184,14 +191,14 @@ class Reduction:
         what = (
             f"some are at step {first:g} when others are at step {last:g}"
             if first != last
-            else f"at step {last:g} they have measured different modules or parameters"
+            else f"at step {last:g} they have measured different phases, modules or parameters"
         )
         self._notes.pending.append(
             Finding(
                 "ranks-not-reduced",
                 "warning",
-                f"The records of the {self._run.world_size} ranks cannot be combined: {what}. Each rank keeps its own there; the "
-                "training is not affected.",
+                f"The records of the {self._run.world_size} ranks cannot be combined: {what}. Each rank keeps its own there; what "
+                "all have is combined, and the training is not affected.",
                 "Give the monitor the same every=, probes and phases on all ranks. Where branches of the model depend on the "
                 "data, leave them out with exclude=, or use Monitor(reduce=False).",
                 self._notes.step,

@@ -25,7 +25,7 @@ MAX_WAITING = 100_000
 """Records that wait for a slow sink, about 20 MB; with more, records are dropped and counted. Findings are never dropped."""
 
 PATIENCE = 30.0
-"""Seconds that `flush` waits for a sink that gets nothing done, before it goes on without it."""
+"""Seconds that `flush` waits for a sink that gets nothing done, before it goes on without it; once, until it moves again."""
 
 IDLE = 1.0
 """Seconds without work after which the thread ends, so that a monitor that nobody closes leaves none behind."""
@@ -60,6 +60,7 @@ class Writer:
         self._opened = self._broken = self._late = False
         self._queue: deque[_Delivery] = deque()  # what is being written stays in it until it is written
         self._waiting = self._written = 0
+        self._given_up = -1  # what was written when `flush` had waited in vain
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -86,7 +87,7 @@ class Writer:
             self._queue.append(delivery)
             self._waiting += len(delivery.records)
             self._changed.notify_all()
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # an interrupt may come between making and starting
                 self._thread = threading.Thread(target=self._work, name=f"stethoscope-{self._name}", daemon=True)
                 try:
                     self._thread.start()
@@ -97,22 +98,27 @@ class Writer:
             self._work()
 
     def flush(self) -> bool:
-        """Wait until all is written. False if the sink got nothing done for `PATIENCE` seconds, or in a forked process."""
+        """Wait until all is written. False if the sink has got nothing done for `PATIENCE` seconds, or in a forked process."""
         if self._process != os.getpid():
             return False
         with self._changed:
             while self._queue:
                 written = self._written
+                if written == self._given_up:
+                    return False  # findings and checkpoints come again and again; the training does not wait each time
                 if not self._changed.wait(PATIENCE) and written == self._written:
+                    self._given_up = written
+                    log.warning("%s did not answer for %g s: nothing waits for it until it does.", self._name, PATIENCE)
                     return False
         return True
 
     def close(self) -> None:
         """Write out what waits and close the sink; say what was lost."""
-        if not self.flush():
+        if self._process != os.getpid():
+            pass  # the sink is the parent's, and its thread may have held the lock at the fork
+        elif not self.flush():
             with self._changed:
                 self.lost += sum(len(each.records) + len(each.findings) for each in self._queue)
-            log.warning("%s did not answer for %g s and is left as it is.", self._name, PATIENCE)
         elif self._opened:
             self._opened = False
             try:
@@ -122,6 +128,7 @@ class Writer:
                     raise
                 tell = log.debug if self._broken else log.error  # of a broken sink enough was said
                 tell("Closing %s failed; what it wrote last may be missing.", self._name, exc_info=True)
+        _at_work.discard(self)
         if self.lost:
             log.warning("%s: %d records and findings were not written.", self._name, self.lost)
 
@@ -136,7 +143,10 @@ class Writer:
                     self._thread = None
                     return
                 delivery = self._queue[0]
-            self._write(delivery)
+            try:
+                self._write(delivery)
+            except SystemExit as error:  # it would end this thread without a word
+                self._fail(delivery, error)
             with self._changed:
                 self._queue.popleft()
                 self._waiting -= len(delivery.records)
@@ -152,11 +162,14 @@ class Writer:
                     self.sink.open(run)
                 self.sink.write(step, records, findings)
             except Exception as error:
-                self._broken = True
-                self.lost += len(records) + len(findings)
-                self._notes.disabled(self.sink, "sink", error)
+                self._fail(delivery, error)
         else:
             self.lost += len(records) + len(findings)
+
+    def _fail(self, delivery: _Delivery, error: BaseException) -> None:
+        self._broken = True
+        self.lost += len(delivery.records) + len(delivery.findings)
+        self._notes.disabled(self.sink, "sink", error)
 
     def _say_late(self, step: int) -> None:
         if self._late:
@@ -183,5 +196,5 @@ _at_work: weakref.WeakSet[Writer] = weakref.WeakSet()
 def _finish() -> None:
     """Write out what a monitor that nobody closed has left."""
     for writer in list(_at_work):
-        if not writer.flush():
+        if writer._process == os.getpid() and not writer.flush():  # noqa: SLF001 - of this file
             log.warning("%s did not answer; what it had to write is lost.", type(writer.sink).__name__)

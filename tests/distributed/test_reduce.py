@@ -165,6 +165,7 @@ def loop(rank, monitor, model, optimizer, steps=12):
 def outcome(monitor, memory, began):
     return {
         "findings": [(finding.code, finding.rank, finding.evidence.get("reason")) for finding in monitor.findings],
+        "said": [finding.message for finding in monitor.findings],
         "steps": sorted({record.step for record in memory.records if record.name == "activation/rms"}),
         "losses": sum(record.name == "loss" for record in memory.records),
         "seconds": time.monotonic() - began,
@@ -189,11 +190,35 @@ def other_steps(rank, sharding=False):
 def test_ranks_that_observe_different_steps_neither_wait_nor_lose_a_record(two, sharding):
     first, second = two.run(other_steps, sharding=sharding)
     assert [first["losses"], second["losses"]] == [12, 12]
-    # step 0 is common to both; from then on each rank has its own
     assert first["steps"] == [0, 3, 6, 9]
-    assert second["steps"][-5:] == [2, 4, 6, 8, 10]
+    # steps 0 and 6 are common to both: rank 0 has written them for all
+    assert second["steps"] == ([0, 2, 4, 6, 8, 10] if sharding else [2, 4, 8, 10])
     assert ("ranks-not-reduced", 0, "differ") in [tuple(each) for each in first["findings"]]
+    assert sharding or "another rank has closed its monitor" in second["said"][-1]  # it was alone with step 10
     assert max(first["seconds"], second["seconds"]) < 20
+
+
+def validating(rank):
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory, began = sinks.Memory(), time.monotonic()
+    arguments = {"probes": [probes.Activations()], "sinks": memory, "every": 3, "reduce": True}
+    with Monitor(model, optimizer, **arguments) as monitor:
+        for step in loop(rank, monitor, model, optimizer, steps=16):
+            if rank == 0 and step % 5 == 4:
+                with monitor.phase("val"), torch.no_grad():
+                    model.module(torch.randn(4, 7))
+    training = {r.step for r in memory.records if r.name == "activation/rms" and r.phase == "train"}
+    return outcome(monitor, memory, began) | {"training": sorted(training)}
+
+
+def test_a_validation_on_rank_0_alone_costs_no_step_of_the_training(two):
+    first, second = two.run(validating)
+    assert first["training"] == [0, 3, 6, 9, 12, 15]
+    assert second["training"] == []  # all were combined, so rank 0 has written them
+    assert first["steps"] == [0, 3, 4, 6, 9, 12, 14, 15]
+    assert [tuple(each) for each in first["findings"]] == [("ranks-not-reduced", 0, "differ")]
+    assert max(first["seconds"], second["seconds"]) < 10
 
 
 def only_one_has_a_monitor(rank):
