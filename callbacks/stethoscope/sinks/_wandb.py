@@ -123,10 +123,10 @@ class WandB:
 
     def _log(self, run: Any, row: dict[str, Any], step: int) -> None:
         ours, theirs = self._row
-        if self.commit and ours not in (None, step) and theirs == run.step:  # nobody has ended that row since
+        if self.commit and ours not in (None, step) and theirs == _row(run):  # nobody has ended that row since
             run.log({}, commit=True)
         run.log(row | {_STEP: step}, commit=False)
-        self._row = step, run.step
+        self._row = step, _row(run)
 
     def _show(self, run: Any, painted: Painted) -> None:
         if find_spec("PIL") is None:  # W&B turns arrays into pictures by it, and does not bring it along
@@ -161,6 +161,12 @@ class WandB:
             level="ERROR" if finding.severity == "error" else "WARN",
             wait_duration=_ALERT_SECONDS,
         )
+
+
+def _row(run: Any) -> int:
+    """Number the row at hand, without a question to W&B's service: `run.step` waits up to 30 s for one that hangs."""
+    known = getattr(run, "_local_step", getattr(run, "_step", None))
+    return known if isinstance(known, int) else int(run.step)
 
 
 def is_wandb_run(obj: object) -> bool:
