@@ -382,3 +382,22 @@ def test_a_scripted_part_is_no_obstacle():
             optimizer.step()
             monitor.step(loss=loss)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_probes_keep_what_they_have_read_of_a_step_that_is_repeated():
+    model, optimizer = make()
+    memory = sinks.Memory()
+    with Monitor(model, optimizer, guard="skip", sinks=memory, strict=True, **presets.first_aid()) as monitor:
+        train(model, optimizer, batches(2, bad=[0]), monitor)
+    assert "probe-read-nothing" not in {each.code for each in monitor.findings}
+    bad = {r.module for r in memory.records if r.name == "gradient/nonfinite" and r.step == 0 and r.value}
+    assert {"inp.weight", "out.bias"} <= bad
+
+
+def test_the_watch_names_a_weight_that_was_bad_before_the_repeated_step():
+    model, optimizer = make()
+    with torch.no_grad():
+        model.out.weight[0, 3] = nan
+    with Monitor(model, optimizer, guard="skip", strict=True, **presets.first_aid()) as monitor:
+        train(model, optimizer, batches(1), monitor)
+    assert [f.evidence["parameter"] for f in monitor.findings if f.code == "nonfinite-parameter"] == 2 * ["out.weight"]

@@ -22,7 +22,6 @@ from stethoscope.audits._nonfinite_run import scalar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from torch.optim import Optimizer
 
@@ -44,7 +43,6 @@ class Guard:
         keep: writes an incident bundle where a folder is known, and says what became of it.
         notes: where findings go.
         deliver: sends them on their way.
-        paused: what must not look on while the step is repeated.
     """
 
     def __init__(
@@ -56,7 +54,6 @@ class Guard:
         keep: Callable[[Incident], Kept],
         notes: Notes,
         deliver: Callable[[], None],
-        paused: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.skipped = 0
         self.idle = 0
@@ -65,7 +62,7 @@ class Guard:
         self._loss: Tensor | None = None
         self._batches: list[Any] = []
         self._model, self._act, self._replay, self._keep = model, act, replay, keep
-        self._notes, self._deliver, self._paused = notes, deliver, paused
+        self._notes, self._deliver = notes, deliver
         self._names = {id(each): plain(name) for name, each in model.named_parameters()}
         self._wrote: set[int] = set()  # optimizers whose last write was made from finite gradients
         self._asked = self._bad = self._was_bad = self._was_idle = False
@@ -144,7 +141,7 @@ class Guard:
         report: NonFiniteReport | None = None
         repeated = not known
         if repeated:
-            with self._before.paused(), self._paused():
+            with self._before.paused():
                 report, trouble = self._audit()
             known = (
                 list(report.findings) if report and not report.ok else [self._unexplained(loss, bad, report, trouble)]

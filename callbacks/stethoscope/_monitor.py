@@ -316,16 +316,8 @@ class Monitor:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
 
     def _new_guard(self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None) -> Guard:
-        return Guard(
-            self.model,
-            self._optimizers,
-            act,
-            replay,
-            self._incidents.keep,
-            self._notes,
-            self._deliver,
-            lambda: self._probing.paused(self._phase),
-        )
+        keep = self._incidents.keep
+        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, self._deliver)
 
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:
