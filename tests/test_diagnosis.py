@@ -134,3 +134,13 @@ def test_real_training_with_and_without_a_fault_in_the_loss(wired):
             monitor.step(loss=loss, estimates=estimates, references=references, mixture=mixture)
     serious = {f.code for f in monitor.findings if f.severity != "info"} - {"loss-plateau", "stalled-optimisation"}
     assert serious == (set() if wired else {"output-collapse"})
+
+
+@pytest.mark.parametrize("cause", ["nonfinite-optimizer", "nonfinite-buffer", "nonfinite-input"])
+def test_what_the_guard_has_found_explains_what_the_watch_sees_of_that_step_alone(cause):
+    history = told(
+        ([], [finding(cause, 5)]),
+        ([], [finding("nonfinite-activation", 5)]),
+        ([], [finding("nonfinite-activation", 9)]),
+    )
+    assert [explained for _, explained in history] == ["", cause, ""]

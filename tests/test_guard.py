@@ -401,3 +401,18 @@ def test_the_watch_names_a_weight_that_was_bad_before_the_repeated_step():
     with Monitor(model, optimizer, guard="skip", strict=True, **presets.first_aid()) as monitor:
         train(model, optimizer, batches(1), monitor)
     assert [f.evidence["parameter"] for f in monitor.findings if f.code == "nonfinite-parameter"] == 2 * ["out.weight"]
+
+
+@pytest.mark.parametrize("spoilt", ["optimizer", "input"])
+def test_the_watch_says_what_the_guard_has_found_as_the_cause(spoilt):
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="skip", strict=True, **presets.first_aid()) as monitor:
+        train(model, optimizer, batches(2), monitor)
+        if spoilt == "optimizer":
+            optimizer.state[model.out.weight]["exp_avg_sq"][0, 2] = -1.0
+        train(model, optimizer, batches(2, bad=[1] if spoilt == "input" else ()), monitor)
+    found = [(f.code, f.cause) for f in monitor.findings if f.code != "step-skipped"]
+    assert found[0] == (f"nonfinite-{spoilt}", "")
+    assert found[1:] == [
+        ("nonfinite-parameter" if spoilt == "optimizer" else "nonfinite-activation", f"nonfinite-{spoilt}")
+    ]

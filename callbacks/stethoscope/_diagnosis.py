@@ -43,6 +43,7 @@ class Rule:
             `code` is found by a watch or an audit.
         holds: what the numbers must say, too.
         says: message and advice of the finding that is added.
+        same_step: it explains its own step alone: the guard has undone that step, and a later one has its own reasons.
     """
 
     code: str
@@ -50,6 +51,7 @@ class Rule:
     drawn_from: tuple[str, ...] = ()
     holds: Callable[[Numbers], bool] = lambda _: True
     says: Callable[[Numbers], tuple[str, str]] = lambda _: ("", "")
+    same_step: bool = False
 
 
 def _clear(now: Numbers) -> bool:
@@ -112,7 +114,24 @@ def _owner(now: Numbers) -> tuple[str, str]:
 
 
 RULES: tuple[Rule, ...] = (
-    # What is not finite comes first: it spoils everything that is measured after it.
+    # What is not finite comes first: it spoils everything that is measured after it. The guard's audit knows more than flags.
+    Rule(
+        code="nonfinite-optimizer",
+        explains=(
+            "nonfinite-parameter",
+            "nonfinite-activation",
+            "nonfinite-loss",
+            "nonfinite-gradient",
+            "output-nonfinite",
+        ),
+        same_step=True,
+    ),
+    Rule(
+        code="nonfinite-buffer", explains=("nonfinite-activation", "nonfinite-loss", "output-nonfinite"), same_step=True
+    ),
+    Rule(
+        code="nonfinite-input", explains=("nonfinite-activation", "nonfinite-loss", "output-nonfinite"), same_step=True
+    ),
     Rule(
         code="nonfinite-parameter",
         explains=("nonfinite-activation", "nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
@@ -214,7 +233,8 @@ class Relate:
     def _explain(self, finding: Finding, known: Mapping[str, list[object]]) -> Finding:
         if finding.cause:
             return finding
-        causes = (rule.code for rule in self.rules if finding.code in rule.explains and rule.code in known)
+        rules = (rule for rule in self.rules if finding.code in rule.explains and rule.code in known)
+        causes = (rule.code for rule in rules if not rule.same_step or known[rule.code][0] == finding.step)
         return replace(finding, cause=next(causes, ""))
 
 
