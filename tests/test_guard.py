@@ -197,6 +197,49 @@ def test_the_steps_that_a_scaler_skips_are_no_fault():
     assert [(f.code, f.severity, f.evidence["by"]) for f in monitor.findings] == [("step-skipped", "info", "scaler")]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_scaler_does_not_hide_a_loss_that_is_not_finite(fused, clip):
+    model, _ = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = None
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        for i, x in enumerate(batches(5, bad=[3])):
+            before = state(model, optimizer) if i == 3 else before
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            monitor.observe(loss=loss)
+            scaler.step(optimizer)
+            scaler.update()
+            monitor.step(loss=loss)
+            if i == 3:
+                # all but the steps that a fused optimizer counts before it asks the scaler
+                buffers = [a for a in zip(before, state(model, optimizer), strict=True) if a[0].dim()]
+                assert all(torch.equal(a, b) for a, b in buffers)
+    found = [(f.code, f.step, f.evidence.get("by")) for f in monitor.findings]
+    assert found == [("nonfinite-input", 3, None), ("step-skipped", 4, "guard")]
+    assert all(torch.isfinite(each).all() for each in model.state_dict().values())
+
+
+def test_a_loss_that_is_not_finite_is_raised_when_the_scaler_has_skipped_its_step():
+    model, optimizer = make()
+    scaler = torch.amp.GradScaler("cpu")
+    with Monitor(model, optimizer, guard="raise", strict=True) as monitor:
+        (x,) = batches(1, bad=[0])
+        loss = model(x).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        with pytest.raises(FindingsError, match=r"args\.0"):
+            monitor.step(loss=loss)
+        assert monitor.state_dict()["step"] == 1
+    assert [f.code for f in monitor.findings] == ["nonfinite-input"]
+
+
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Adam])
 def test_an_optimizer_with_a_closure(kind):
     model, _ = make()

@@ -185,6 +185,7 @@ class Monitor:
 
         Raises:
             RuntimeError: the monitor is closed.
+            FindingsError: with `guard="raise"`, for a loss that is not finite in a step that `GradScaler` has skipped.
         """
         self._use()
         self.observe(batch, **{name: value for name, value in tensors.items() if not isinstance(value, Real)})
@@ -197,16 +198,17 @@ class Monitor:
         ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(step).items()]
         parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
         parts += self._probing.read(given, stamp._replace(source="probe"))
-        if self._guard is not None:
-            if self._guard.skipped:
-                ready.append(stamp._replace(name="guard/skipped", value=float(self._guard.skipped)))
-            self._guard.end_step(step)
+        error = self._guard.end_step(step) if self._guard is not None else None
+        if self._guard is not None and self._guard.skipped:
+            ready.append(stamp._replace(name="guard/skipped", value=float(self._guard.skipped)))
         self._given = {}
         self._step += 1
         self._notes.step = step
         self._probing.arm(self._step, self._phase)
         self._deliver(ready, parts)
         self._probing.lap(step)
+        if error is not None:
+            raise error
 
     def log(self, metrics: object, phase: str = "val") -> None:
         """Take any toolkit's metric dictionary, stamped with the last closed step (0 before the first).
