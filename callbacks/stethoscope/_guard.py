@@ -111,11 +111,11 @@ class Guard:
         if self._act == "skip":
             for each in owned:
                 each.grad = None
-        error = self._hit(optimizer, value, names, known)
-        if error is not None:
+        stop = self._hit(optimizer, value, names, known)
+        if stop is not None:
             self._closures.undo(optimizer)
             self._end()
-            raise error
+            raise stop
         return True
 
     def _hit(
