@@ -459,3 +459,34 @@ def test_the_watch_says_what_the_guard_has_found_as_the_cause(spoilt):
     assert found[1:] == [
         ("nonfinite-parameter" if spoilt == "optimizer" else "nonfinite-activation", f"nonfinite-{spoilt}")
     ]
+
+
+def test_a_loop_that_catches_the_error_may_close_the_step():
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="raise", strict=True) as monitor:
+        for i, x in enumerate(batches(4, bad=[2])):
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            monitor.observe(loss=loss)
+            if i == 2:
+                with pytest.raises(FindingsError):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            monitor.step(loss=loss)
+    assert [(f.code, f.step) for f in monitor.findings] == [("nonfinite-input", 2)]
+
+
+def test_messages_name_what_there_is():
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        loss = model(torch.randn(6, 4)).square().mean()
+        loss.backward()
+        for each in model.out.parameters():
+            each.grad.fill_(nan)
+        optimizer.step()
+        monitor.step(loss=loss)
+    bad, skipped = (f.message for f in monitor.findings)
+    assert bad.startswith("2 gradients (out.weight, out.bias) are not finite")
+    assert skipped == "The guard has skipped 1 of 1 steps."

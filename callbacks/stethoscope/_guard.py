@@ -115,6 +115,7 @@ class Guard:
         if stop is not None:
             self._closures.undo(optimizer)
             self._end()
+            self._asked = True  # a loop that catches it may close the step, in which nobody else has kept the optimizer
             raise stop
         return True
 
@@ -257,8 +258,8 @@ class Guard:
                 Finding(
                     "step-skipped",
                     "info",
-                    f"The guard has skipped {self.skipped} of {self.step} steps; {self.idle} more were not written by "
-                    "any optimizer (GradScaler).",
+                    f"The guard has skipped {self.skipped} of {self.step} steps"
+                    f"{f'; {self.idle} more were not written by any optimizer (GradScaler)' if self.idle else ''}.",
                     "The learning rate's schedule and the step counter went on in these steps.",
                     self._notes.step,
                     evidence={"by": "guard", "skipped": self.skipped, "idle": self.idle, "steps": self.step},
