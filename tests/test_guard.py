@@ -490,3 +490,16 @@ def test_messages_name_what_there_is():
     bad, skipped = (f.message for f in monitor.findings)
     assert bad.startswith("2 gradients (out.weight, out.bias) are not finite")
     assert skipped == "The guard has skipped 1 of 1 steps."
+
+
+def test_a_batch_that_is_changed_after_its_call_is_told():
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        (x,) = batches(1, bad=[0])
+        loss = model(x).square().mean()
+        loss.backward()
+        x.zero_()
+        monitor.observe(loss=loss)
+        optimizer.step()
+        monitor.step(loss=loss)
+    assert "but an input was changed in place after the model had been called with it" in monitor.findings[0].message
