@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from stethoscope import Finding, Monitor, Record, watches
@@ -146,3 +148,26 @@ def test_real_training_with_and_without_a_fault_in_the_loss(wired):
             monitor.step(loss=loss, estimates=estimates, references=references, mixture=mixture)
     serious = {f.code for f in monitor.findings if f.severity != "info"} - {"loss-plateau", "stalled-optimisation"}
     assert serious == (set() if wired else {"output-collapse"})
+
+
+@pytest.mark.parametrize("cause", ["nonfinite-optimizer", "nonfinite-buffer", "nonfinite-input"])
+def test_what_the_guard_has_found_explains_what_the_watch_sees_of_that_step_alone(cause):
+    history = told(
+        ([], [finding(cause, 5)]),
+        ([], [finding("nonfinite-activation", 5)]),
+        ([], [finding("nonfinite-activation", 9)]),
+    )
+    assert [explained for _, explained in history] == ["", cause, ""]
+
+
+@settings(deadline=None)
+@given(st.permutations(sorted({code for rule in RULES for code in (rule.code, *rule.explains)})), st.integers(2, 60))
+def test_what_is_found_in_one_step_has_a_first_cause(codes, count):
+    relate = Relate()
+    found = [Finding(code, "error", "m", "a", step=3) for code in codes[:count]]
+    _, out = relate.update(relate.init(), (), found)
+    causes = {finding.code: finding.cause for finding in out}
+    for code in causes:
+        for _ in causes:
+            code = causes.get(code, "")  # noqa: PLW2901  up to the root
+        assert not code

@@ -197,6 +197,49 @@ def test_the_steps_that_a_scaler_skips_are_no_fault():
     assert [(f.code, f.severity, f.evidence["by"]) for f in monitor.findings] == [("step-skipped", "info", "scaler")]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_scaler_does_not_hide_a_loss_that_is_not_finite(fused, clip):
+    model, _ = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = None
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        for i, x in enumerate(batches(5, bad=[3])):
+            before = state(model, optimizer) if i == 3 else before
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            monitor.observe(loss=loss)
+            scaler.step(optimizer)
+            scaler.update()
+            monitor.step(loss=loss)
+            if i == 3:
+                # all but the steps that a fused optimizer counts before it asks the scaler
+                buffers = [a for a in zip(before, state(model, optimizer), strict=True) if a[0].dim()]
+                assert all(torch.equal(a, b) for a, b in buffers)
+    found = [(f.code, f.step, f.evidence.get("by")) for f in monitor.findings]
+    assert found == [("nonfinite-input", 3, None), ("step-skipped", 4, "guard")]
+    assert all(torch.isfinite(each).all() for each in model.state_dict().values())
+
+
+def test_a_loss_that_is_not_finite_is_raised_when_the_scaler_has_skipped_its_step():
+    model, optimizer = make()
+    scaler = torch.amp.GradScaler("cpu")
+    with Monitor(model, optimizer, guard="raise", strict=True) as monitor:
+        (x,) = batches(1, bad=[0])
+        loss = model(x).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        with pytest.raises(FindingsError, match=r"args\.0"):
+            monitor.step(loss=loss)
+        assert monitor.state_dict()["step"] == 1
+    assert [f.code for f in monitor.findings] == ["nonfinite-input"]
+
+
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Adam])
 def test_an_optimizer_with_a_closure(kind):
     model, _ = make()
@@ -382,3 +425,81 @@ def test_a_scripted_part_is_no_obstacle():
             optimizer.step()
             monitor.step(loss=loss)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_probes_keep_what_they_have_read_of_a_step_that_is_repeated():
+    model, optimizer = make()
+    memory = sinks.Memory()
+    with Monitor(model, optimizer, guard="skip", sinks=memory, strict=True, **presets.first_aid()) as monitor:
+        train(model, optimizer, batches(2, bad=[0]), monitor)
+    assert "probe-read-nothing" not in {each.code for each in monitor.findings}
+    bad = {r.module for r in memory.records if r.name == "gradient/nonfinite" and r.step == 0 and r.value}
+    assert {"inp.weight", "out.bias"} <= bad
+
+
+def test_the_watch_names_a_weight_that_was_bad_before_the_repeated_step():
+    model, optimizer = make()
+    with torch.no_grad():
+        model.out.weight[0, 3] = nan
+    with Monitor(model, optimizer, guard="skip", strict=True, **presets.first_aid()) as monitor:
+        train(model, optimizer, batches(1), monitor)
+    assert [f.evidence["parameter"] for f in monitor.findings if f.code == "nonfinite-parameter"] == 2 * ["out.weight"]
+
+
+@pytest.mark.parametrize("spoilt", ["optimizer", "input"])
+def test_the_watch_says_what_the_guard_has_found_as_the_cause(spoilt):
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="skip", strict=True, **presets.first_aid()) as monitor:
+        train(model, optimizer, batches(2), monitor)
+        if spoilt == "optimizer":
+            optimizer.state[model.out.weight]["exp_avg_sq"][0, 2] = -1.0
+        train(model, optimizer, batches(2, bad=[1] if spoilt == "input" else ()), monitor)
+    found = [(f.code, f.cause) for f in monitor.findings if f.code != "step-skipped"]
+    assert found[0] == (f"nonfinite-{spoilt}", "")
+    assert found[1:] == [
+        ("nonfinite-parameter" if spoilt == "optimizer" else "nonfinite-activation", f"nonfinite-{spoilt}")
+    ]
+
+
+def test_a_loop_that_catches_the_error_may_close_the_step():
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="raise", strict=True) as monitor:
+        for i, x in enumerate(batches(4, bad=[2])):
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            monitor.observe(loss=loss)
+            if i == 2:
+                with pytest.raises(FindingsError):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            monitor.step(loss=loss)
+    assert [(f.code, f.step) for f in monitor.findings] == [("nonfinite-input", 2)]
+
+
+def test_messages_name_what_there_is():
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        loss = model(torch.randn(6, 4)).square().mean()
+        loss.backward()
+        for each in model.out.parameters():
+            each.grad.fill_(nan)
+        optimizer.step()
+        monitor.step(loss=loss)
+    bad, skipped = (f.message for f in monitor.findings)
+    assert bad.startswith("2 gradients (out.weight, out.bias) are not finite")
+    assert skipped == "The guard has skipped 1 of 1 steps."
+
+
+def test_a_batch_that_is_changed_after_its_call_is_told():
+    model, optimizer = make()
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        (x,) = batches(1, bad=[0])
+        loss = model(x).square().mean()
+        loss.backward()
+        x.zero_()
+        monitor.observe(loss=loss)
+        optimizer.step()
+        monitor.step(loss=loss)
+    assert "but an input was changed in place after the model had been called with it" in monitor.findings[0].message

@@ -15,18 +15,21 @@ class _Depth(local):
 
 
 _depth = _Depth()
+_anywhere: list[None] = []  # one per audit at work, of all threads: append and pop need no lock
 
 
 @contextmanager
 def aside() -> Iterator[None]:
     """Within it, no probe reads what models do on this thread."""
     _depth.value += 1
+    _anywhere.append(None)
     try:
         yield
     finally:
+        _anywhere.pop()
         _depth.value -= 1
 
 
-def is_aside() -> bool:
-    """Whether an audit is at work on this thread."""
-    return _depth.value > 0
+def is_aside(*, anywhere: bool = False) -> bool:
+    """Whether an audit is at work on this thread; or on any: autograd calls hooks on a thread of the device's own."""
+    return bool(_anywhere) if anywhere else _depth.value > 0

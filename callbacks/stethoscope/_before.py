@@ -54,6 +54,7 @@ class Before:
         self._seen = False  # whether a call of this step was
         self._random: RandomState | None = None
         self._bytes = 0
+        self._versions: list[tuple[Tensor, int]] = []  # of the inputs, when they were taken
         self._kept_call: Call | None = None  # the one under way
         self._devices = sorted({each.device for each in model.parameters() if each.device.type == "cuda"}, key=str)
         self._model, self._depth = model, 0
@@ -79,7 +80,8 @@ class Before:
         if not self._seen:
             self._seen = True
             state = self._begin()
-        self._bytes += sum(size_of(each) for _, each in tensors((args, kwargs)))
+        inputs = [each for _, each in tensors((args, kwargs))]
+        self._bytes += sum(map(size_of, inputs))
         if len(self.calls) == MAX_CALLS or self._bytes > MAX_BYTES:
             self.too_large += 1
             return
@@ -87,6 +89,7 @@ class Before:
         call = Call(module, args, kwargs, torch.is_grad_enabled(), autocasts(), state, {})
         self.calls.append(call)
         self._kept_call = call
+        self._versions += [(each, each._version) for each in inputs if not each.is_inference()]  # noqa: SLF001 - no copy
 
     def _begin(self) -> RandomState:
         self._begun = True
@@ -108,13 +111,16 @@ class Before:
                 each.register_hook(_Gradient(call.grad_outputs, path))  # type: ignore[no-untyped-call]
 
     def limits(self) -> str:
-        """Say which calls cannot be repeated, `""` if all can."""
-        if not self.too_large:
-            return ""
-        return (
-            f"{self.too_large} calls of the model were not kept (at most {MAX_CALLS} per step, with inputs of "
-            f"{MAX_BYTES / 2**20:.0f} MiB together)"
-        )
+        """Say which calls cannot be repeated as they were, `""` if all can."""
+        said: list[str] = []
+        if self.too_large:
+            said.append(
+                f"{self.too_large} calls of the model were not kept (at most {MAX_CALLS} per step, with inputs of "
+                f"{MAX_BYTES / 2**20:.0f} MiB together)"
+            )
+        if any(each._version != version for each, version in self._versions):  # noqa: SLF001
+            said.append("an input was changed in place after the model had been called with it")
+        return "; ".join(said)
 
     def rewind(self) -> None:
         """Put buffers and random states back to the beginning of the step."""
@@ -143,7 +149,7 @@ class Before:
         if self.calls and all(call.module is self._model for call in self.calls):
             while self._spare:
                 self._spare.pop().remove()
-        self.calls, self._kept_call = [], None
+        self.calls, self._versions, self._kept_call = [], [], None
         self._bytes = self._depth = self.too_large = 0
         self._begun = False
         if not seen:

@@ -51,6 +51,7 @@ class Rule:
             `code` is found by a watch or an audit.
         holds: what the numbers must say, too.
         says: message and advice of the finding that is added.
+        same_step: it explains its own step alone: the guard has undone that step, and a later one has its own reasons.
     """
 
     code: str
@@ -58,6 +59,7 @@ class Rule:
     drawn_from: tuple[str, ...] = ()
     holds: Callable[[Numbers], bool] = lambda _: True
     says: Callable[[Numbers], tuple[str, str]] = lambda _: ("", "")
+    same_step: bool = False
 
 
 def _clear(now: Numbers) -> bool:
@@ -180,7 +182,23 @@ RULES: tuple[Rule, ...] = (
     Rule(
         code="gradient-vanishing", explains=("gradient-zero", "update-ratio-low", "parameter-unchanged", "loss-plateau")
     ),
-    # What is not finite spoils everything that is measured after it.
+    # What is not finite spoils everything that is measured after it. The guard's audit knows more than flags.
+    Rule(
+        code="nonfinite-optimizer",
+        explains=(
+            "nonfinite-parameter",
+            "nonfinite-activation",
+            "nonfinite-loss",
+            "output-nonfinite",
+        ),
+        same_step=True,
+    ),
+    Rule(
+        code="nonfinite-buffer", explains=("nonfinite-activation", "nonfinite-loss", "output-nonfinite"), same_step=True
+    ),
+    Rule(
+        code="nonfinite-input", explains=("nonfinite-activation", "nonfinite-loss", "output-nonfinite"), same_step=True
+    ),
     Rule(
         code="nonfinite-parameter",
         explains=(
@@ -295,9 +313,18 @@ class Relate:
     def _explain(self, finding: Finding, known: Mapping[str, list[Any]], drawn: set[str]) -> Finding:
         if finding.cause:
             return finding
-        before = {code for code, (at, _) in known.items() if finding.step is None or at <= finding.step}
-        codes = (rule.code for rule in self.rules if finding.code in rule.explains)
-        return replace(finding, cause=next((code for code in codes if code in before | drawn), ""))
+        row = {rule.code: i for i, rule in reversed(list(enumerate(self.rules)))}
+        now = finding.step
+        for i, rule in enumerate(self.rules):
+            if finding.code not in rule.explains or not (rule.code in known or rule.code in drawn):
+                continue
+            at: int | None = known[rule.code][0] if rule.code in known else now
+            later = now is not None and at is not None and at > now
+            # of two that explain each other, in one step the upper row is the cause
+            mutual = at == now and i > row.get(finding.code, i)
+            if not (later or mutual or (rule.same_step and at != now)):
+                return replace(finding, cause=rule.code)
+        return finding
 
 
 def _lasts(at: int, step: int) -> bool:

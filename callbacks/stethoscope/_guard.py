@@ -22,7 +22,6 @@ from stethoscope.audits._nonfinite_run import scalar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from torch.optim import Optimizer
 
@@ -44,7 +43,6 @@ class Guard:
         keep: writes an incident bundle where a folder is known, and says what became of it.
         notes: where findings go.
         deliver: sends them on their way.
-        paused: what must not look on while the step is repeated.
     """
 
     def __init__(
@@ -56,7 +54,6 @@ class Guard:
         keep: Callable[[Incident], Kept],
         notes: Notes,
         deliver: Callable[[], None],
-        paused: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.skipped = 0
         self.idle = 0
@@ -65,7 +62,7 @@ class Guard:
         self._loss: Tensor | None = None
         self._batches: list[Any] = []
         self._model, self._act, self._replay, self._keep = model, act, replay, keep
-        self._notes, self._deliver, self._paused = notes, deliver, paused
+        self._notes, self._deliver, self._optimizers = notes, deliver, optimizers
         self._names = {id(each): plain(name) for name, each in model.named_parameters()}
         self._wrote: set[int] = set()  # optimizers whose last write was made from finite gradients
         self._asked = self._bad = self._was_bad = self._was_idle = False
@@ -87,8 +84,8 @@ class Guard:
 
     def _judge(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._asked = True
-        if getattr(optimizer, "grad_scale", None) is not None:
-            return None  # a fused optimizer under GradScaler: the scaler decides, on the device
+        if getattr(optimizer, "grad_scale", None) is not None and self._bad_loss() is None:
+            return None  # a fused optimizer under GradScaler: the scaler decides about gradients, on the device
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
             self._closures.enter(optimizer)
@@ -111,28 +108,41 @@ class Guard:
             self._notes.disabled(self, "guard", error)
             self.detach()
             return False
+        if self._act == "skip":
+            for each in owned:
+                each.grad = None
+        stop = self._hit(optimizer, value, names, known)
+        if stop is not None:
+            self._closures.undo(optimizer)
+            self._end()
+            self._asked = True  # a loop that catches it may close the step, in which nobody else has kept the optimizer
+            raise stop
+        return True
+
+    def _hit(
+        self, optimizer: Optimizer, loss: float | None, names: list[str], known: list[Finding]
+    ) -> FindingsError | None:
+        """Explain and report; return what to raise, if that is asked for."""
         try:
-            findings = self._explain(optimizer, value, names, known)
+            findings = self._explain(optimizer, loss, names, known)
         except Exception as error:  # the decision stands, whatever goes wrong when it is explained
             if self._notes.strict:
                 raise
             findings = [
-                self._unexplained(value, names, None, f"its cause is not known ({type(error).__name__}: {error})")
+                self._unexplained(loss, names, None, f"its cause is not known ({type(error).__name__}: {error})")
             ]
-        if self._act == "skip":
-            for each in owned:
-                each.grad = None
         self._wrote.discard(id(optimizer))
         first, self._bad = not self._bad, True  # of several optimizers that share a bad step
         self.skipped += first
         if first and not self._was_bad:
             self._notes.pending += findings
             self._deliver()
-        if self._act == "raise":
-            self._closures.undo(optimizer)
-            self._end()
-            raise FindingsError("\n".join(map(str, findings)), tuple(findings))
-        return True
+        return FindingsError("\n".join(map(str, findings)), tuple(findings)) if self._act == "raise" else None
+
+    def _bad_loss(self) -> float | None:
+        """Return the loss if it is not finite. Waits for the device."""
+        value = 0.0 if self._loss is None else fetch([self._loss.detach().float()])[0]
+        return None if math.isfinite(value) else value
 
     # -- what went wrong ---------------------------------------------------------------------------------------------
 
@@ -144,7 +154,7 @@ class Guard:
         report: NonFiniteReport | None = None
         repeated = not known
         if repeated:
-            with self._before.paused(), self._paused():
+            with self._before.paused():
                 report, trouble = self._audit()
             known = (
                 list(report.findings) if report and not report.ok else [self._unexplained(loss, bad, report, trouble)]
@@ -206,9 +216,16 @@ class Guard:
 
     # -- the step ends -----------------------------------------------------------------------------------------------
 
-    def end_step(self, step: int) -> None:
-        """Close a step: say when nothing was written for another reason, and let go of its batch."""
-        idle = bool(self._handles) and not self._asked
+    def end_step(self, step: int) -> FindingsError | None:
+        """Close a step: say when nothing was written for another reason, and let go of its batch; return what to raise.
+
+        Where GradScaler has kept the optimizer from being asked, a loss that is not finite is a fault all the same: scaling
+        comes after the loss, and what the forward pass has written into buffers is there.
+        """
+        idle, error = bool(self._handles) and not self._asked, None
+        if idle and (loss := self._bad_loss()) is not None:
+            wrote = (each for each in self._optimizers if id(each) in self._wrote)
+            idle, error = False, self._hit(next(wrote, self._optimizers[0]), loss, [], [])
         self.idle += idle
         if idle and not self._was_idle:
             self._notes.pending.append(
@@ -217,7 +234,8 @@ class Guard:
                     "info",
                     f"No optimizer has written in step {step}, and not because of the guard: GradScaler skips steps whose "
                     "gradients overflow, which is normal at the start of a training in fp16.",
-                    "Nothing, unless it goes on: then the scale has reached its floor and the gradients are really bad.",
+                    "Nothing, unless it goes on: then the scale has reached its floor and the gradients are really bad. Without "
+                    "a GradScaler: call monitor.step once per optimizer step, after optimizer.step().",
                     step,
                     evidence={"by": "scaler"},
                 )
@@ -225,6 +243,7 @@ class Guard:
         self._was_bad, self._was_idle = self._bad, idle
         self.step = step + 1
         self._end()
+        return error
 
     def _end(self) -> None:
         self._asked = self._bad = False
@@ -239,8 +258,8 @@ class Guard:
                 Finding(
                     "step-skipped",
                     "info",
-                    f"The guard has skipped {self.skipped} of {self.step} steps; {self.idle} more were not written by "
-                    "any optimizer (GradScaler).",
+                    f"The guard has skipped {self.skipped} of {self.step} steps"
+                    f"{f'; {self.idle} more were not written by any optimizer (GradScaler)' if self.idle else ''}.",
                     "The learning rate's schedule and the step counter went on in these steps.",
                     self._notes.step,
                     evidence={"by": "guard", "skipped": self.skipped, "idle": self.idle, "steps": self.step},

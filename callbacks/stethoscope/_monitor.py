@@ -190,6 +190,7 @@ class Monitor:
 
         Raises:
             RuntimeError: the monitor is closed.
+            FindingsError: with `guard="raise"`, for a loss that is not finite in a step that `GradScaler` has skipped.
         """
         self._use()
         self.observe(batch, **{name: value for name, value in tensors.items() if not isinstance(value, Real)})
@@ -202,10 +203,9 @@ class Monitor:
         ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(step).items()]
         parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
         parts += self._probing.read(given, stamp._replace(source="probe"))
-        if self._guard is not None:
-            if self._guard.skipped:
-                ready.append(stamp._replace(name="guard/skipped", value=float(self._guard.skipped)))
-            self._guard.end_step(step)
+        error = self._guard.end_step(step) if self._guard is not None else None
+        if self._guard is not None and self._guard.skipped:
+            ready.append(stamp._replace(name="guard/skipped", value=float(self._guard.skipped)))
         self._given = {}
         self._step += 1
         self._notes.step = step
@@ -213,6 +213,8 @@ class Monitor:
         self._deliver(ready, parts)
         self._probing.lap(step)
         self._heartbeat.beat(step, self._planned_steps)
+        if error is not None:
+            raise error
 
     @_disable_dynamo
     def log(self, metrics: object, phase: str = "val") -> None:
@@ -325,16 +327,8 @@ class Monitor:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
 
     def _new_guard(self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None) -> Guard:
-        return Guard(
-            self.model,
-            self._optimizers,
-            act,
-            replay,
-            self._incidents.keep,
-            self._notes,
-            self._deliver,
-            lambda: self._probing.paused(self._phase),
-        )
+        keep = self._incidents.keep
+        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, self._deliver)
 
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +15,7 @@ from stethoscope._transfer import Part
 from stethoscope.probes._compiled import anything_compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -121,18 +120,6 @@ class Probing:
         if self._pace is None or self._pace.share is None or step % (self._every * self._pace.stretch):
             return {}
         return {"overhead/share": self._pace.share, "overhead/every": float(self._every * self._pace.stretch)}
-
-    @contextmanager
-    def paused(self, phase: str) -> Iterator[None]:
-        """Read nothing inside: a step is run again to look for a fault."""
-        armed = [each for each in self._attached if each.armed]
-        for attached in armed:
-            self._guarded(attached, _arming(attached.attachment, False, phase))
-        try:
-            yield
-        finally:
-            for attached in [each for each in armed if each in self._attached]:
-                self._guarded(attached, _arming(attached.attachment, True, phase))
 
     def detach(self) -> None:
         """Remove every hook."""

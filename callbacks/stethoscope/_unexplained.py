@@ -47,7 +47,8 @@ def unexplained(
             evidence={"origin": "loss", **evidence},
         )
     one = len(bad) == 1
-    which = f"The gradient of {bad[0]!r} is" if one else f"{len(bad)} gradients ({', '.join(bad[:3])}, ...) are"
+    named = ", ".join([*bad[:3], *(["..."] if len(bad) > 3 else [])])
+    which = f"The gradient of {bad[0]!r} is" if one else f"{len(bad)} gradients ({named}) are"
     born = ""
     if spoilt and not whole:
         born = (

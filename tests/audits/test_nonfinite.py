@@ -366,3 +366,28 @@ def test_samples_are_found_in_folded_batches():
     assert samples(x, 3) == (2,)
     assert samples(x.transpose(0, 1), 6) == (5,)
     assert samples(x, 5) == ()
+
+
+class Through(nn.Module):
+    """A function behind a linear layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
+
+
+@pytest.mark.parametrize("function", [lambda y: y.sigmoid() * inf, lambda y: y.abs().add(inf)])
+def test_numbers_of_the_model_times_inf_are_no_mask(function):
+    report = audits.nonfinite(Through(function), torch.randn(3, 4))
+    assert report.origin == "operation"
+    assert "inf" in report.source
+
+
+@pytest.mark.parametrize("mask", [lambda: torch.ones(3, 4) * -inf, lambda: torch.zeros(3, 4) - inf])
+def test_a_constant_times_inf_is_a_mask(mask):
+    report = audits.nonfinite(Through(lambda y: torch.where(y > 9, y, mask()).logaddexp(y)), torch.randn(3, 4))
+    assert report.ok
+    assert audits.nonfinite(Through(lambda y: torch.where(y > 0, y, mask())), torch.randn(3, 4)).ok

@@ -181,3 +181,43 @@ def test_an_accelerator_and_the_cpu_agree():
         report = audits.precision(tested, given, reference=reference)
         assert report.ok, str(report)
         assert 0 <= max(each.error for each in report.modules) < 1e-4
+
+
+class Front(nn.Module):
+    """Overflows in fp16, in an operation outside of every module."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(x * 2**15)
+
+
+def test_what_is_not_finite_is_explained_and_the_model_is_not_quoted():
+    model = Front().half()
+    report = audits.precision(model, torch.linspace(1, 8, 32).half().view(4, 8))
+    born, lost = report.findings[:2]
+    assert (born.code, born.evidence["operation"]) == ("nonfinite-activation", "aten.mul")
+    assert (lost.code, lost.cause) == ("precision-loss", "nonfinite-activation")
+    assert lost.message.startswith("What the model returns is not finite")
+    assert model.training
+
+
+@pytest.mark.parametrize("bad", ["weight", "input"])
+def test_what_is_not_finite_in_both_precisions_is_not_ok(bad):
+    model, x = net(), torch.randn(6, 8)
+    if bad == "weight":
+        model[4].weight.data[1, 2] = math.nan
+    else:
+        x[3, 1] = math.nan
+    report = audits.precision(model, x)
+    assert [each.code for each in report.findings] == ["nonfinite-parameter" if bad == "weight" else "nonfinite-input"]
+
+
+def test_a_mask_in_the_output_is_no_loss_of_precision():
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.arange(4) > 2, -math.inf)
+
+    assert audits.precision(Masked(8, 4), torch.randn(6, 8)).ok

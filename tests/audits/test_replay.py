@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import sys
 import traceback
 
@@ -272,16 +273,19 @@ def test_the_class_is_imported_where_it_can_be(tmp_path, monkeypatch):
     (tmp_path / "work" / "replayed_net.py").write_text(
         "import torch\nclass Log(torch.nn.Linear):\n    def __init__(self, size=2):\n        super().__init__(size, size)\n"
         "    def forward(self, x):\n        return torch.log(super().forward(x) * 0)\n"
-        "class Sized(Log):\n    def __init__(self, size):\n        super().__init__(size)\nNumber = 3\n"
+        "class Sized(Log):\n    def __init__(self, size, name):\n        super().__init__(size)\n        self.size = size\nNumber = 3\n"
     )
     monkeypatch.syspath_prepend(".")
     import replayed_net
 
     folder = audits.nonfinite(replayed_net.Log(), torch.ones(3, 2)).save(tmp_path / "one")
     assert audits.replay(folder).reproduced
-    sized = audits.nonfinite(replayed_net.Sized(2), torch.ones(3, 2)).save(tmp_path / "two")
-    with pytest.raises(ValueError, match=r"needs arguments \(size\).*--model"):
+    sized = audits.nonfinite(replayed_net.Sized(2, "a"), torch.ones(3, 2)).save(tmp_path / "two it's")
+    with pytest.raises(ValueError, match=r"needs arguments \(size, name\)") as caught:
         audits.replay(sized)
+    command = shlex.split(str(caught.value).partition("by: ")[2])
+    assert command[:5] == ["stethoscope", "replay", str(sized), "--model", "replayed_net:Sized"]
+    assert (command[5], json.loads(command[6])) == ("--arguments", {"size": 2, "name": "..."})
     for name, message in {
         "replayed_net:Number": "is no torch.nn.Module",
         "replayed_net:Nothing": "cannot be imported here",

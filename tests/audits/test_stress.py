@@ -193,3 +193,18 @@ def test_lengths_follow_the_signal():
     assert refused(report) == {"length 1 in dimension 2", "twice the length in dimension 2"}
     names = {trial.input for trial in report.trials}
     assert {"'1' all 1 in one item", "'1' all 0 in one item", "'2' is 0 in one item", "'2' at their longest"} <= names
+
+
+def test_what_the_model_refuses_is_said():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if x.dtype is torch.float16:
+                raise RuntimeError("no kernel for float16")
+            return super().forward(x)
+
+    lines = audits.stress(Picky(4, 2), torch.randn(3, 4)).summary.split("\n")
+    assert lines[1:] == [
+        "Not tried in float16: RuntimeError: no kernel for float16",
+        "Refused: length 1 in dimension 1, twice the length in dimension 1. (.trials has the exceptions.)",
+    ]
+    assert "\n" not in audits.stress(nn.Tanh(), torch.randn(3, 4)).summary

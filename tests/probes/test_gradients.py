@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stethoscope import Monitor, sinks
+from stethoscope import Monitor, audits, sinks
 from stethoscope.probes import Gradients
 
 
@@ -126,3 +126,16 @@ def test_a_model_that_moves_between_the_start_of_a_step_and_its_backward_is_read
             monitor.step()
     last = {r.module: r.value for r in memory.records if r.step == 1 and r.name == "gradient/norm"}
     assert last["weight"] == pytest.approx(model.weight.grad.norm().item(), rel=1e-6)
+
+
+def test_the_backward_pass_of_an_audit_is_not_the_steps():
+    model = nn.Linear(4, 1)
+    expected = {}
+
+    def step(model):
+        model(torch.ones(2, 4)).square().mean().backward()
+        expected.update({name: each.grad.norm().item() for name, each in model.named_parameters()})
+        audits.nonfinite(model, torch.full((2, 4), 100.0), loss=lambda out: out.square().mean())
+
+    seen = values(run(model, [step]), "gradient/norm")
+    assert {name: seen[name] for name in expected} == pytest.approx(expected)

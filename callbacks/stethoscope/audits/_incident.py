@@ -7,6 +7,7 @@ arguments of the command line.
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -138,6 +139,7 @@ def _describe(incident: Incident, max_bytes: int) -> tuple[JSON, dict[str, Tenso
         "loss": _strict(incident.loss),
         "model": {
             **_class(type(model)),
+            "arguments": _arguments(model),
             "evaluating": [plain(name) for name, each in model.named_modules() if not each.training],
             "frozen": [name for name, each in parameters.items() if not each.requires_grad],
             "whole": whole and all(node["kind"] == "tensor" for node in state.values()),
@@ -204,6 +206,14 @@ def _class(kind: type) -> dict[str, str]:
     file = getattr(sys.modules["__main__"], "__file__", None) if kind.__module__ == "__main__" else None
     where = "" if kind.__module__ == "__main__" else f"{kind.__module__}:{kind.__qualname__}"
     return {"class": where, "name": kind.__qualname__, "script": Path(file).name if file else ""}
+
+
+def _arguments(model: nn.Module) -> JSON:
+    """Return what the model was made with, as far as it keeps numbers by the names of its arguments: for a human to copy."""
+    named = inspect.signature(type(model)).parameters
+    hparams = vars(model).get("_hparams")  # of a LightningModule that saves them
+    kept = {**vars(model), **(hparams if isinstance(hparams, Mapping) else {})}
+    return {name: _strict(kept[name]) for name in named if isinstance(kept.get(name), bool | int | float)}
 
 
 def _culprit(report: NonFiniteReport | None) -> JSON:

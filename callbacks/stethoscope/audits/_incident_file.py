@@ -67,6 +67,7 @@ class KeptModel(_Strict):
     class_: str = Field(alias="class")
     name: str = ""
     script: str = ""
+    arguments: dict[str, bool | int | float | str] = {}
     evaluating: list[str] = []
     frozen: list[str] = []
     whole: bool = False

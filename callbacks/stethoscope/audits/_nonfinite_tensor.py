@@ -107,6 +107,12 @@ def samples(tensor: Tensor, batch: int | None) -> tuple[int, ...]:
     return tuple(bad.reshape(batch, -1).any(1).nonzero().flatten().tolist())
 
 
+def varies(tensor: Tensor) -> bool:
+    """Whether a tensor holds more than one number, unlike `torch.ones(n, n)`."""
+    numbers = values(tensor).flatten()
+    return bool((numbers[1:] != numbers[:1]).any())
+
+
 def absmax(tensors: Iterator[Tensor]) -> float | None:
     """Return the largest finite magnitude, None without one."""
     found = [_readable(each).abs() for each in tensors if each.is_floating_point() or each.is_complex()]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stethoscope.audits._nonfinite_tensor import Flags, absmax, flags, heal, inside, needed, samples, storage
+from stethoscope.audits._nonfinite_tensor import Flags, absmax, flags, heal, inside, needed, samples, storage, varies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +31,7 @@ _TORCH_NN = _TORCH + "nn/"
 _HERE = str(Path(__file__).parent) + "/"
 _RUNNER = _HERE + "_nonfinite_run.py"
 _RAW = ("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided")
+_ARITHMETIC = ("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.rsub")
 
 Phase = Literal["forward", "loss", "backward"]
 Kind = Literal["input", "parameter", "buffer", "operation", "mask"]
@@ -186,12 +187,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not births:
             births = self._unseen(name, inside(arguments))
         masked = births and all(self.births[i].kind == "mask" for i in births)
-        written = found.inf and _infinite_constant(arguments)
+        # who multiplies numbers of a model by Inf does not write a mask, whatever their signs
+        computed = name.removesuffix("_") in _ARITHMETIC and any(map(varies, inside(arguments)))
+        written = found.inf and _infinite_constant(arguments) and not computed
         place: Place | None = None
         if not births or (masked and found.nan):
             place = self._place(name)
             birth = Birth("operation", index, place, found, self.phase, samples=samples(tensor, self._batch))
-            # nobody writes both signs: that is a number of the model times Inf
+            # nobody writes both signs
             if written and not found.nan and not (found.positive and found.negative):
                 birth.kind = "mask"
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stethoscope._record import Finding, Report
 from stethoscope._tree import plain, tensors, unwrap
+from stethoscope.audits._nonfinite import nonfinite
 from stethoscope.audits._nonfinite_tensor import absmax, headroom_bits, values
 from stethoscope.audits._precision_norms import flat_share, nearly_constant
 from stethoscope.audits._precision_sweep import finite_range, sweep
@@ -79,7 +80,7 @@ def precision(
 
     Both run with the same random state and without dropout, which draws differently in each dtype. An error is relative: the
     2-norm of the difference over the norm of the reference. Trouble to come shows before there is any Inf: as few bits of headroom,
-    and as a normalisation whose input varies less than its eps.
+    and as a normalisation whose input varies less than its eps. What is not finite already is explained as by `nonfinite`.
 
     The model is put back as it was. Cost: one pass of each side, a copy of the model, of its activations and in float64, and
     twelve passes for the levels. Waits for the device.
@@ -119,7 +120,13 @@ def precision(
     module = None
     if lost is not None:
         module = max(errors.steps[: lost + 1], key=lambda step: step[2])[0]
-    findings = [*_loss(module, tolerance, errors), *_little_headroom(errors.modules), *exact.nearly_constant()]
+    born: tuple[Finding, ...] = ()
+    if errors.spoilt:
+        with untouched(model.forward):
+            model.train(mode == "train")
+            born = nonfinite(model, *args, **kwargs).findings
+    lost_digits = [replace(each, cause=born[0].code if born else "") for each in _loss(module, tolerance, errors)]
+    findings = [*born, *lost_digits, *_little_headroom(errors.modules), *exact.nearly_constant()]
     swept = sweep(model, args, kwargs)
     table = [
         f"{m.error:8.1e}  {m.headroom_bits:6.1f} bits  {m.underflow:5.1%}  {m.module or '(root)'}"
@@ -176,6 +183,8 @@ class _Errors:
         self.modules: list[ModuleError] = []
         self.steps: list[tuple[str, float, float]] = []  # module to blame, error, jump over the largest error before
         self.epsilon = 0.0
+        self.spoilt = False
+        """Whether the model returned NaN, or Inf where the reference does not."""
         self._exact, self._entered, self._highest = exact.kept, dict[tuple[str, int], float](), 0.0
 
     def compare(self, name: str, parent: str, call: int, value: Any, *, entering: bool) -> None:
@@ -191,6 +200,8 @@ class _Errors:
         if entering:
             self._entered[name, call] = error
             return
+        if not name:
+            self.spoilt |= math.isinf(error) or any(bool(each.isnan().any()) for each in found)
         kind = min(kinds, key=lambda each: torch.finfo(each).max)
         top = absmax(iter(expected)) or 0.0
         least = torch.finfo(kind).smallest_normal * torch.finfo(kind).eps / 2
@@ -314,7 +325,7 @@ def _loss(module: str | None, tolerance: float, errors: _Errors) -> list[Finding
         Finding(
             "precision-loss",
             "error" if math.isinf(worst) else "warning",
-            f"What {module or 'the model'!r} returns is {became}; inputs were off by {own.error_in if own else 0:.2g}. Half of the "
+            f"What {repr(module) if module else 'the model'} returns is {became}; inputs were off by {own.error_in if own else 0:.2g}. Half of the "
             f"dtype's digits are lost from an error of {tolerance:.2g}.",
             "Run this module in float32: torch.autocast(device_type, enabled=False) around it; look for differences of nearly "
             "equal numbers, sums over many, and tiny variances.",
@@ -333,7 +344,7 @@ def _little_headroom(modules: Sequence[ModuleError]) -> list[Finding]:
         Finding(
             "precision-headroom",
             "warning",
-            f"{least.module or 'the model'!r} reaches {least.absmax:.3g}: {least.headroom_bits:.1f} bits below overflow"
+            f"{repr(least.module) if least.module else 'The model'} reaches {least.absmax:.3g}: {least.headroom_bits:.1f} bits below overflow"
             f"{f', and {len(tight) - 1} more calls are as close' if len(tight) > 1 else ''}.",
             "An input twice as large gives Inf: bfloat16 has the range of float32; or scale before this module.",
             module=least.module,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -129,6 +131,8 @@ def _rebuilt(kept: KeptModel, folder: Path) -> nn.Module:
     name = printable(kept.name)
     what = f"a {name}, defined in the script {printable(kept.script)}" if kept.script else f"a {name}"
     ask = f"Give a model (--model module:name of what makes one); it was {what}."
+    if kept.script:
+        ask += " Move the class to a file that can be imported without training."
     path, _, inner = kept.class_.partition(":")
     if not all(part.isidentifier() for part in f"{path}.{inner}".split(".")):
         raise ValueError(f"The bundle does not say where its model can be imported from. {ask}")
@@ -152,7 +156,11 @@ def _rebuilt(kept: KeptModel, folder: Path) -> nn.Module:
         if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
     ]
     if needed:
-        raise ValueError(f"{name} needs arguments ({', '.join(needed)}). {ask}")
+        given = json.dumps({each: kept.arguments.get(each, "...") for each in needed})
+        command = (
+            f"stethoscope replay {shlex.quote(str(folder))} --model {kept.class_} --arguments {shlex.quote(given)}"
+        )
+        raise ValueError(f"{name} needs arguments ({', '.join(needed)}). Give a model, in Python or by: {command}")
     return found()
 
 

@@ -109,11 +109,27 @@ def stress(model: nn.Module, x: Tensor | tuple[Any, ...] | Mapping[str, Any]) ->
             trials.append(trial)
     findings = [*_findings(trials), *_spread(model, batch)]
     finite = sum(trial.verdict == "finite" for trial in trials)
-    refused = [trial for trial in trials if trial.verdict == "refused"]
-    summary = f"{finite} of {len(trials)} trials are finite, {len(refused)} were refused by the model."
+    refused = sum(trial.verdict == "refused" for trial in trials)
+    lines = [f"{finite} of {len(trials)} trials are finite, {refused} were refused by the model.", *_refusals(trials)]
     return StressReport(
-        title=f"stress of {type(model).__name__}", summary=summary, findings=tuple(findings), trials=tuple(trials)
+        title=f"stress of {type(model).__name__}",
+        summary="\n".join(lines),
+        findings=tuple(findings),
+        trials=tuple(trials),
     )
+
+
+def _refusals(trials: list[Trial]) -> Iterator[str]:
+    """Say what was not tried, so that nobody takes it for finite: whole precisions first, with the reason."""
+    inputs: dict[str, None] = {}
+    for precision in dict.fromkeys(trial.precision for trial in trials):
+        own = [trial for trial in trials if trial.precision == precision]
+        if all(trial.verdict == "refused" for trial in own):
+            yield f"Not tried in {precision}: {own[0].error}"
+        else:
+            inputs |= {trial.input: None for trial in own if trial.verdict == "refused"}
+    if inputs:
+        yield f"Refused: {', '.join(inputs)}. (.trials has the exceptions.)"
 
 
 def _to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

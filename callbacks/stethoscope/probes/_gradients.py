@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope import stats
+from stethoscope._aside import is_aside
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._shards import PREFIX, parts, prefix
 from stethoscope.probes._hook import Hook
@@ -197,6 +198,8 @@ class _Arrived(Hook):
 
     def __call__(self, parameter: Tensor) -> None:
         if torch.compiler.is_compiling() or parameter.grad is None or self.attached.failure is not None:
+            return
+        if is_aside(anywhere=True):
             return
         try:
             self.attached.arrived(self.group, self.index, parameter.grad)

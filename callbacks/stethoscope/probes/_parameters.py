@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope import stats
+from stethoscope._aside import is_aside
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._shards import local, prefix
 from stethoscope._tree import has_no_forward
@@ -229,7 +230,7 @@ class _Enters(Hook):
         self.attached = attached
 
     def __call__(self, module: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_aside():
             return
         try:
             self.attached.enter(module)
