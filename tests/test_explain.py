@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -18,9 +22,22 @@ def test_every_code_is_listed_and_has_a_page_to_print():
 
 
 @pytest.mark.parametrize(
-    ("code", "hint"), [("nonfinite-activations", "Did you mean nonfinite-activation?"), ("x", "lists all")]
+    ("code", "hint"),
+    [
+        ("nonfinite-activations", "Did you mean nonfinite-activation?"),
+        ("nonfinite", "Did you mean nonfinite-activation or nonfinite-buffer or"),
+        ("x", "'x'. `stethoscope explain` lists all"),
+    ],
 )
 def test_an_unknown_code_is_told_with_the_nearest_one(code, hint):
     result = run(code)
     assert result.exit_code == 2
     assert hint in result.output
+
+
+def test_a_terminal_without_unicode_is_no_reason_to_fail():
+    command = [sys.executable, "-m", "stethoscope", "explain", "nonfinite-activation"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "? operation:" in done.stdout

@@ -87,6 +87,13 @@ def test_what_cannot_be_read_is_told(tmp_path):
     assert "format 2" in result.output
 
 
+def test_a_file_of_which_nothing_can_be_read_is_no_healthy_run(tmp_path):
+    (tmp_path / "records.jsonl").write_bytes(b"\x00\xff\n" * 40)
+    result = run(tmp_path, "--format", "markdown")
+    assert result.exit_code == 2
+    assert "not written by sinks.Jsonl" in result.output
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_and_keeps_the_old_page(make, monkeypatch):
     folder = make("run")
     (folder / "report.html").write_text("old")
@@ -100,7 +107,10 @@ def test_a_folder_that_cannot_be_written_to_is_told_and_keeps_the_old_page(make,
     assert "Permission denied" in result.output
     assert (folder / "report.html").read_text() == "old"
     monkeypatch.undo()
-    assert run(folder, "--output", folder / "no" / "such" / "page.html").exit_code == 2
+    result = run(folder, "--output", folder / "no" / "such" / "page.html")
+    assert result.exit_code == 2
+    assert "--output" in result.output
+    assert "stethoscope runs" not in result.output
 
 
 def test_opening_without_a_display_says_so(make, monkeypatch):

@@ -1,10 +1,11 @@
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from stethoscope import Record, report, sinks
+from stethoscope import Finding, Record, report, sinks
 from stethoscope._protocols import Run
 
 MODULES = (("", "Net"), ("a", "Linear"), ("b", "Linear"))
@@ -77,3 +78,36 @@ def test_findings_that_only_one_has(faulty, healthy):
     told = json.loads(report.compared_json(found))
     assert told["only_second"] == ["nonfinite-activation", "input-range"]
     assert "Only in B: faulty" in report.compared_html(found)
+
+
+def test_a_finding_without_a_parting_is_the_headline(tmp_path, writing):
+    broken = Finding("output-collapse", "error", "Alike.", "Look.", 12)
+    one, other = writing(tmp_path / "one"), writing(tmp_path / "other", findings=(broken,))
+    found = report.compare(report.summarise(one), report.summarise(other))
+    assert found.partings == ()
+    assert "Only B has output-collapse (step 12); the numbers do not part" in report.compared_html(found)
+    found = report.compare(report.summarise(other), report.summarise(one))
+    assert "The runs do not part beyond noise" in report.compared_markdown(found)
+
+
+def test_what_differs_first_tells_a_learning_rate_from_a_seed(tmp_path):
+    for name, rate in (("one", 0.001), ("other", 3.0)):
+        sink = sinks.Jsonl(tmp_path / name)
+        sink.open(Run(name, "", MODULES))
+        for step in range(10):
+            told = {"loss": 1.0 if step == 0 else 1.0 / (1 + step * rate), "lr": rate}
+            sink.write(step, [Record(key, value, step, source="step") for key, value in told.items()], [])
+        sink.close()
+    found = report.compare(report.summarise(tmp_path / "one"), report.summarise(tmp_path / "other"))
+    assert (found.equal_until, found.differ_first) == (None, ("lr",))
+    page = report.compared_html(found)
+    assert "from the first common step on (Learning rate)" in page
+    assert "3 at first, 3 at last" in page
+
+
+def test_the_model_as_a_whole_is_no_other_layer(tmp_path):
+    found = report.compare(
+        written(tmp_path / "one", 0, steps=60), written(tmp_path / "other", 0, float("nan"), steps=60)
+    )
+    whole = replace(found.partings[0], name="loss", module="")
+    assert "and 1 layer then or later" in report.compared_markdown(replace(found, partings=(whole, *found.partings)))

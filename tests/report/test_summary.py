@@ -76,7 +76,7 @@ def test_damaged_lines_are_counted_and_the_rest_is_read(faulty):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"\n\n", b"null\n", b"[]\n", b'{"step":1}\n', b'{"run":{"id":"x","started":""}}\n']
+    "text", [b"", b"\n\n", b'{"step":1}\n', b'{"run":{"id":"x","started":""}}\n', b'{"run":{"id":"x","sta']
 )
 def test_a_run_without_any_record_makes_a_page(tmp_path, text):
     (tmp_path / "records.jsonl").write_bytes(text)
@@ -84,6 +84,13 @@ def test_a_run_without_any_record_makes_a_page(tmp_path, text):
     for write in (report.to_html, report.to_markdown, report.to_json):
         assert write(summary)
     assert not summary.findings
+
+
+@pytest.mark.parametrize("text", [b"null\n", b"[]\n", b"\x00\xff\n"])
+def test_a_file_of_which_nothing_can_be_read_is_no_run(tmp_path, text):
+    (tmp_path / "records.jsonl").write_bytes(text)
+    with pytest.raises(ValueError, match=r"No line of .* can be read"):
+        report.summarise(tmp_path)
 
 
 @pytest.mark.parametrize(

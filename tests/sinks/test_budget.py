@@ -110,6 +110,15 @@ def test_what_is_left_out_is_stated_once(caplog):
     assert "activation/rms of 90 layers" in record.message
 
 
+def test_what_is_left_out_of_very_many_names_fits_into_a_line(caplog):
+    budget = Budget("Test", limit=10)
+    budget.admit([Record(f"metric/{index}", 1.0, 0, source="log") for index in range(20_000)])
+    (record,) = caplog.records
+    assert "metric/10, metric/11, " in record.message
+    assert "and 19,978 more" in record.message
+    assert len(record.message) < 600
+
+
 def test_a_later_layer_of_a_statistic_that_was_left_out_stays_out():
     budget = Budget("Test", limit=60)
     budget.admit(layers("activation/rms", 50) + layers("activation/max", 50))

@@ -36,6 +36,15 @@ def test_the_loss_comes_first_and_the_most_telling_statistic_of_a_group_before_t
 
 
 def test_names_are_taken_literally():
-    (chart,) = layout([Record("activation/rms", 1.0, 0, module="enc.0(a+b)|c")])["activation"].values()
-    assert re.match(chart[1][0], "activation/rms/enc.0(a+b)|c")
+    (chart,) = layout([Record("activation/rms", 1.0, 0, module="enc.0[a+b]|c")])["activation"].values()
+    assert re.match(chart[1][0], "activation/rms/enc.0[a+b]|c")
     assert not re.match(chart[1][0], "activation/rms/c")
+
+
+def test_names_that_tensorboard_cannot_draw_here_are_left_to_the_other_tabs():
+    records = [*layers("gradient/norm", 2), Record("gradient/norm", 1.0, 0, module="fc(1)")]
+    (chart,) = layout([*records, *series(**{"loss (dB)": [1.0]})])["gradient"].items()
+    assert chart[0] == "norm"
+    assert shown(chart[1], "gradient/norm", 2) == [0, 1]
+    assert not re.match(chart[1][1][0], "gradient/norm/fc(1)")
+    assert "step" not in layout(series(**{"loss (dB)": [1.0]}))

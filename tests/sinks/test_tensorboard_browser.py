@@ -16,13 +16,13 @@ from stethoscope.sinks import TensorBoard
 from stethoscope.testing import series
 
 pytestmark = pytest.mark.browser
-LAYERS = ("encoder.0", "encoder.1", "<b>bold</b>", "größe.层")
+LAYERS = ("encoder.0", "encoder.1", "<b>bold</b>", "größe.层", "head(1)")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    sink = TensorBoard(folder)
+    sink = TensorBoard(folder / "today")
     sink.open(Run("a", "2026-01-01T00:00:00+00:00", tuple((name, "Linear") for name in LAYERS)))
     edges = tuple(float(edge) for edge in range(-4, 5))
     for step in range(0, 400, 10):

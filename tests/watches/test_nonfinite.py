@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def divide_by_zero(model, x):
 
 def break_module(model, x):
     model.blocks[1].norm.eps = torch.nan
+
+
+@pytest.mark.parametrize(("loss", "told"), [(math.nan, "NaN"), (math.inf, "Inf"), (-math.inf, "-Inf")])
+def test_the_loss_is_told_as_everywhere_else(loss, told):
+    records = [Record("activation/nonfinite", 0.0, 3, module="a"), Record("loss", loss, 3, source="step")]
+    (found,) = replay(NonFinite(), records)
+    assert f"The loss is {told}. " in found.message
 
 
 def test_a_healthy_run_with_inf_masks_has_no_finding():

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stethoscope._pages import pages
+from stethoscope.cli._show import say
 
 
 def explain(
@@ -22,11 +23,14 @@ def explain(
 
     console, known = Console(), pages()
     if code is None:
-        console.print("\n".join(known), markup=False, highlight=False)
+        say("\n".join(known))
     elif code in known:
-        console.print(Markdown(known[code].read_text(encoding="utf-8")))
+        with console.capture() as captured:  # a page has bullets, which not every terminal can show
+            console.print(Markdown(known[code].read_text(encoding="utf-8")))
+        say(captured.get().rstrip("\n"))
     else:
-        near = get_close_matches(code, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        typer.echo(f"No finding has the code {code!r}.{hint} `stethoscope explain` lists all codes.", err=True)
+        begun = [each for each in known if len(code) > 2 and each.startswith(code)]
+        near = begun or get_close_matches(code, known, n=1)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        say(f"No finding has the code {code!r}.{hint} `stethoscope explain` lists all codes.", err=True)
         raise typer.Exit(2)

@@ -6,7 +6,7 @@ import os
 import tempfile
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -34,7 +34,7 @@ class FailOn(str, Enum):
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a .jsonl file.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, or a .jsonl file.", metavar="RUN")],
     second: Annotated[Path | None, typer.Argument(help="Another one, to compare with.", metavar="RUN2")] = None,
     form: Annotated[Format, typer.Option("--format", help="Markdown and JSON are printed.")] = Format.html,
     output: Annotated[
@@ -57,7 +57,10 @@ def report(
         text, worst, line = _compared(run, second, form) if second is not None else _reported(run, form)
         if output is not None or form is Format.html:
             target = output or (run.parent if run.suffix == ".jsonl" else run) / "report.html"
-            size = _write(target, text)
+            try:
+                size = _write(target, text)
+            except OSError as error:
+                _fail(f"The page cannot be written: {error}. Name another place with --output.", error)
             say(line)
             say(f"Report: {target} ({size / 1e6:.1f} MB)")
         else:
@@ -126,6 +129,6 @@ def _hint(run: Path) -> str:
     return f" `stethoscope runs {run}` lists the runs below a folder." if run.is_dir() else ""
 
 
-def _fail(message: str, error: Exception) -> None:
+def _fail(message: str, error: Exception) -> NoReturn:
     say(f"Error: {message}", err=True)
     raise typer.Exit(2) from error

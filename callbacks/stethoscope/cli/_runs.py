@@ -65,11 +65,11 @@ def _files(folder: Path) -> Iterator[Path]:
 def _row(file: Path) -> _Row | None:
     from stethoscope._written import state_of
     from stethoscope.sinks._jsonl import file_of, parts_of
-    from stethoscope.sinks._read import read_lines
+    from stethoscope.sinks._read import HEAD, read_lines
 
     try:
         with file.open("rb") as start:
-            if start.read(7) != b'{"run":':  # some other JSON lines
+            if start.read(len(HEAD)) != HEAD:  # some other JSON lines
                 return None
         ranks = re.compile(re.escape(file.stem) + r"\.rank(\d{1,9})\.jsonl\Z")
         others = (int(match[1]) for other in file.parent.iterdir() if (match := ranks.match(other.name)))

@@ -68,6 +68,8 @@ class Comparison:
         partings: series in which they part beyond noise, the earliest first.
         only_first: causes of findings that only the first run has.
         only_second: the same of the second.
+        differ_first: names of records that differ at the first step at which anything does: where it is the update ratio
+            alone, seed and data are the same.
     """
 
     first: Summary
@@ -77,6 +79,7 @@ class Comparison:
     partings: tuple[Parting, ...]
     only_first: tuple[Cause, ...]
     only_second: tuple[Cause, ...]
+    differ_first: tuple[str, ...] = ()
 
 
 def compare(first: Summary, second: Summary) -> Comparison:
@@ -94,7 +97,7 @@ def compare(first: Summary, second: Summary) -> Comparison:
         second: another one.
     """
     partings: list[Parting] = []
-    equal, shared = _equal_until(first, second)
+    equal, shared, differ_first = _equal_until(first, second)
     least = LEAST_OTHERWISE if equal is None else LEAST
     for name, phase, one, other in _both(first, second):
         steps, places, matches = np.intersect1d(one.steps[:, 0], other.steps[:, 0], return_indices=True)
@@ -118,21 +121,25 @@ def compare(first: Summary, second: Summary) -> Comparison:
         tuple(partings),
         tuple(cause for cause in ours if cause.code not in {other.code for other in theirs}),
         tuple(cause for cause in theirs if cause.code not in {other.code for other in ours}),
+        differ_first,
     )
 
 
-def _equal_until(first: Summary, second: Summary) -> tuple[int | None, int]:
-    """The last common step before any number differs, and how many common steps there are."""
+def _equal_until(first: Summary, second: Summary) -> tuple[int | None, int, tuple[str, ...]]:
+    """The last common step before any number differs, how many common steps there are, and which numbers differ first."""
     shared: set[int] = set()
-    differ: float = math.inf
-    for _, _, one, other in _both(first, second):
+    since: dict[str, float] = {}
+    for name, _, one, other in _both(first, second):
         steps, places, matches = np.intersect1d(one.steps[:, 0], other.steps[:, 0], return_indices=True)
         shared |= set(steps.tolist())
         for _, row, twin in _rows(one, other, first):
             a, b = _values(one, row)[places], _values(other, twin)[matches]
             same = _same(a, b)
-            differ = min(differ, differ if same.all() else float(steps[~same][0]))
-    return max((step for step in shared if step < differ), default=None), len(shared)
+            if not same.all():
+                since[name] = min(since.get(name, math.inf), float(steps[~same][0]))
+    differ = min(since.values(), default=math.inf)
+    names = tuple(sorted(name for name, step in since.items() if step == differ))
+    return max((step for step in shared if step < differ), default=None), len(shared), names
 
 
 def _same(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stethoscope.report._compare import Comparison, Parting
     from stethoscope.report._summary import Summary
 
-MAX_PLOTS = 6
+MAX_PLOTS, MAX_NAMES = 6, 4
 
 
 def compared_html(comparison: Comparison) -> str:
@@ -107,6 +107,7 @@ def compared_json(comparison: Comparison) -> str:
         "second": str(comparison.second.path),
         "sentence": sentence(comparison),
         "equal_until": comparison.equal_until,
+        "differ_first": comparison.differ_first,
         "common_steps": comparison.common,
         "partings": [vars(part) for part in comparison.partings],
         "only_first": [cause.code for cause in comparison.only_first],
@@ -120,11 +121,15 @@ def sentence(comparison: Comparison) -> str:
     if not comparison.common:
         return "The runs have no observed step in common: nothing can be compared."
     if not comparison.partings:
-        return f"The runs do not part beyond noise in {plural(comparison.common, 'common observed step')}."
+        steps = plural(comparison.common, "common observed step")
+        new = [cause for cause in comparison.only_second if cause.severity != "info"]
+        if new:
+            return f"Only B has {new[0].code} ({place(new[0])}); the numbers do not part beyond noise in {steps}."
+        return f"The runs do not part beyond noise in {steps}."
     part = comparison.partings[0]
     where = f" of {part.module}" if part.module else ""
-    others = len({each.module for each in comparison.partings}) - 1
-    more = f", and {plural(others, 'other layer')} then or later" if others else ""
+    others = len({each.module for each in comparison.partings} - {"", part.module})
+    more = f", and {plural(others, 'other layer' if part.module else 'layer')} then or later" if others else ""
     return (
         f"The runs part at step {part.step:,}: {titled(part.name, part.phase)}{where} is {number(part.first)} in A and "
         f"{number(part.second)} in B{more}."
@@ -145,9 +150,15 @@ def new_severity(comparison: Comparison) -> Severity | None:
 
 
 def _equal(comparison: Comparison) -> str:
+    names = list(dict.fromkeys(words(name).label for name in comparison.differ_first))
+    first = ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
     if comparison.equal_until is None:
-        return "Their numbers differ from the first common step on, as with another seed, data or code: small differences are not counted."
-    return f"Up to step {comparison.equal_until:,} all numbers are equal to 4 digits."
+        return (
+            f"Their numbers differ from the first common step on{f' ({first})' if first else ''}, as with another seed, data, "
+            "code or learning rate: small differences are not counted."
+        )
+    then = f"; the first to differ: {first}" if first else ""
+    return f"Up to step {comparison.equal_until:,} all numbers are equal to 4 digits{then}."
 
 
 def _points(summary: Summary, part: Parting) -> list[Point]:
@@ -174,7 +185,13 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         for fact in details(summary)
         if fact.name in {"Run", "Started", "Versions", "Planned steps", "Lines skipped"}
     ]
-    return [(fact.name, ", ".join(filter(None, (fact.value, fact.note)))) for fact in facts]
+    told = [(fact.name, ", ".join(filter(None, (fact.value, fact.note)))) for fact in facts]
+    rate = summary.curves.get(("lr", "train"))
+    rates = [point.value for point in rate.points()] if rate else []
+    return [
+        *told,
+        ("Learning rate", f"{number(rates[0])} at first, {number(rates[-1])} at last" if rates else "unknown"),
+    ]
 
 
 def _name(summary: Summary) -> str:

@@ -18,7 +18,7 @@ from stethoscope.report._distribution import Distribution
 from stethoscope.report._grid import Grid
 from stethoscope.sinks._jsonl import file_of, parts_of
 from stethoscope.sinks._lines import decode
-from stethoscope.sinks._read import read_lines
+from stethoscope.sinks._read import HEAD, read_lines
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,7 +101,7 @@ def summarise(path: str | Path) -> Summary:
 
     Raises:
         FileNotFoundError: nothing was written there.
-        ValueError: the file was written by a newer stethoscope.
+        ValueError: the file was written by a newer stethoscope, or nothing in it can be read.
 
     Examples:
         >>> from stethoscope import sinks, testing
@@ -122,6 +122,8 @@ def summarise(path: str | Path) -> Summary:
             _, lines = read_lines(path, rank=rank)
         for text, upto in lines:
             _take(summary, text, upto, leads=rank == ranks[0])
+    if summary.skipped and run is None and summary.last_step is None and not summary.findings:
+        _refuse_what_is_no_run(file_of(path, ranks[0]))
     summary.findings.sort(key=lambda finding: -1 if finding.step is None else finding.step)
     summary.written = max(file.stat().st_mtime for rank in ranks for file in parts_of(file_of(path, rank)))
     return summary
@@ -134,6 +136,15 @@ def ranks_of(path: str | Path) -> list[int]:
     there = first.parent.iterdir() if first.parent.is_dir() else ()
     others = sorted(int(match[1]) for file in there if (match := name.match(file.name)))
     return [0, *others] if first.is_file() or not others else others
+
+
+def _refuse_what_is_no_run(file: Path) -> None:
+    """Raise where nothing could be read, unless the first line is being written at this moment."""
+    with file.open("rb") as start:
+        if start.read(len(HEAD)) != HEAD:
+            raise ValueError(
+                f"No line of {str(file)!r} can be read: it was not written by sinks.Jsonl, or is destroyed."
+            )
 
 
 def _take(summary: Summary, text: bytes, upto: float, *, leads: bool) -> None:

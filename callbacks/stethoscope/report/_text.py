@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.report._causes import Cause, causes, worst
 from stethoscope.report._facts import details, numbers, place, state, verdict
-from stethoscope.report._words import titled
+from stethoscope.report._words import number, titled
 from stethoscope.sinks._markdown import escape
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def code(text: str) -> str:
 
 def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
     """Write rows as a Markdown table."""
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    cells = [[number(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     body = [f"| {' | '.join(escape(cell) for cell in row)} |" for row in cells]
     return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *body, ""]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 
@@ -35,7 +36,7 @@ _KNOWN = {
     "activation/input_rms": Words("Input rms", "", "root mean square of what each layer is given"),
     "activation/histogram": Words("Activations", "share", "share of a layer's values in each bin"),
     "gradient/norm": Words("Gradient norm", "", "2-norm of the gradient of each parameter, before clipping"),
-    "gradient/nonfinite": Words("Gradient NaN or Inf", "flag", "1: holds Inf, 2: holds NaN"),
+    "gradient/nonfinite": Words("NaN and Inf in gradients", "values", "number of NaN and Inf values"),
     "parameter/norm": Words("Weight norm", "", "2-norm of each parameter"),
     "parameter/update_ratio": Words(
         "Update ratio", "", "norm of the step's change relative to the norm of the parameter; about 0.001 is usual"
@@ -70,11 +71,15 @@ def words(name: str) -> Words:
     Examples:
         >>> words("separation/si_sdr_db")
         Words(label='separation: si sdr', unit='dB', meaning='')
-        >>> words("gradient/norm").label
-        'Gradient norm'
+        >>> words("gradient/norm").label, words("activation/input_rms.1").label
+        ('Gradient norm', 'Input rms, argument 2')
     """
     if name in _KNOWN:
         return _KNOWN[name]
+    further = re.fullmatch(r"(activation/input_\w+)\.(\d+)", name)  # of a layer that takes several tensors
+    if further:
+        label, unit, meaning = words(further[1])
+        return Words(f"{label}, argument {int(further[2]) + 1}", unit, meaning)
     unit = next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), "")
     ending = next((ending for ending in _UNITS if unit and name.endswith(ending)), "")
     group, _, statistic = name.removesuffix(ending if unit != "share" else "").rpartition("/")

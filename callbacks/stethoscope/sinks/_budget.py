@@ -25,6 +25,9 @@ MAX_HISTOGRAMS = 16
 MAX_SUSPECTS = 100
 """Series of layers with findings that come on top, so that one cause with many findings does not undo the budget."""
 
+MAX_NAMES = 12
+"""Names in the log of what was left out; a training may log tens of thousands."""
+
 _TELLING = ("rms", "norm")
 """Statistics that say most about a layer in one number; shown before the others of their group."""
 
@@ -155,8 +158,17 @@ class Budget:
                 len(self._shown) - len(hidden),
                 len(self._shown),
                 self._limit,
-                ", ".join(f"{name} of {n} layers" for name, n in Counter(key.name for key in hidden).items()),
+                _told(hidden),
             )
+
+
+def _told(hidden: Sequence[_Series]) -> str:
+    """Name what was left out, as far as a line of a log has room."""
+    layers = Counter(key.name for key in hidden if key.module)
+    names = [f"{name} of {count:,} layers" if count > 1 else f"{name} of one layer" for name, count in layers.items()]
+    names += dict.fromkeys(key.name for key in hidden if not key.module)
+    more = [f"and {len(names) - MAX_NAMES:,} more"] if len(names) > MAX_NAMES else []
+    return ", ".join([*names[:MAX_NAMES], *more])
 
 
 def _in_turn(keys: Iterable[_Series]) -> list[tuple[int, list[_Series]]]:

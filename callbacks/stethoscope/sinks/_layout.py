@@ -24,13 +24,14 @@ def layout(records: Sequence[Record]) -> dict[str, dict[str, list[Any]]]:
     """Return categories of charts for the tags of these records, and of the same in other phases.
 
     A statistic of many layers becomes one chart of `MAX_CURVES` layers, evenly spaced over the depth: read from top to bottom
-    it is a depth profile over time. All layers are in the picture under "Images".
+    it is a depth profile over time. All layers are in the picture under "Images". Names with a parenthesis are left to
+    the other tabs: TensorBoard takes what follows it for the name of the run, and draws nothing of the chart.
     """
     layers: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for record in records:
         if isinstance(record.value, float | int) and record.source != "log" and not record.call:
             group, _, statistic = tag(record._replace(module="", phase="train")).partition("/")
-            if statistic:
+            if statistic and "(" not in statistic + record.module:
                 layers[group, statistic].append(record.module)
     found: defaultdict[str, dict[str, list[Any]]] = defaultdict(dict)
     for (group, statistic), modules in sorted(layers.items(), key=_rank):

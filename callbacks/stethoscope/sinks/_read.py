@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Run
 
 
-_HEAD = b'{"run":'
+HEAD = b'{"run":'
 
 
 class _Section(NamedTuple):
@@ -120,7 +120,7 @@ def _lines(files: Sequence[Path]) -> Iterator[bytes]:
 
 
 def _sections(files: Sequence[Path]) -> list[_Section]:
-    heads = (_parse(text) for text in _lines(files) if text.startswith(_HEAD))
+    heads = (_parse(text) for text in _lines(files) if text.startswith(HEAD))
     runs = [run for line in heads if line is not None and (run := _opening(line)) is not None]
     sections: list[_Section] = []
     upto = math.inf
@@ -157,7 +157,7 @@ def _current(files: Sequence[Path], sections: Sequence[_Section]) -> Iterator[tu
     for text in _lines(files):
         if text.isspace():
             continue
-        if text.startswith(_HEAD):
+        if text.startswith(HEAD):
             line = _parse(text)
             if line is not None:
                 section = next(coming, section) if _opening(line) is not None else section

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, isnan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope._record import Finding, Record
@@ -156,12 +156,14 @@ def _explain(
     place: dict[str, Any],
     evidence: dict[str, Any],
 ) -> Finding:
-    then = f" The loss is {losses[0]}." if losses else ""
+    bad = next((each for each in losses if not isfinite(each)), None)
+    loss = "not finite" if bad is None else "NaN" if isnan(bad) else "Inf" if bad > 0 else "-Inf"
+    then = f" The loss is {loss}." if losses else ""
     if origin is None and evidence.get("origin") == "unknown":
         return Finding(
             "nonfinite-loss",
             severity,
-            f"The loss is {losses[0]}. No module was seen to make it so, but what the model returned was not seen either: "
+            f"The loss is {loss}. No module was seen to make it so, but what the model returned was not seen either: "
             "it comes from the loss function or from a part that is not observed.",
             "See what probe-read-nothing says: a model in eval mode or on another thread shows nothing, and a compiled one "
             "only in observed steps. Monitor(guard='raise', replay=fn) runs such a step again, eagerly, and names the operation.",
@@ -174,8 +176,7 @@ def _explain(
         return Finding(
             "nonfinite-loss",
             severity,
-            f"The loss is {losses[0] if losses else 'not finite'} although every module's output is finite{others}: the "
-            "loss function made it so.",
+            f"The loss is {loss} although every module's output is finite{others}: the loss function made it so.",
             "Look for log, sqrt or a division of something that can be zero in the loss, and for a target out of range.",
             evidence={**evidence, "origin": "loss"},
             **place,
