@@ -201,6 +201,40 @@ def test_accumulated_losses_are_summed_and_a_grad_scaler_is_seen_through(listeni
     assert values("loss") == pytest.approx(expected)
 
 
+def test_a_step_that_the_scaler_leaves_out_takes_its_loss_with_it(listening):
+    model = net()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu", init_scale=256.0)
+    expected = []
+    with listening():
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, 8)).square().mean()
+            scaler.scale(loss).backward()
+            if step in (1, 2):
+                model[0].weight.grad[0, 0] = float("inf")  # what an overflow does
+            else:
+                expected.append(loss.item())
+            scaler.step(optimizer)
+            scaler.update()
+    assert values("loss") == pytest.approx(expected)
+
+
+def test_an_optimizer_that_wraps_another_one_makes_one_step(listening):
+    class Wrapping(torch.optim.Optimizer):  # as SAM and Lookahead do
+        def __init__(self, base):
+            super().__init__(base.param_groups, {})
+            self.base, self.param_groups = base, base.param_groups
+
+        def step(self, closure=None):
+            self.base.step()
+
+    model = net()
+    with listening():
+        losses = train(model, 5, Wrapping(torch.optim.SGD(model.parameters(), lr=0.1)))
+    assert values("loss") == pytest.approx(losses)
+    assert values("lr") == pytest.approx([0.1] * 5)
+
+
 def test_of_a_line_search_the_loss_at_its_start_counts(listening):
     model, x = net(), torch.randn(16, 8)
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)

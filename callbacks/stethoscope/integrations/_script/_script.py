@@ -180,8 +180,8 @@ class Script:
             self._unknown += id(optimizer) not in self._own
             if _power_of_two(self._unknown):
                 self._search()
-        elif self.settings.guard is not None:
-            self._guarded(session.before_step, losses.peek())
+        else:
+            self._guarded(session.before_step, optimizer, losses.peek() if self.settings.guard else None)
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         losses = self._losses

@@ -62,6 +62,8 @@ class Session:
         self._parameters = {id(each) for each in root.parameters()}
         self._active = {_key(each) for each in optimizers}  # optimizers that a step consists of
         self._stepped: set[int] = set()  # of these, in the step under way
+        self._made: dict[int, int] = {}  # steps of each, and how many there were when its step under way began
+        self._begun: dict[int, int] = {}
         self._rates: list[float | Tensor] = []  # of these
         self._thread = get_ident()
         # called itself and, since validation may go round DDP, what it wraps
@@ -91,8 +93,10 @@ class Session:
         """Whether an optimizer trains this model."""
         return _key(optimizer) in self._active or bool(parameters_of(optimizer) & self._parameters)
 
-    def before_step(self, loss: Tensor | None) -> None:
-        """An optimizer is about to write: the guard wants the loss."""
+    def before_step(self, optimizer: Optimizer, loss: Tensor | None) -> None:
+        """An optimizer is about to write: the guard, where there is one, wants the loss."""
+        key = _key(optimizer)
+        self._begun[key] = self._made.get(key, 0)
         if self.monitor is not None and loss is not None:
             self.monitor.observe(loss=loss)
 
@@ -103,6 +107,9 @@ class Session:
         if self._validation is not None:
             self._validation.leave()
         key = _key(optimizer)
+        if self._made.get(key, 0) > self._begun.get(key, 0):
+            return  # it wraps one that has just stepped, as SAM and Lookahead do
+        self._made[key] = self._made.get(key, 0) + 1
         if key in self._stepped:
             self._active = set(self._stepped)  # the others do not step each time
         self._active.add(key)
