@@ -336,6 +336,21 @@ def test_a_forward_pass_before_the_optimizer_is_made_and_frozen_modules_are_no_t
     assert len(values("loss")) == 3
 
 
+def test_a_fork_that_goes_on_with_its_parents_model_is_observed_for_itself(listening):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with listening(guard="skip", every=1) as script:
+        train(model, 3, optimizer)
+        (parent,) = script.sessions
+        parents = parent.monitor
+        script._forked()  # what the child of a fork is called with
+        losses = train(model, 2, optimizer)
+        assert [each.steps for each in script.sessions] == [2]
+        parents._delivery.close()
+    assert values("loss", "run/records.writer2.jsonl") == pytest.approx(losses)
+    assert hooks(model) == 0
+
+
 def test_a_nan_is_named_and_the_summary_has_the_worst_finding(listening, capsys):
     model = net()
     with listening():

@@ -111,6 +111,8 @@ class Script:
         for session in self.sessions:
             session.abandon()
         self.sessions = []
+        if self._losses is not None:
+            self._losses.take()  # what the parent's step under way consists of
         self._search()
 
     # -- the search for what is trained ------------------------------------------------------------------------------

@@ -149,10 +149,15 @@ class Session:
             self._findings = monitor.findings
 
     def abandon(self) -> None:
-        """Do nothing any more, and write nothing: this process is a fork, and the files are its parent's."""
-        self.monitor = None
+        """Take off what measures, and write nothing: this process is a fork, and the files are its parent's."""
+        monitor, self.monitor = self.monitor, None
+        if monitor is not None:
+            monitor._closed = True  # noqa: SLF001 - close() would wait for threads that did not come along
+            monitor._probing.detach()  # noqa: SLF001
+            if monitor._guard is not None:  # noqa: SLF001
+                monitor._guard.detach()  # noqa: SLF001
         if self._validation is not None:
-            self._validation.off = True
+            self._validation.abandon()
 
 
 def _key(optimizer: Optimizer) -> int:
