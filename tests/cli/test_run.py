@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stethoscope import presets, sinks
-from stethoscope.cli._run import GuardName, PresetName
+from stethoscope.cli._run import GuardName, PresetName, _folder
 from stethoscope.integrations._script._settings import Settings
 
 SCRIPT = """
@@ -227,9 +227,19 @@ def test_pyproject_gives_the_defaults_and_flags_win(tmp_path):
         "[tool.stethoscope]\nevery = 7\npreset = 'full'\nguard = 'skip'\nplanned-steps = 100\nto = 'there'\n"
     )
     said = eval(run(tmp_path, "--every", "9", "train.py").stdout)
-    said.pop("pid")
+    assert said.pop("pid")
+    assert said.pop("start") == str(tmp_path)
     expected = Settings(target="train.py", to="there", preset="full", every=9, guard="skip", planned_steps=100)
     assert Settings(**said) == expected
+
+
+def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(monkeypatch):
+    chosen = set()
+    for pid in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        chosen.add(_folder("a/train.py", [], module=False))
+    first, second = sorted(chosen)
+    assert (first.endswith("-1"), second.endswith("-2"), first.startswith("runs/train-")) == (True, True, True)
 
 
 def test_options_are_the_presets_and_guards_that_there_are():

@@ -392,6 +392,16 @@ def test_a_run_folder_that_cannot_be_written_is_said_and_costs_nothing_else(list
     assert "could not be written to run" in said
 
 
+def test_a_script_that_changes_its_folder_writes_where_it_was_called(listening, tmp_path, monkeypatch, capsys):
+    (tmp_path / "outputs").mkdir()
+    with listening(start=str(tmp_path)):
+        monkeypatch.chdir("outputs")  # as Hydra does
+        train(net(), 3)
+    assert len(values("loss", tmp_path / "run")) == 3
+    assert not list((tmp_path / "outputs").iterdir())
+    assert "3 steps of Sequential: run\n" in capsys.readouterr().err
+
+
 def test_a_traceback_is_the_scripts(listening):
     with listening():
         loss = net()(torch.randn(4, 8)).mean()

@@ -49,13 +49,14 @@ class Session:
             root,
             # only the guard needs them, and whoever holds them keeps the script from letting go of its model
             optimizers if settings.guard else None,
-            sinks=[to],
+            sinks=[str(settings.place(to))],
             every=settings.every,
             guard=settings.guard,
             planned_steps=settings.planned_steps,
             **chosen,
         )
         self.name, self.to, self.steps = type(root).__name__, to, 0
+        self._place = settings.place(to)
         self.run = new_run(root, None, settings.every)
         self._findings: list[Finding] = []
         self._every, self._validated = settings.every, -settings.every
@@ -78,7 +79,7 @@ class Session:
     @property
     def written(self) -> bool:
         """Whether there is a file."""
-        return file_of(self.to, self.run.rank).exists()
+        return file_of(self._place, self.run.rank).exists()
 
     @property
     def findings(self) -> list[Finding]:
