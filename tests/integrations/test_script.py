@@ -343,6 +343,7 @@ def test_a_fork_that_goes_on_with_its_parents_model_is_observed_for_itself(liste
         train(model, 3, optimizer)
         (parent,) = script.sessions
         parents = parent.monitor
+        parents.flush()
         script._forked()  # what the child of a fork is called with
         losses = train(model, 2, optimizer)
         assert [each.steps for each in script.sessions] == [2]
