@@ -30,6 +30,8 @@ names = {"ids": lambda each: each.__name__}
 GIVEN = {name: torch.randn(4, 2, 800) for name in ("estimates", "references")} | {
     "mixture": torch.randn(4, 800),
     "batch": torch.randn(4, 800),
+    "logits": torch.randn(4, 3),
+    "targets": torch.tensor([0, 1, 2, 1]),
 }
 
 

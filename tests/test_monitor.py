@@ -430,16 +430,6 @@ def test_wrappers_are_looked_through():
     assert {r.module for r in memory.records} == {"", "0"}
 
 
-def test_a_compiled_model_says_that_nothing_was_read():
-    model = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
-    with Monitor(model, probes=[probes.Activations()]) as monitor:
-        model(torch.ones(3, 2))
-        monitor.step()
-    (finding,) = monitor.findings
-    assert finding.code == "probe-read-nothing"
-    assert "torch.compile" in finding.advice
-
-
 def test_an_exception_in_the_loop_removes_all_hooks():
     model, _ = make()
 

@@ -51,6 +51,7 @@ class Before:
         ]
         self._kept: dict[int, tuple[Tensor, Tensor, int]] = {}
         self._begun = self._busy = False
+        self._seen = False  # whether a call of this step was
         self._random: RandomState | None = None
         self._bytes = 0
         self._kept_call: Call | None = None  # the one under way
@@ -59,6 +60,7 @@ class Before:
         self._handles = self._follow(model)
         # hooks on all children cost a small model several percent, and most models are called as a whole
         self._spare = [handle for child in _children(model) for handle in self._follow(child)]
+        self._begin()
 
     def _follow(self, module: nn.Module) -> list[RemovableHandle]:
         if not takes_hooks(module):
@@ -74,10 +76,9 @@ class Before:
         if self._depth > 1 or self._busy or not module.training or _elsewhere():
             return
         state = None
-        if not self._begun:
-            self._begun = True
-            state = self._random = random_state(self._devices)
-            self._keep_buffers()
+        if not self._seen:
+            self._seen = True
+            state = self._begin()
         self._bytes += sum(size_of(each) for _, each in tensors((args, kwargs)))
         if len(self.calls) == MAX_CALLS or self._bytes > MAX_BYTES:
             self.too_large += 1
@@ -86,6 +87,12 @@ class Before:
         call = Call(module, args, kwargs, torch.is_grad_enabled(), autocasts(), state, {})
         self.calls.append(call)
         self._kept_call = call
+
+    def _begin(self) -> RandomState:
+        self._begun = True
+        self._random = random_state(self._devices)
+        self._keep_buffers()
+        return self._random
 
     def leave(self, output: object) -> None:
         """Take note of a call's end, and of the gradients that its outputs will get."""
@@ -132,12 +139,15 @@ class Before:
 
     def forget(self) -> None:
         """End the step: let go of its inputs."""
+        seen, self._seen = self._seen, False
         if self.calls and all(call.module is self._model for call in self.calls):
             while self._spare:
                 self._spare.pop().remove()
         self.calls, self._kept_call = [], None
         self._bytes = self._depth = self.too_large = 0
         self._begun = False
+        if not seen:
+            self._begin()  # compiled calls are not seen: a step of them begins where the last one ends
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -173,7 +183,8 @@ class _Entry(Hook):
         self._before = before
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._before.enter(module, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._before.enter(module, args, kwargs)
 
 
 class _Exit(Hook):
@@ -185,7 +196,8 @@ class _Exit(Hook):
         self._before = before
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        self._before.leave(output)
+        if not torch.compiler.is_compiling():
+            self._before.leave(output)
 
 
 class _Gradient(Hook):

@@ -23,10 +23,18 @@ CLEAR_DB = 3.0  # margin of an assignment that is beyond doubt
 UNCLEAR_DB = 1.0  # margin at which assignments count as ties
 APART = 0.9  # |cos| below which outputs are apart
 ALIKE = 0.95  # |cos| above which they are one
+HELD = 0.5  # share of the parameters above which the optimizer is this model's
 MEMORY = 1000  # steps, or half the run, for which a finding is taken to last
 KEEP = 0.8  # of the running means of the numbers below
 
-NUMBERS = ("separation/margin_db", "separation/out_cos", "separation/ref_cos", "gradient/norm", "lr")
+NUMBERS = (
+    "separation/margin_db",
+    "separation/out_cos",
+    "separation/ref_cos",
+    "gradient/norm",
+    "optimizer/held_fraction",
+    "lr",
+)
 """Records of the whole model whose running means the rules may look at."""
 
 Numbers: TypeAlias = Mapping[str, float]
@@ -63,7 +71,8 @@ def _ambiguous(now: Numbers) -> bool:
 
 
 def _gradients_flow(now: Numbers) -> bool:
-    return now.get("gradient/norm", 0.0) > 0 and now.get("lr", 1.0) > 0
+    held = now.get("optimizer/held_fraction", 0.0) > HELD
+    return now.get("gradient/norm", 0.0) > 0 and now.get("lr", 1.0) > 0 and not held
 
 
 def _cosines(now: Numbers) -> str:
@@ -111,18 +120,87 @@ def _owner(now: Numbers) -> tuple[str, str]:
     return message, advice
 
 
+NOT_FINITE = (
+    "nonfinite-gradient",
+    "nonfinite-optimizer",
+    "nonfinite-parameter",
+    "nonfinite-activation",
+    "nonfinite-loss",
+)
+BLOWN_UP = (*NOT_FINITE, "output-nonfinite", "loss-diverged", "loss-spike", "weight-norm-drift")
+NO_SIGNAL = ("gradient-vanishing", "gradient-zero", "gradient-imbalance", "feature-constant", "prediction-collapse")
+
 RULES: tuple[Rule, ...] = (
-    # What is not finite comes first: it spoils everything that is measured after it.
+    # What a run begins with, then steps that are too large: they spoil what is measured after them.
+    Rule(
+        code="poor-initialisation",
+        explains=(
+            "units-symmetric",
+            "update-ratio-high",
+            "update-ratio-low",
+            "activation-exploding",
+            "activation-vanishing",
+            "activation-saturated",
+            "norm-input-variance",
+            "dead-units",
+            "gradient-exploding",
+            *NO_SIGNAL,
+            *BLOWN_UP,
+            "loss-plateau",
+        ),
+    ),
+    Rule(code="gradient-accumulation", explains=("update-ratio-high", "gradient-exploding", *BLOWN_UP, "loss-plateau")),
+    Rule(
+        code="update-ratio-high",
+        explains=(
+            "activation-exploding",
+            "activation-saturated",
+            "norm-input-variance",
+            "dead-units",
+            "gradient-exploding",
+            *NO_SIGNAL,
+            *BLOWN_UP,
+            "dtype-headroom",
+            "loss-plateau",
+        ),
+    ),
+    Rule(
+        code="activation-exploding",
+        explains=("activation-saturated", "dtype-headroom", "gradient-exploding", *BLOWN_UP),
+    ),
+    Rule(code="dtype-headroom", explains=BLOWN_UP),
+    Rule(code="gradient-exploding", explains=("dead-units", "activation-saturated", *BLOWN_UP)),
+    Rule(code="nonfinite-gradient", explains=("nonfinite-optimizer", "nonfinite-parameter", "loss-diverged")),
+    # Where the signal is lost.
+    Rule(code="activation-saturated", explains=(*NO_SIGNAL, "update-ratio-low", "loss-plateau")),
+    Rule(code="dead-units", explains=("activation-vanishing", "norm-input-variance", *NO_SIGNAL, "loss-plateau")),
+    Rule(code="activation-vanishing", explains=("norm-input-variance", *NO_SIGNAL, "update-ratio-low", "loss-plateau")),
+    Rule(code="feature-constant", explains=("prediction-collapse", "gradient-zero", "loss-plateau")),
+    Rule(code="units-symmetric", explains=("loss-plateau", "stalled-from-start")),
+    Rule(
+        code="gradient-vanishing", explains=("gradient-zero", "update-ratio-low", "parameter-unchanged", "loss-plateau")
+    ),
+    # What is not finite spoils everything that is measured after it.
     Rule(
         code="nonfinite-parameter",
-        explains=("nonfinite-activation", "nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
+        explains=(
+            "nonfinite-activation",
+            "nonfinite-loss",
+            "nonfinite-gradient",
+            "output-nonfinite",
+            "loss-diverged",
+            "prediction-collapse",
+        ),
     ),
     Rule(
         code="nonfinite-activation",
-        explains=("nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged"),
+        explains=("nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged", "prediction-collapse"),
     ),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
     # Why a loss does not move, from the most specific reason to the least.
+    Rule(code="gradient-zero", explains=("update-ratio-low", "loss-plateau", "stalled-from-start")),
+    Rule(code="gradient-clipping", explains=("update-ratio-low", "loss-plateau", "stalled-from-start")),
+    Rule(code="update-ratio-low", explains=("parameter-unchanged", "loss-plateau", "stalled-from-start")),
     Rule(
         code="optimizer-owns-others",
         explains=("loss-plateau", "stalled-from-start", "parameter-unchanged"),
@@ -141,6 +219,7 @@ RULES: tuple[Rule, ...] = (
         says=_assignment,
     ),
     Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
+    Rule(code="input-drift", explains=("overfit", "overtraining")),
     Rule(code="loss-diverged", explains=("loss-plateau", "loss-spike")),
     Rule(
         code="stalled-optimisation",
@@ -235,6 +314,10 @@ def _follow(numbers: Mapping[str, float], records: Sequence[Record]) -> Mapping[
 
 def _of(numbers: Mapping[str, float], phase: str) -> Numbers:
     """The numbers of a phase; the learning rate and gradients are known from training."""
-    train = {name: numbers[f"train:{name}"] for name in ("lr", "gradient/norm") if f"train:{name}" in numbers}
+    train = {
+        name: numbers[f"train:{name}"]
+        for name in ("lr", "gradient/norm", "optimizer/held_fraction")
+        if f"train:{name}" in numbers
+    }
     prefix = f"{phase}:"
     return train | {key.removeprefix(prefix): value for key, value in numbers.items() if key.startswith(prefix)}

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # what torch.optim uses, since torch.compiler.disable loads the compiler
 
 from stethoscope._delivery import Delivery
 from stethoscope._guard import Guard
@@ -22,7 +23,7 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
-from stethoscope._transfer import Part, Transfer
+from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
 from stethoscope.sinks import resolve
 
@@ -161,6 +162,7 @@ class Monitor:
 
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def observe(self, batch: object = None, **tensors: object) -> None:
         """Hand over tensors of the step under way before it ends; `step` adds to them.
 
@@ -175,6 +177,7 @@ class Monitor:
         if self._guard is not None:
             self._guard.observe(batch, tensors)
 
+    @_disable_dynamo
     def step(self, batch: object = None, **tensors: object) -> None:
         """Close an optimizer step. The first call closes step 0.
 
@@ -208,6 +211,7 @@ class Monitor:
         self._deliver(ready, parts)
         self._probing.lap(step)
 
+    @_disable_dynamo
     def log(self, metrics: object, phase: str = "val") -> None:
         """Take any toolkit's metric dictionary, stamped with the last closed step (0 before the first).
 
@@ -333,7 +337,7 @@ class Monitor:
                 self._transfer.send(ready, parts)
         except Exception as error:
             self._notes.disabled(self._transfer, "transfer", error)
-            self._transfer.send(ready, [part for part in parts if _can_be_sent(part)])
+            self._transfer.send(ready, [part for part in parts if can_be_sent(part)])
         self._run = self._ranks.join(self._run)
         self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
 
@@ -385,14 +389,6 @@ class Monitor:
         if self._guard is not None:
             self._guard.step = step
         self._probing.arm(self._step, self._phase)
-
-
-def _can_be_sent(part: Part) -> bool:
-    try:
-        Transfer().send((), [part])
-    except Exception:
-        return False
-    return True
 
 
 def _flat(name: str, value: object) -> dict[str, Tensor]:

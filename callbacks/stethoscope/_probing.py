@@ -13,6 +13,7 @@ from stethoscope._overhead import Pace
 from stethoscope._parts import Notes, from_preset, mark_preset, severity_for
 from stethoscope._record import Finding, Record
 from stethoscope._transfer import Part
+from stethoscope.probes._compiled import anything_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ class _Attached:
     )  # those that record the same when they are due
     armed: bool = False
     ever_read: bool = False
+    waited: bool = False
     judged: bool = False
 
 
@@ -164,24 +166,37 @@ class Probing:
         attached.ever_read |= read
         if attached.judged or attached.ever_read:
             return
+        if anything_compiled() and not attached.waited:
+            attached.waited = True  # the step in which something is compiled first is not the rule
+            return
         attached.judged = True
         name = type(attached.probe).__name__
-        advice = (
-            "Call model.train() before training: the model is in eval mode, and outside of phase blocks only training "
-            "is recorded."
-            if not self._model.training
-            else "Check its include and exclude patterns and the tensors it asks for. A model compiled with "
-            "torch.compile shows nothing, and modules must run on the thread that created the monitor."
-        )
         self._notes.pending.append(
             Finding(
                 "probe-read-nothing",
                 severity_for(attached.probe),
                 f"{name} has read nothing in step {step}.",
-                advice,
+                self._advice(),
                 step,
                 evidence={"probe": name},
             )
+        )
+
+    def _advice(self) -> str:
+        """What may be done about a probe that has read nothing."""
+        if not self._model.training:
+            return (
+                "Call model.train() before training: the model is in eval mode, and outside of phase blocks only training "
+                "is recorded."
+            )
+        if anything_compiled():
+            return (
+                "Modules inside of torch.compile call no hooks. Activations with `every` above 1, as in presets.first_aid(), "
+                "is read all the same, since steps that it observes run eagerly."
+            )
+        return (
+            "Check its include and exclude patterns and the tensors it asks for. Modules must run on the thread that "
+            "created the monitor."
         )
 
 

@@ -107,6 +107,15 @@ class Transfer:
             yield _unpack(packet)
 
 
+def can_be_sent(part: Part) -> bool:
+    """Whether these readings can be packed; where several parts were sent and one cannot, the others still can."""
+    try:
+        Transfer().send((), [part])
+    except Exception:
+        return False
+    return True
+
+
 def _class_of(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_floating_point:
         return torch.float64 if dtype is torch.float64 else torch.float32

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, TypedDict
 
 from stethoscope._parts import mark_preset
 from stethoscope.probes import Activations, Gradients, Inputs, Parameters, Separation
-from stethoscope.watches import Assignment, InputDrift, Jumps, MetricSchema, NonFinite, OutputCollapse, Plateau
+from stethoscope.watches import (
+    ActivationHealth,
+    Assignment,
+    ClassHealth,
+    GradientHealth,
+    InputDrift,
+    Jumps,
+    MetricSchema,
+    NonFinite,
+    OutputCollapse,
+    Overfit,
+    ParameterHealth,
+    Plateau,
+)
 
 if TYPE_CHECKING:
     from stethoscope._protocols import Probe, Watch
@@ -49,7 +62,7 @@ def separation() -> Preset:
 
 
 def full() -> Preset:
-    """Everything: `separation`, the batches given to `step`, and the metric dictionaries given to `log`.
+    """Everything: `separation`, the health of the network, batches given to `step`, metric dictionaries given to `log`.
 
     What has nothing to look at stays silent.
 
@@ -58,7 +71,10 @@ def full() -> Preset:
         True
     """
     base = separation()
-    return _marked((*base["probes"], Inputs()), (*base["watches"], InputDrift(), MetricSchema()))
+    health = (ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
+    return _marked(
+        (*base["probes"], Inputs()), (*health, *base["watches"], ClassHealth(), Overfit(), InputDrift(), MetricSchema())
+    )
 
 
 def _marked(probes: tuple[Probe, ...], watches: tuple[Watch, ...]) -> Preset:

@@ -112,6 +112,8 @@ OURS = {
     "observed step, default statistics": lambda loop: monitored(loop, probes=[probes.Activations()], every=1),
     "first_aid(), observed step": lambda loop: monitored(loop, **presets.first_aid(), every=1),
     "first_aid(), other steps": lambda loop: monitored(loop, **presets.first_aid(), every=NEVER),
+    "full(), observed step": lambda loop: monitored(loop, **presets.full(), every=1),
+    "full(), other steps": lambda loop: monitored(loop, **presets.full(), every=NEVER),
 }
 PLAIN = {
     "one fused norm of all gradients": fused_norm,

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -529,3 +531,88 @@ def test_flags_work_with_parametrized_weights():
         monitor.step()
     bad = [record.module for record in memory.records if record.name == "activation/nonfinite"]
     assert bad == ["0", "1", ""]
+
+
+class Changing(nn.Module):
+    """A layer whose output is changed in place by the one after it, from a given call on."""
+
+    def __init__(self, since: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Identity(), nn.Identity()
+        self.calls, self.since = 0, since
+
+    def forward(self, x):
+        y = self.first(x * 1.0)
+        if self.calls >= self.since:
+            y = y.clamp_(min=0.0) if self.since == 0 else y.mul_(torch.nan)
+        self.calls += 1
+        return self.last(y)
+
+
+def flags_of(model, inputs):
+    memory = Memory()
+    with Monitor(model, probes=[Activations(("nonfinite",), every=1)], sinks=[memory], strict=True) as monitor:
+        for x in inputs:
+            model(x)
+            monitor.step()
+    return [(r.step, r.module) for r in memory.records if r.name == "activation/nonfinite"]
+
+
+def test_an_output_that_is_always_changed_in_place_is_read_before_it_is_changed():
+    lost = torch.full((2, 2), -torch.inf)  # clamp makes it zero
+    assert flags_of(Changing(0), [torch.ones(2, 2), torch.ones(2, 2), lost]) == [(2, "first")]
+
+
+def test_an_output_that_is_changed_in_place_for_the_first_time_does_not_accuse_its_module():
+    assert flags_of(Changing(3), [torch.ones(2, 2)] * 4) == [(3, "last"), (3, "")]
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 3), (2, 4096, 2, 1), (3, 0, 3)], ids=str)
+def test_small_outputs_of_changing_size_are_read_together(sizes):
+    model = nn.Sequential(nn.Identity(), nn.Tanh(), nn.Linear(3, 3))
+    assert flags_of(model, [torch.ones(n, 3) for n in sizes]) == []
+    bad = [torch.ones(n, 3) for n in sizes]
+    bad[-1][-1, -1] = torch.inf
+    last = len(sizes) - 1
+    assert flags_of(model, bad) == [(last, "0")]  # tanh makes it finite
+
+
+def test_no_output_is_held_after_the_pass():
+    seen = []
+
+    class Watched(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            seen.append(weakref.ref(y))
+            return y
+
+    model = nn.Sequential(Watched(), nn.Tanh(), Watched())
+    with Monitor(model, probes=[Activations(("nonfinite",), every=1)], strict=True) as monitor:
+        for _ in range(3):
+            model(torch.ones(4, 3))
+            assert [each() for each in seen] == [None] * len(seen)
+            monitor.step()
+
+
+@pytest.mark.parametrize("statistics", [("rms", "histogram", "min", "mean"), ALL])
+def test_tensors_of_many_sizes_in_one_model_keep_their_own_numbers(statistics):
+    sizes = [4, 4, 5, 700, 700, 3, 900, 4, 4]
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
+    memory, passes = Memory(), [torch.randn(3, 4), torch.randn(3, 4) * 1e20, torch.randn(2, 4)]
+    with Monitor(model, probes=[Activations(statistics)], sinks=[memory], strict=True) as monitor:
+        for x in passes:
+            model(x)
+        monitor.step()
+    values = {(r.name, r.module): r.value for r in memory.records}
+    inputs = passes
+    for i, layer in enumerate(model):
+        inputs = [layer(x) for x in inputs]
+        expected = np.concatenate([x.detach().double().numpy().ravel() for x in inputs])
+        assert values["activation/rms", str(i)] == pytest.approx(
+            np.sqrt((expected**2).mean()),
+            rel=1e-5 if expected.size <= 2048 else 0.15,  # squares overflow: from the sample
+        )
+        assert values["activation/min", str(i)] == pytest.approx(expected.min(), rel=1e-6)
+        if expected.size <= 2048:
+            assert sum(values["activation/histogram", str(i)].counts) == expected.size

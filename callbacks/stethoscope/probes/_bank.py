@@ -39,6 +39,22 @@ class Row(NamedTuple):
     bad: Tensor
 
 
+class _Run(NamedTuple):
+    """Neighbouring rows whose samples are as long and lie at the same distance in the pool."""
+
+    first: int
+    rows: int
+    start: int
+    capacity: int
+    size: int
+    whole: bool  # whether the samples are all values
+
+    def goes_on(self, row: int, start: int, capacity: int, size: int, whole: bool) -> bool:
+        """Whether a row is the next of this run."""
+        follows = (self.first + self.rows, self.start + self.rows * self.capacity)
+        return (row, start, capacity, size, whole) == (*follows, self.capacity, self.size, self.whole)
+
+
 class Bank:
     """Raw moments and samples of many tensors of one device and one precision.
 
@@ -58,6 +74,9 @@ class Bank:
         self._moments = bool(statistics & MOMENTS)
         self._exact_counts = "nonfinite_count" in statistics
         self._samples = bool(statistics & SAMPLED)
+        # a call costs more than the values of a small tensor, so what the pool holds whole is worked out from there
+        self._is_put_off = self._samples and not (self._moments or self._exact_counts)
+        self._layout: tuple[tuple[list[int], list[bool]], list[_Run]] = (([], []), [])
         self._pool_size = 0
         self._spans: dict[int, tuple[int, int]] = {}  # row -> start and capacity in the pool
         self._shapes: dict[int, tuple[torch.Size, Tensor]] = {}  # row -> its span of the pool in the shape last seen
@@ -69,7 +88,7 @@ class Bank:
         self._dirty = False
         self._fresh, self._raw, self._gathered, self._counts_by_bin = self._buffers(_FIRST_ROWS)
         self._pool = self._empty(0)
-        self._row_of = torch.empty(0, dtype=torch.int64, device=device)
+        self._base_of = torch.empty(0, dtype=torch.int64, device=device)
 
     def _empty(self, *shape: int) -> Tensor:
         # buffers made inside of inference_mode could not be written to outside of it
@@ -126,6 +145,9 @@ class Bank:
             return
         self._dirty = True
         self._numel[index] = x.numel()
+        if self._is_put_off and x.numel() <= self.sample:
+            self._keep_sample(index, x)
+            return
         if self._ranges:
             torch.aminmax(x, out=(row.low, row.high))
         if self._means:
@@ -164,11 +186,11 @@ class Bank:
         if self._pool_size > len(self._pool):
             grown = self._empty(2 * self._pool_size).fill_(torch.nan)
             with torch.inference_mode(mode=False):
-                row_of = torch.zeros(len(grown), dtype=torch.int64, device=self.device)
-            grown[:start], row_of[:start] = self._pool[:start], self._row_of[:start]
-            self._pool, self._row_of = grown, row_of
+                base_of = torch.zeros(len(grown), dtype=torch.int64, device=self.device)
+            grown[:start], base_of[:start] = self._pool[:start], self._base_of[:start]
+            self._pool, self._base_of = grown, base_of
             self._shapes.clear()  # they are views of the pool before it grew
-        self._row_of[start : start + capacity] = index
+        self._base_of[start : start + capacity] = index * stats.CODES
         return start, capacity
 
     def fold(self) -> None:
@@ -177,11 +199,12 @@ class Bank:
             return
         self._dirty = False
         raw, gathered = self._raw, self._gathered
+        if self._samples:
+            for run in self._runs():
+                self._reduce(run)
         if self._ranges:
             torch.minimum(gathered[:, LOW], raw[:, LOW], out=gathered[:, LOW])
             torch.maximum(gathered[:, HIGH], raw[:, HIGH], out=gathered[:, HIGH])
-        if self._ranges and self._norms and self._samples:
-            self._mend_overflow()
         if self._moments:
             self._fold_moments()
         if self._means:
@@ -193,7 +216,7 @@ class Bank:
         if self._samples:
             used = self._pool[: self._pool_size]
             # unused places hold NaN and so count as non-finite samples, which nobody reads
-            bins = self._row_of[: self._pool_size] * stats.CODES + stats.log_bins(used)
+            bins = stats.log_bins(used).add_(self._base_of[: self._pool_size])
             self._counts_by_bin.view(-1).scatter_add_(0, bins, torch.ones_like(bins))
             used.fill_(torch.nan)
         raw.copy_(self._fresh)
@@ -202,18 +225,50 @@ class Bank:
             self._total_sampled[index] += sampled
         self._numel, self._sampled = [0] * len(self.rows), [0] * len(self.rows)
 
-    def _mend_overflow(self) -> None:
+    def _runs(self) -> list[_Run]:
+        """The rows of this pass in runs that lie in the pool like the rows of a matrix; the same until shapes change."""
+        laid_out = self._sampled, [numel == sampled for numel, sampled in zip(self._numel, self._sampled, strict=True)]
+        if self._layout[0] != laid_out:
+            runs: list[_Run] = []
+            for row, (size, whole) in enumerate(zip(*laid_out, strict=True)):
+                if not size:
+                    continue
+                start, capacity = self._spans[row]
+                last = runs[-1] if runs else None
+                if last is not None and last.goes_on(row, start, capacity, size, whole):
+                    runs[-1] = last._replace(rows=last.rows + 1)
+                else:
+                    runs.append(_Run(row, 1, start, capacity, size, whole))
+            self._layout = laid_out, runs
+        return self._layout[1]
+
+    def _reduce(self, run: _Run) -> None:
+        """Take from the pool what hooks have left undone: everything for tensors that it holds whole."""
+        block = self._pool.as_strided((run.rows, run.size), (run.capacity, 1), run.start)
+        raw = self._raw[run.first : run.first + run.rows]
+        if self._is_put_off and run.whole:
+            if self._ranges:
+                raw[:, LOW] = torch.minimum(raw[:, LOW], block.amin(dim=1))
+                raw[:, HIGH] = torch.maximum(raw[:, HIGH], block.amax(dim=1))
+            if self._means:
+                raw[:, TOTAL] = block.sum(dim=1)
+            if self._norms:
+                raw[:, NORM] = torch.linalg.vector_norm(block, dim=1)
+        if self._ranges and self._norms:
+            self._mend_overflow(run, block, raw)
+
+    def _mend_overflow(self, run: _Run, block: Tensor, raw: Tensor) -> None:
         """Take the norm from the scaled sample where squares leave the range of the dtype although all values are inside.
 
         In float32 that is above 1.8e19 and below 1e-19. Exact for tensors that the sample holds whole, an estimate
         for larger ones.
         """
-        raw, used = self._raw[: len(self.rows)], self._pool[: self._pool_size]
-        rows = self._row_of[: self._pool_size]
         largest = torch.maximum(raw[:, LOW].abs(), raw[:, HIGH].abs())
-        scaled = (used / largest.clamp(min=torch.finfo(self.dtype).tiny)[rows]).nan_to_num(0.0)
-        share = self._upload("now", self._numel) / self._upload("kept", self._sampled).clamp(min=1)
-        norm = (torch.zeros_like(largest).index_add_(0, rows, scaled * scaled) * share).sqrt() * largest
+        norm = (
+            torch.linalg.vector_norm(block / largest.clamp(min=torch.finfo(self.dtype).tiny)[:, None], dim=1) * largest
+        )
+        if not run.whole:
+            norm *= (self._upload("now", self._numel)[run.first : run.first + run.rows] / run.size).sqrt()
         lost = (
             (raw[:, NORM].isinf() | (raw[:, NORM] < torch.finfo(self.dtype).tiny ** 0.4))
             & largest.isfinite()

@@ -1,7 +1,8 @@
 """The path of `Activations(statistics=("nonfinite",))`: cheap enough for every step.
 
-Whatever passes by is summed, in order of arrival, into the next free row of a tape; a sum is NaN or Inf when one of its
-terms is (or when finite terms of about 1e38 leave float32's range). Which row belongs to which module is known to the host.
+Whatever passes by is summed into a row of a tape; a sum is NaN or Inf when one of its terms is (or when finite terms of about
+1e38 leave float32's range). Small tensors, whose call costs more than their values, are put off to the end of the pass and read
+together, unless they are known to be changed in place. Which row belongs to which module is known to the host.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from threading import get_ident
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, aminmax, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._C import _set_grad_enabled as set_grad_enabled  # what torch.no_grad() calls, without its 2 us
 from torch.compiler import is_compiling
 
-from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._tree import tensors
+from stethoscope.probes._compiled import Eagerly
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._passes import MAX_CALLS, replaying
 from stethoscope.probes._select import as_patterns, named_modules, select
+from stethoscope.probes._tape import SMALL, Tape
 from stethoscope.stats import measurable, upload
 
 if TYPE_CHECKING:
@@ -28,48 +30,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from stethoscope.probes._activations import Activations
-
-_CHUNK = 256
-_SMALL = 4096
-"""Values up to which `aminmax`, the cheaper call, beats `sum`, the cheaper loop (measured on a CPU, torch 2.13)."""
-
-
-class _Tape:
-    """Rows of two numbers, low and high, handed out one after the other; they stay allocated."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.used = 0
-        self.chunks: list[Tensor] = []
-        self.rows: list[tuple[Tensor, Tensor]] = []
-
-    def grow(self) -> None:
-        with torch.inference_mode(mode=False):
-            chunk = torch.zeros(_CHUNK, 2, dtype=torch.float32, device=self.device)
-        self.chunks.append(chunk)
-        self.rows += zip(chunk[:, 0].unbind(), chunk[:, 1].unbind(), strict=True)
-
-    def write(self, x: Tensor) -> int:
-        """Take in one tensor and return its row. Gradients must be off."""
-        row = self.used
-        if row == len(self.rows):
-            self.grow()
-        self.used = row + 1
-        if x.dtype is torch.float32 and 0 < x.numel() <= _SMALL:
-            aminmax(x, out=self.rows[row])
-            return row
-        low, high = self.rows[row]
-        if x.dtype is torch.float32:
-            torch.sum(x, dim=None, out=low)
-        else:
-            low.copy_(x.sum(dtype=torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x.sum())
-        high.copy_(low)
-        return row
-
-    def levels(self) -> tuple[Tensor, Tensor]:
-        """`stats.nonfinite_level` of all used rows, and the same with -Inf taken for finite, shape (rows,) each."""
-        low, high = torch.cat(self.chunks)[: self.used].unbind(1)
-        return stats.nonfinite_level(low, high), stats.nonfinite_level_masked(high)
 
 
 class _Site:
@@ -86,7 +46,7 @@ class _Site:
 class _Column(NamedTuple):
     """One kind of flag: its keys, where each is found, and how rows of one key are joined if it has several."""
 
-    masked: bool  # which of `_Tape.levels`
+    masked: bool  # which of `Tape.levels`
     keys: list[Key]
     rows: list[int]
     join: tuple[Tensor, Tensor] | None
@@ -107,15 +67,18 @@ class _Gathered:
     """What one phase has seen on one device since the last read."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.tape = device, _Tape(device)
-        self.codes: list[int] = []  # who: see FlagHooks._code
-        self.rows: list[int] = []  # and where on the tape
-        self.layout: tuple[list[int], list[int], list[_Column]] = ([], [], [])
+        self.device, self.tape = device, Tape(device)
+        self.codes: list[int] = []  # who
+        self.numbers: list[int] = []  # which of the tensors
+        self.rows: list[int] = []  # where each tensor's flags are on the tape; none yet where it is put off
+        self.pending: list[tuple[int, int, Tensor, int]] = []  # code, number, tensor, version
+        self.layout: tuple[tuple[list[int], list[int], list[int]], list[_Column]] = (([], [], []), [])
 
 
 _INPUT, _OUTERMOST = 1, 2
 _INDEX, _CALL, _SITE = 2, 8, 12
 """Bits of a code: input or output, outermost or not, six for the tensor, four for the call, the rest for the module."""
+_NONE = -1
 _MAX_TENSORS = 1 << (_CALL - _INDEX)
 
 
@@ -126,13 +89,17 @@ class FlagHooks:
         self.spec, self.model = spec, model
         self.armed, self.active, self.depth = False, False, 0
         self.thread = get_ident()
+        self.eagerly = Eagerly("Activations")
         self.failure: Exception | None = None
         self._phase = "train"
         self._gathered: dict[tuple[str, torch.device], _Gathered] = {}
         self.here: _Gathered | None = None  # where the last tensor went
         self.last: Tensor | None = None  # it
-        self.last_version, self.last_row = 0, 0
+        self.last_version, self.last_number = -1, 0
+        self.inputs = spec.inputs
         self._called: list[_Site] = []
+        self._stable: set[int] = set()  # codes of small tensors that were not changed in place before their pass ended
+        self._tried: list[tuple[int, Tensor, int]] = []  # candidates for it, with the version that was read
         self._paths: dict[int, str] = {}
         modules, self.notes = named_modules(model, "Activations")
         chosen, unmatched = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
@@ -140,7 +107,7 @@ class FlagHooks:
         observed = {id(module) for _, module in chosen}
         self._sites: list[tuple[_Site, nn.Module]] = []
         self._handles: list[RemovableHandle] = []
-        for name, module, _ in modules:
+        for name, _, module in modules:
             if id(module) not in observed and next(module.children(), None) is None and name:
                 continue
             site = _Site(len(self._sites), name, id(module) in observed, _may_write_inputs(module))
@@ -149,7 +116,10 @@ class FlagHooks:
     def arm(self, on: bool, phase: str) -> None:
         """See `Attachment`."""
         self.armed = on and (self.spec.phases is None or phase in self.spec.phases) and self.failure is None
-        self._phase, self.here, self.last, self.depth = phase, None, None, 0
+        self.end()
+        self._phase, self.here, self.depth = phase, None, 0
+        # every step without torch.compile would be no compiled training
+        self.eagerly.set(self.armed and self.spec.every != 1, self.spec.phases, phase)
         if self.armed and not self._handles:
             for site, module in self._sites:
                 if site.enters:
@@ -165,11 +135,36 @@ class FlagHooks:
 
     def begin(self) -> None:
         """An outermost call begins: a new micro-batch, or no training at all."""
-        self.depth, self.last = 0, None
+        self.end()
+        self.depth = 0
         for site in self._called:
             site.calls = 0
         self._called.clear()
         self.active = (self._phase != "train" or self.model.training) and not replaying()
+
+    def end(self) -> None:
+        """An outermost call has ended: read what was put off, and hold no tensor any longer."""
+        self.last, self.last_version = None, -1
+        for code, x, version in self._tried:
+            if x._version == version:  # noqa: SLF001  # the only way to see changes in place
+                self._stable.add(code)
+        self._tried.clear()
+        if self.here is not None and self.here.pending:
+            self._catch_up(self.here)
+
+    def _catch_up(self, here: _Gathered) -> None:
+        alike: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+        for code, number, x, version in here.pending:
+            if x._version == version:  # noqa: SLF001
+                alike.setdefault(x.shape, []).append((number, x))
+            else:
+                self._stable.discard(code)  # what it was is lost, and what it is now may be another module's fault
+        here.pending.clear()
+        with torch.no_grad():
+            for members in alike.values():
+                first = here.tape.write_together([x for _, x in members])
+                for row, (number, _) in enumerate(members, first):
+                    here.rows[number] = row
 
     def count(self, site: _Site) -> None:
         """A module is called once more in this pass."""
@@ -180,27 +175,44 @@ class FlagHooks:
     def read_value(self, code: int, value: object) -> None:
         """Take the flags of a tensor, or of the tensors in a container. Gradients must be off."""
         if type(value) is Tensor:
-            self._read_tensor(code, value)
+            self.read_tensor(code, value)
         else:
             self._read_container(code, value)
 
-    def _read_tensor(self, code: int, value: Tensor) -> None:
-        here = self.here
+    def read_tensor(self, code: int, value: Tensor) -> None:
         try:
-            version = value._version  # noqa: SLF001  # the only way to see changes in place
+            version = value._version  # noqa: SLF001
         except RuntimeError:  # inference tensors have none
             version = -1
+        here = self.here
         if value is not self.last or version != self.last_version or here is None:
-            real = value if _is_plain(value) and value.dtype is torch.float32 else _countable(value)
-            if real is None:
-                return
-            if here is None or here.device != real.device:
-                place = self._phase, real.device
+            if here is None or here.device != value.device:
+                place = self._phase, value.device
+                if here is not None:
+                    self._catch_up(here)
                 here = self.here = self._gathered.get(place) or self._gathered.setdefault(place, _Gathered(place[1]))
-            self.last_row = here.tape.write(real)
-            self.last, self.last_version = value, version
+            # asked in place, since a call of our own costs as much as the questions
+            small = (
+                version >= 0
+                and type(value) is Tensor
+                and value.dtype is torch.float32
+                and 0 < value.numel() <= SMALL
+                and value.layout is torch.strided
+                and not value.is_nested
+            )
+            if small and code in self._stable:
+                here.pending.append((code, len(here.rows), value, version))
+                here.rows.append(_NONE)
+            else:
+                real = value if small else _countable(value)
+                if real is None:
+                    return
+                if small:
+                    self._tried.append((code, value, version))
+                here.rows.append(here.tape.write(real))
+            self.last, self.last_version, self.last_number = value, version, len(here.rows) - 1
         here.codes.append(code)
-        here.rows.append(self.last_row)
+        here.numbers.append(self.last_number)
 
     def _read_container(self, code: int, value: object) -> None:
         for i, (path, x) in enumerate(tensors(value)):
@@ -208,21 +220,23 @@ class FlagHooks:
                 at = code | i << _INDEX
                 if i and at & ~_OUTERMOST not in self._paths:
                     self._paths[at & ~_OUTERMOST] = f".{path}"
-                self._read_tensor(at, x)
+                self.read_tensor(at, x)
 
     def read(self, given: Mapping[str, Tensor]) -> Readings:
         """See `Attachment`."""
         if self.failure is not None:
             raise self.failure
+        self.notes += self.eagerly.notes()
         columns: list[Columns] = []
+        self.end()
         for (phase, _), gathered in self._gathered.items():
             if phase == self._phase and gathered.codes:
                 levels = gathered.tape.levels()
-                if gathered.layout[0] != gathered.codes or gathered.layout[1] != gathered.rows:
-                    gathered.layout = gathered.codes, gathered.rows, self._lay_out(gathered)
-                columns += [column.read(levels) for column in gathered.layout[2]]
-                gathered.codes, gathered.rows, gathered.tape.used = [], [], 0
-        self.last = None
+                arrived = gathered.codes, gathered.numbers, gathered.rows
+                if gathered.layout[0] != arrived:
+                    gathered.layout = arrived, self._lay_out(gathered)
+                columns += [column.read(levels) for column in gathered.layout[1]]
+                gathered.codes, gathered.numbers, gathered.rows, gathered.tape.used = [], [], [], 0
         return Readings(columns)
 
     def _lay_out(self, gathered: _Gathered) -> list[_Column]:
@@ -230,7 +244,10 @@ class FlagHooks:
         plainly, masked = _Naming(masked=False, sparse=True), _Naming(masked=True, sparse=True)
         # one record stays although it is zero, so that silence and health differ; masked scores and log(0) are healthy
         returned = _Naming(masked=True, sparse=False)
-        for code, row in zip(gathered.codes, gathered.rows, strict=True):
+        for code, number in zip(gathered.codes, gathered.numbers, strict=True):
+            row = gathered.rows[number]
+            if row == _NONE:
+                continue
             module, call = self._sites[code >> _SITE][0].name, code >> _CALL & MAX_CALLS - 1
             side = "input_" if code & _INPUT else ""
             suffix = self._paths.get(code & ~_OUTERMOST, "")
@@ -244,8 +261,10 @@ class FlagHooks:
     def detach(self) -> None:
         """See `Attachment`."""
         self.armed = False
+        self.eagerly.release()
         self._release()
         self._gathered.clear()
+        self._tried.clear()
         self.here, self.last = None, None
 
 
@@ -313,7 +332,7 @@ class _Before(Hook):
                 return
             call = min(site.calls, MAX_CALLS - 1)
             attached.count(site)
-            if attached.spec.inputs:
+            if attached.inputs:
                 with torch.no_grad():
                     attached.read_value(site.index << _SITE | call << _CALL | _INPUT, _given(args, kwargs))
         except Exception as error:  # instrumentation never stops a training
@@ -340,15 +359,28 @@ class _After(Hook):
                 if attached.active and site.observed:
                     code = self.code | min(site.calls - 1, MAX_CALLS - 1) << _CALL
                     attached.read_value(code if attached.depth else code | _OUTERMOST, output)
+                if attached.depth == 0:
+                    attached.end()
                 return
             if attached.depth == 0:
                 attached.begin()
             if attached.active:
                 code = self.code if site.calls == 0 else self.code | min(site.calls, MAX_CALLS - 1) << _CALL
                 attached.count(site)
-                if attached.spec.inputs:
-                    attached.read_value(code | _INPUT, _given(args, kwargs))
-                attached.read_value(code if attached.depth else code | _OUTERMOST, output)
+                if attached.inputs:
+                    given = args[0] if len(args) == 1 and not kwargs else _given(args, kwargs)
+                    here, known = attached.here, attached.last_version
+                    # an inference tensor has no version; it is known by one of -1
+                    if here and given is attached.last and given is not None and -1 < known == given._version:  # noqa: SLF001
+                        here.codes.append(code | _INPUT)
+                        here.numbers.append(attached.last_number)
+                    else:
+                        attached.read_value(code | _INPUT, given)
+                code = code if attached.depth else code | _OUTERMOST
+                if type(output) is Tensor:
+                    attached.read_tensor(code, output)
+                else:
+                    attached.read_value(code, output)
         except Exception as error:
             attached.armed, attached.failure = False, error
         finally:

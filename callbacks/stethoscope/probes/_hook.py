@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.jit._script import RecursiveScriptModule
+from torch.jit._script import ScriptModule
+from torch.jit._trace import TopLevelTracedModule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,5 +34,5 @@ class Hook:
 
 
 def takes_hooks(module: nn.Module) -> bool:
-    """Whether a module calls Python hooks; a scripted one refuses to take any."""
-    return not isinstance(module, RecursiveScriptModule)
+    """Whether a module calls Python hooks: a scripted one refuses to take any, parts of a traced one never call theirs."""
+    return not isinstance(module, ScriptModule) or isinstance(module, TopLevelTracedModule)

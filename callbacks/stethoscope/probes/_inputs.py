@@ -73,7 +73,7 @@ class _Before(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.owner.armed or get_ident() != self.owner.thread or is_aside():
+        if torch.compiler.is_compiling() or not self.owner.armed or get_ident() != self.owner.thread or is_aside():
             return
         try:
             self.owner.take([*tensors(args), *tensors(kwargs)])

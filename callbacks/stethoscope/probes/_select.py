@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from stethoscope._record import Finding
 from stethoscope._tree import plain
+from stethoscope.probes._compiled import original
 from stethoscope.probes._hook import takes_hooks
 
 if TYPE_CHECKING:
@@ -37,8 +38,15 @@ def as_patterns(given: Pattern | Iterable[Pattern]) -> tuple[Pattern, ...]:
 
 
 def named_modules(model: nn.Module, probe: str) -> tuple[list[tuple[str, nn.Module, nn.Module]], list[Finding]]:
-    """Return the modules that can be hooked, as candidates for `select`, and a finding about those that cannot."""
-    modules = [(plain(name), module, module) for name, module in model.named_modules()]
+    """Return the modules that can be hooked, as candidates for `select`, and a finding about those that cannot.
+
+    Of a compiled submodule the wrapper is taken, whose hooks fire in compiled steps as well.
+    """
+    modules = [
+        (plain(name), original(module), module)
+        for name, module in model.named_modules()
+        if not name.endswith("._orig_mod")
+    ]
     able = [each for each in modules if takes_hooks(each[1])]
     if len(able) == len(modules):
         return able, []
@@ -46,8 +54,8 @@ def named_modules(model: nn.Module, probe: str) -> tuple[list[tuple[str, nn.Modu
     note = Finding(
         "probe-read-nothing",
         "info",
-        f"{probe}: {f'the module {first!r}' if first else 'the model'} is a ScriptModule, which takes no hooks.",
-        "Observe the module that it was scripted from, or a module before or after it.",
+        f"{probe}: {f'the module {first!r}' if first else 'the model'} is a ScriptModule (scripted, or inside of a traced one), which calls no hooks.",
+        "Observe the module that it was made from, or a module before or after it.",
         module=first,
         evidence={"probe": probe, "modules": len(modules) - len(able)},
     )

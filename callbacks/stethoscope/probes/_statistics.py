@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from threading import get_ident
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._record import Finding
 from stethoscope._tree import tensors
 from stethoscope.probes._bank import Bank
+from stethoscope.probes._compiled import Eagerly
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._passes import MAX_CALLS, replaying
 from stethoscope.probes._select import as_patterns, named_modules, select
@@ -38,8 +39,9 @@ class _Slot:
         self.seen = -1  # the last pass that touched it
         self.touched = False  # since the last read
 
-    def holder(self) -> _Slot:
-        return self if self.repeats is None else self.repeats
+
+_Place: TypeAlias = "tuple[_Slot, bool, Bank, int]"
+"""Where a slot's numbers are, and whether it is what the model returned. Plain tuples, since there is one per tensor and step."""
 
 
 class _Phase:
@@ -51,15 +53,6 @@ class _Phase:
         self.order: list[_Slot] = []
         self.outermost: set[_Slot] = set()
         self.layout: tuple[list[_Place], list[_Block]] = ([], [])
-
-
-class _Place(NamedTuple):
-    """Where a slot's numbers are."""
-
-    slot: _Slot
-    outermost: bool
-    bank: Bank
-    row: int
 
 
 class _Block(NamedTuple):
@@ -92,6 +85,7 @@ class ActivationHooks:
         self.failure: Exception | None = None
         self.foreign_calls = 0
         self._thread = get_ident()
+        self._eagerly = Eagerly("Activations")
         self._phase_name, self._phases = "train", dict[str, _Phase]()
         self._phase = self._phases.setdefault("train", _Phase())
         self._depth, self._active, self._pass = 0, False, 0
@@ -105,7 +99,7 @@ class ActivationHooks:
         observed = {id(module) for _, module in chosen}
         self._sites: list[tuple[_Site, nn.Module]] = []
         self._handles: list[RemovableHandle] = []
-        for name, module, _ in modules:
+        for name, _, module in modules:
             # modules with children are hooked even when they are not observed: they tell where a pass begins
             if id(module) in observed or next(module.children(), None) is not None or name == "":
                 self._sites.append((_Site(len(self._sites), name, id(module) in observed), module))
@@ -116,6 +110,7 @@ class ActivationHooks:
         self.armed, self._phase_name = on, phase
         self._phase = self._phases.setdefault(phase, _Phase())
         self._depth, self._last = 0, None
+        self._eagerly.set(on, self.spec.phases, phase)
         if on and not self._handles:
             # even an empty hook costs a small module several percent, so there are none on steps in between
             for site, module in self._sites:
@@ -132,6 +127,7 @@ class ActivationHooks:
     def detach(self) -> None:
         """See `Attachment`."""
         self.armed = False
+        self._eagerly.release()
         self._release()
         self._phases.clear()
         self._phase = _Phase()
@@ -203,8 +199,9 @@ class ActivationHooks:
             else:
                 self._write(slot, x)
             slot.touched, slot.seen = True, self._pass
-            if i == 0 and slot.holder().bank is not None:
-                self._last = (x, version, slot.holder())
+            holder = slot.repeats or slot
+            if i == 0 and holder.bank is not None:
+                self._last = (x, version, holder)
 
     def _repeat(self, slot: _Slot, holder: _Slot) -> None:
         """The very tensor that was just read is seen again, as the next module's input or its container's output."""
@@ -272,14 +269,15 @@ class ActivationHooks:
         """See `Attachment`."""
         if self.failure is not None:
             raise self.failure
+        self.notes += self._eagerly.notes()
         phase = self._phase
         for bank in phase.banks.values():
             bank.fold()
-        places = []
+        places: list[_Place] = []
         for slot in phase.order:
-            holder = slot.holder()
+            holder = slot.repeats or slot
             if holder.bank is not None:
-                places.append(_Place(slot, slot in phase.outermost, holder.bank, holder.row))
+                places.append((slot, slot in phase.outermost, holder.bank, holder.row))
         if phase.layout[0] != places:
             phase.layout = (places, self._lay_out(places))
         scalars = {bank: bank.scalars(self._columns()).view(-1) for bank in phase.banks.values() if self._names}

@@ -163,8 +163,8 @@ def _explain(
             severity,
             f"The loss is {losses[0]}. No module was seen to make it so, but what the model returned was not seen either: "
             "it comes from the loss function or from a part that is not observed.",
-            "See what probe-read-nothing says: a compiled model, one in eval mode or one on another thread shows nothing. "
-            "Run a few steps without torch.compile.",
+            "See what probe-read-nothing says: a model in eval mode or on another thread shows nothing, and a compiled one "
+            "only in observed steps. Monitor(guard='raise', replay=fn) runs such a step again, eagerly, and names the operation.",
             evidence=evidence,
             **place,
         )

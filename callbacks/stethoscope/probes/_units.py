@@ -1,0 +1,303 @@
+"""What becomes of single units while the model trains: which are dead, constant, saturated, or given nothing to work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from threading import get_ident
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stethoscope import stats
+from stethoscope._protocols import Columns, Key, Readings
+from stethoscope._tree import plain, tensors
+from stethoscope.probes import _unit_stats as units
+from stethoscope.probes._hook import Hook, takes_hooks
+from stethoscope.probes._passes import replaying
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.utils.hooks import RemovableHandle
+
+    from stethoscope._protocols import Attachment, Probe
+
+IN_A_ROW = 3
+"""Observed steps in which a unit must have been dead to count."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """Shares of dead, constant and saturated units, and what normalisations and attention heads are given.
+
+    **Records**, in training only, of innermost modules whose output has a gradient, per module over all its calls in a step, from
+    at most 65,536 values of the first items of the batch. A unit is a channel: axis 1 of convolutions, the last one of `Linear`.
+
+    - `unit/dead_fraction`: units that were exactly zero in each of the last three observed steps. `unit/input_dead_fraction` says the same of
+      what a `Linear` or convolution is given, unless a module has just returned it: that is where functional activations show.
+    - `unit/constant_fraction`: units without any variation, of activations that are not flat anywhere by design (tanh, GELU, ...). Zeros do not
+      count where other units are zero for some items too.
+    - `unit/batch_spread`: largest difference between items of the batch, over the largest absolute value; 0 for a module that returns
+      the same for each item. Left out where everything is zero.
+    - `unit/saturated_fraction`: units with 90 % of their values in the flat ends of a tanh (|y| > .99); `unit/certain_fraction`: the same of a
+      sigmoid (y < .01, y > .99), and of a softmax the rows whose largest value exceeds .999. Left out of the last module that runs.
+    - `unit/starved_fraction`: groups that a normalisation gets with a variance below its own eps, though not all zero.
+    - `unit/dead_heads`: attention heads that contribute less than a thousandth of the largest one.
+    - `unit/headroom_bits`, `unit/floor_bits`, of float16: octaves from the largest absolute value to overflow, and down to the
+      smallest normal number.
+
+    **Cost:** on observed steps two or three reductions per module; nothing in between. Never waits for the device. Memory: a few
+    numbers per unit.
+
+    Args:
+        every: observe when `step % every == 0`; None takes the monitor's.
+
+    Examples:
+        >>> Units(every=10).covers(Units(every=10))
+        True
+    """
+
+    every: int | None = None
+
+    def attach(self, model: nn.Module) -> Attachment:
+        """Choose the modules of `model`; they are hooked while armed."""
+        return UnitHooks(model)
+
+    def covers(self, other: Probe) -> bool:
+        """Whether `other` looks no more often."""
+        return isinstance(other, Units) and (self.every == other.every or self.every == 1)
+
+
+class _Site:
+    """One module, and what it has shown in this step."""
+
+    __slots__ = ("axis", "heads", "leaf", "module", "name", "now", "quiet", "shape")
+
+    def __init__(self, name: str, module: nn.Module, heads: int) -> None:
+        self.name, self.module, self.heads = name, module, heads
+        self.leaf = next(module.children(), None) is None
+        self.axis = -1
+        self.shape: torch.Size | None = None
+        self.now: dict[str, Tensor] = {}
+        self.quiet: dict[str, Tensor] = {}  # per unit, observed steps in a row in which it was dead
+
+
+class UnitHooks:
+    """The live hooks of one `Units`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.failure: Exception | None = None
+        self._thread = get_ident()
+        self._armed, self._depth, self._active = False, 0, False
+        self._last: Tensor | None = None  # what the last module returned
+        self._tail: _Site | None = None
+        self._axes: dict[int, tuple[int, int]] = {}  # dimensions -> axis and size of the channels last seen
+        self._order: dict[_Site, None] = {}
+        self._outputs: set[_Site] = set()
+        self._handles: list[RemovableHandle] = []
+        parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+        self._sites = [
+            _Site(plain(name), module, units.heads_into(plain(name), parents.get(id(module))))
+            for name, module in model.named_modules()
+            if takes_hooks(module)
+        ]
+
+    def arm(self, on: bool, phase: str) -> None:
+        """See `Attachment`."""
+        if phase != "train":
+            # hooks would run in this phase as well
+            self._release()
+            return
+        self._armed = on and self.failure is None
+        self._forget()
+        if self._armed and not self._handles:
+            for site in self._sites:
+                self._handles.append(site.module.register_forward_pre_hook(_Before(self, site)))
+                self._handles.append(site.module.register_forward_hook(_After(self, site)))
+        elif not self._armed:
+            self._release()
+
+    def _forget(self) -> None:
+        self._depth, self._last, self._tail = 0, None, None
+        for site in self._order:
+            site.now.clear()
+        self._order.clear()
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def detach(self) -> None:
+        """See `Attachment`."""
+        self._armed = False
+        self._forget()
+        self._release()
+
+    def before(self, site: _Site, args: tuple[object, ...]) -> None:
+        """A module is about to run."""
+        if get_ident() != self._thread:
+            return
+        if self._depth == 0 or site.name == "":
+            self._depth, self._last = 0, None
+            self._active = self.model.training and not replaying()
+        self._depth += 1
+        x = args[0] if args else None
+        if not self._active or not site.leaf or not isinstance(x, Tensor):
+            return
+        with torch.no_grad():
+            if units.normalises(site.module):
+                given = _readable(x, trained=False)
+                if given is not None:
+                    self._keep(site, "starved", units.starved(site.module, given))
+            elif isinstance(site.module, units.WEIGHTED) and (x is not self._last or site.heads):
+                given = _readable(x, trained=True)
+                if given is not None:
+                    self._range(site, "input", given, units.channel_axis(site.module, given) or -1)
+
+    def after(self, site: _Site, output: object) -> None:
+        """A module has run."""
+        if get_ident() != self._thread:
+            return
+        self._depth = max(self._depth - 1, 0)
+        if self._active and (site.leaf or isinstance(site.module, nn.MultiheadAttention)):
+            self._order[site] = None
+            self._tail = site
+            _, x = next(tensors(output), ("", None))
+            real = None if x is None else _readable(x, trained=True)
+            if x is not None and real is not None:
+                with torch.no_grad():
+                    self._read(site, x, real)
+            self._last = x
+        if self._depth == 0:
+            if self._active and self._tail is not None:
+                self._outputs.add(self._tail)
+            self._last = self._tail = None
+
+    def _read(self, site: _Site, x: Tensor, real: Tensor) -> None:
+        axis = self._axis(site, real)
+        self._range(site, "output", real, axis)
+        flat = units.saturation(site.module, real, axis)
+        if flat is not None:
+            self._keep(site, "saturated", flat)
+        if isinstance(site.module, units.NOWHERE_FLAT):
+            self._keep(site, "zeros", (real == 0).to(real.dtype).mean())
+        if x.dtype is torch.float16:
+            self._keep(site, "largest", real.abs().amax())
+
+    def _axis(self, site: _Site, x: Tensor) -> int:
+        axis = units.channel_axis(site.module, x)
+        if axis is None:
+            # an activation has the channels of what it follows
+            known = self._axes.get(x.dim())
+            axis = known[0] if known is not None and x.shape[known[0]] == known[1] else (1 if x.dim() > 3 else -1)
+        self._axes[x.dim()] = axis, x.shape[axis]
+        return axis
+
+    def _range(self, site: _Site, which: str, x: Tensor, axis: int) -> None:
+        low, high, spread = units.ranges(x, axis)
+        before = site.now.get(f"{which} low")
+        if before is not None and before.shape == low.shape:
+            low, high = torch.minimum(before, low), torch.maximum(site.now[f"{which} high"], high)
+            spread = torch.maximum(site.now[f"{which} spread"], spread)
+        site.now.update({f"{which} low": low, f"{which} high": high, f"{which} spread": spread})
+        self._order[site] = None
+
+    def _keep(self, site: _Site, name: str, value: Tensor) -> None:
+        before = site.now.get(name)
+        # over several calls in a step the mildest: what one call escapes is not lost
+        site.now[name] = value if before is None else torch.minimum(before, value)
+        self._order[site] = None
+
+    def read(self, given: Mapping[str, Tensor]) -> Readings:
+        """See `Attachment`."""
+        if self.failure is not None:
+            raise self.failure
+        found: dict[tuple[torch.device, torch.dtype], tuple[list[Key], list[Tensor]]] = {}
+        with torch.no_grad():
+            for site in self._order:
+                for name, value in self._finish(site):
+                    keys, values = found.setdefault((value.device, value.dtype), ([], []))
+                    keys.append(Key(f"unit/{name}", site.name))
+                    values.append(value)
+            columns = [Columns(keys, torch.stack(values), range(len(keys))) for keys, values in found.values()]
+        self._forget()
+        return Readings(columns)
+
+    def _finish(self, site: _Site) -> list[tuple[str, Tensor]]:
+        now, found = site.now, list[tuple[str, Tensor]]()
+        for which, prefix in (("output", ""), ("input", "input_")):
+            if f"{which} low" not in now:
+                continue
+            low, high = now[f"{which} low"], now[f"{which} high"]
+            dead = (low == 0) & (high == 0)
+            quiet = site.quiet.get(which)
+            quiet = dead.int() if quiet is None or quiet.shape != dead.shape else (quiet + 1) * dead
+            site.quiet[which] = quiet
+            found.append((f"{prefix}dead_fraction", (quiet >= IN_A_ROW).to(low.dtype).mean()))
+            if which == "input":
+                if site.heads and len(low) % site.heads == 0:
+                    found.append(("dead_heads", units.dead((high - low).view(site.heads, -1).amax(1))))
+                continue
+            largest = torch.maximum(low.abs(), high.abs()).amax()
+            # NaN, which no threshold meets, where all is zero: such a module has nothing to be constant in
+            found.append(("batch_spread", now["output spread"] / largest))
+            if isinstance(site.module, units.NOWHERE_FLAT):
+                still = high - low <= 1e-6 * largest
+                # zeros elsewhere as well: only some units are kept per item, which is sparsity on purpose
+                sparse = now["zeros"] > dead.to(low.dtype).mean() + 0.01
+                found.append(("constant_fraction", (still & ~(dead & sparse)).to(low.dtype).mean()))
+        if "saturated" in now and site not in self._outputs:
+            kind = "saturated" if isinstance(site.module, nn.Tanh) else "certain"
+            found.append((f"{kind}_fraction", now["saturated"]))
+        if "starved" in now:
+            found.append(("starved_fraction", now["starved"]))
+        if "largest" in now:
+            limits = torch.finfo(torch.float16)
+            found.append(("headroom_bits", (limits.max / now["largest"]).log2()))
+            found.append(("floor_bits", (now["largest"] / limits.tiny).log2()))
+        if isinstance(site.module, nn.MultiheadAttention):
+            strength = units.head_strength(site.module)
+            if strength is not None:
+                found.append(("dead_heads", units.dead(strength)))
+        return found
+
+
+def _readable(x: Tensor, *, trained: bool) -> Tensor | None:
+    """The first items of what can be measured: at least two items; where `trained`, only what a gradient flows through."""
+    if not x.is_floating_point() or x.dim() < 2 or x.shape[0] < 2 or not x.numel() or (trained and not x.requires_grad):
+        return None
+    items = max(2, units.VALUES * x.shape[0] // x.numel())
+    return stats.measurable(x.detach()[:items])
+
+
+class _Before(Hook):
+    __slots__ = ("attached", "site")
+
+    def __init__(self, attached: UnitHooks, site: _Site) -> None:
+        self.attached, self.site = attached, site
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        if torch.compiler.is_compiling() or self.attached.failure is not None:
+            return
+        try:
+            self.attached.before(self.site, args)
+        except Exception as error:  # instrumentation never stops a training
+            self.attached.failure = error
+
+
+class _After(Hook):
+    __slots__ = ("attached", "site")
+
+    def __init__(self, attached: UnitHooks, site: _Site) -> None:
+        self.attached, self.site = attached, site
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        if torch.compiler.is_compiling() or self.attached.failure is not None:
+            return
+        try:
+            self.attached.after(self.site, output)
+        except Exception as error:
+            self.attached.failure = error

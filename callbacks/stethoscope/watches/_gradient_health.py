@@ -1,0 +1,370 @@
+"""`GradientHealth`: gradients that vanish, explode, are cut off, are clipped away or are never zeroed."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import KW_ONLY, dataclass
+from itertools import chain
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stethoscope._record import Finding
+from stethoscope.probes import Activations, Gradients, Optimizers, Parameters
+from stethoscope.watches._streaks import Judging, listing, owner, train_values
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stethoscope._protocols import Probe, State
+    from stethoscope._record import Record, Severity
+
+IDLE, TRAINED = 3, 4  # as probes.Optimizers numbers roles
+FEWEST = 4  # modules that a trend over depth needs
+CLIPPED = 5  # observed steps in a row that are clipped hard: the first steps of a run may be, all of them are not
+MEMORY = 20  # observed norms whose median is the level
+
+
+class _Module(NamedTuple):
+    """What is known of one module in one step."""
+
+    gradient: float  # 2-norm over its parameters
+    relative: float  # that over the norm of its weights; 0 where those are zero
+
+
+@dataclass(frozen=True)
+class GradientHealth:
+    """Reports gradients that vanish, explode, are exactly zero, are clipped away, or still hold those of the step before.
+
+    **What it decides**, on observed steps, for modules (the norm over a module's own parameters, so that a bias whose
+    gradient is zero by construction does not count), `relative` being the gradient's norm over that of the weights:
+
+    - `gradient-vanishing`, `gradient-exploding` (over depth): the median relative gradient of the first quarter of the
+      modules, in the order of the forward pass, and that of the last quarter differ by `depth_ratio`; or all of it is below
+      `smallest`.
+    - `gradient-exploding` (over time): the norm of all gradients is `growth` times the median of up to 20 earlier ones and
+      `large` times that of the weights, twice in a row.
+    - `gradient-zero`: exactly zero, or none at all, in a module that runs. Only info where it looks like an expert that
+      is not chosen: modules before it and others of its name get gradients.
+    - `gradient-imbalance`: one module's gradient lies `imbalance` times above the median of all modules, absolutely and relatively.
+    - `gradient-clipping`: the optimizer gets less than `clipped_share` of the norm in all of the last five observed steps.
+    - `gradient-accumulation`: gradients of the step before were not zeroed.
+    - `nonfinite-gradient`: the optimizer has used a gradient that holds NaN or Inf.
+
+    Except for the last, a state must hold for `observations` observed steps that span `steps` steps. Many modules make one
+    finding. **Cost:** host only, one pass over the records of observed steps. **Needs:** gradient norms, weight norms,
+    and what the optimizer is handed.
+
+    Args:
+        observations: observed steps in a row before anything is said.
+        steps: steps that they must span at least.
+        depth_ratio: a factor. Healthy networks stay within a few hundred; 1e4 is eight sigmoid layers.
+        smallest: relative gradient of the whole model. 1e-8 is below Adam's eps for weights of any usual size.
+        growth: a factor over the run's own level.
+        large: relative gradient of the whole model: SGD at a rate of 0.1 would replace all weights in one step.
+        imbalance: a factor.
+        clipped_share: in (0, 1). Below 2 % a learning rate is in effect fifty times lower than the one that was set.
+
+    Examples:
+        >>> from stethoscope import Record
+        >>> from stethoscope.testing import replay
+        >>> norms = {"a.weight": 0.0, "b.weight": 1.0}
+        >>> records = [Record("gradient/norm", v, step, n) for step in (0, 50, 100) for n, v in norms.items()]
+        >>> replay(GradientHealth(), records)[0].code
+        'gradient-zero'
+
+    References: Glorot and Bengio 2010 (gradients over depth); Pascanu et al. 2013 (exploding gradients).
+    """
+
+    _: KW_ONLY
+    observations: int = 3
+    steps: int = 10
+    depth_ratio: float = 1e4
+    smallest: float = 1e-8
+    growth: float = 100.0
+    large: float = 10.0
+    imbalance: float = 1e4
+    clipped_share: float = 0.02
+
+    @property
+    def needs(self) -> tuple[Probe, ...]:
+        """Norms of gradients and weights, what optimizers use, and which modules run."""
+        return (
+            Gradients(),
+            Parameters(statistics=("norm",)),
+            Optimizers(),
+            Activations(statistics=("rms",), inputs=False),
+        )
+
+    def init(self) -> State:
+        """Nothing seen."""
+        return {"held": {}, "totals": [], "moved": False, "shares": []}
+
+    def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
+        """See `Watch`."""
+        found = train_values(
+            records,
+            "gradient/norm",
+            "gradient/nonfinite",
+            "gradient/applied_norm",
+            "gradient/carried",
+            "parameter/norm",
+            "parameter/role",
+            "optimizer/steps",
+            "activation/rms",
+        )
+        gradients = found["gradient/norm"]
+        if not gradients:
+            return state, ()
+        judging = Judging(state["held"], records[0].step, self.observations, self.steps)
+        look = _Look(self, dict(state), judging)
+        bad = {name: count for name, count in found["gradient/nonfinite"].items() if name and count}
+        bad |= {name: 1.0 for name, norm in gradients.items() if name and math.isnan(norm)}
+        if bad or not math.isfinite(gradients.get("", 0.0)):
+            # a step that a scaler skips is how mixed precision works
+            look.nonfinite(
+                bad,
+                everywhere=len(bad) >= sum(map(bool, gradients)),
+                applied=found["optimizer/steps"].get("", 1.0) > 0,
+            )
+            return {**look.state, "held": judging.held}, judging.findings
+        judging.model("nonfinite-gradient", False)
+        cut = _cut_off(found["parameter/role"], found["activation/rms"])
+        modules = dict.fromkeys(cut, _Module(0.0, 0.0)) | _by_module(gradients, found["parameter/norm"])
+        lossless = any(r.name == "loss" and r.source == "step" and r.value == 0.0 for r in records)
+        look.zero(modules, lossless=lossless)
+        steep = look.depth(modules)
+        total, size = _norm(gradients), _norm(found["parameter/norm"])
+        look.time(gradients.get("", total), total / size if size > 0 else 0.0)
+        look.imbalance({} if steep else modules)
+        applied = found["gradient/applied_norm"]
+        look.clipping([(applied[name], norm) for name, norm in gradients.items() if name in applied and norm > 0])
+        look.carried(found["gradient/carried"].get("", 0.0))
+        return {**look.state, "held": judging.held}, judging.findings
+
+
+class _Look:
+    """One observed step as it is judged: the state becomes the new one, findings gather."""
+
+    def __init__(self, watch: GradientHealth, state: dict[str, Any], judging: Judging) -> None:
+        self.watch, self.state, self.judging = watch, state, judging
+
+    def nonfinite(self, bad: Mapping[str, float], *, everywhere: bool, applied: bool) -> None:
+        if not self.judging.model("nonfinite-gradient", applied, times=1):
+            return
+        first = next(iter(bad), "") if not everywhere else ""
+        where = f" of {listing(list(bad), 1)}" if first else ""
+        self.judging.tell(
+            Finding(
+                "nonfinite-gradient",
+                "error",
+                f"The gradient{where} holds NaN or Inf, and the optimizer has written with it: the weights are lost.",
+                "Go back to a checkpoint before this step. Monitor(guard='raise') stops before the write and names the origin; "
+                "audits.nonfinite finds the operation.",
+                module=owner(first),
+            ),
+            list(bad),
+        )
+
+    def zero(self, modules: Mapping[str, _Module], *, lossless: bool) -> None:
+        zero = {name: 0.0 for name, each in modules.items() if each.gradient == 0}
+        if len(zero) == len(modules):
+            # a hinge loss of exactly zero has nothing left to teach
+            if self.judging.model("gradient-zero-everywhere", not lossless):
+                self.judging.tell(
+                    Finding(
+                        "gradient-zero",
+                        "error",
+                        f"All gradients are exactly zero, since {self.watch.observations} observed steps.",
+                        "Look for a loss that is cut off from the model (detach, no_grad, item, argmax, rounding), a "
+                        "loss weight of zero, or units that are all dead.",
+                    ),
+                    list(zero),
+                )
+            return
+        self.judging.model("gradient-zero-everywhere", False)
+        order = list(modules)
+        quiet = {name for name in zero if _looks_unchosen(name, order, zero)}
+        for code, hits in (("gradient-zero", zero.keys() - quiet), ("gradient-zero-quiet", quiet)):
+            news = self.judging.hold(code, {name: 0.0 for name in order if name in hits}, order)
+            if news:
+                self._unreached(news, "info" if hits is quiet else "warning", len(modules))
+
+    def _unreached(self, news: Sequence[str], severity: Severity, count: int) -> None:
+        last = news[-1]
+        more = "an expert that is never chosen, or a branch" if severity == "info" else "a part"
+        self.judging.tell(
+            Finding(
+                "gradient-zero",
+                severity,
+                f"The gradients of {len(news)} of {count} modules are exactly zero ({listing(news)}): {more} that the "
+                "loss does not reach.",
+                f"Look right after {last!r} for detach(), no_grad(), argmax or rounding, a multiplication by zero, dead or "
+                "saturated units; if it is meant, turn requires_grad off.",
+                module=last,
+            ),
+            news,
+        )
+
+    def depth(self, modules: Mapping[str, _Module]) -> bool:
+        """Judge the trend over depth; return whether there is one, which also unbalances single modules."""
+        alive = [(name, each.relative) for name, each in modules.items() if each.relative > 0]
+        ratio, early, late = 1.0, alive[:1], alive[-1:]
+        if len(alive) >= FEWEST:
+            quarter = len(alive) // 4
+            early, late = alive[:quarter], alive[-quarter:]
+            ratio = max(median(value for _, value in early) / median(value for _, value in late), 1e-300)
+        everything = _norm({name: each.relative for name, each in modules.items()})
+        faint = 0 < everything < self.watch.smallest and not self.state["moved"]
+        self.state["moved"] |= everything >= self.watch.smallest
+        low = faint or ratio < 1 / self.watch.depth_ratio
+        for code, hit in (("gradient-vanishing", low), ("gradient-exploding-depth", ratio > self.watch.depth_ratio)):
+            if not self.judging.model(code, hit):
+                continue
+            first, last = early[0], late[-1]
+            if code == "gradient-vanishing":
+                self.judging.tell(
+                    Finding(
+                        "gradient-vanishing",
+                        "warning",
+                        f"Gradients vanish: {first[1]:.2g} of the weights' norm in {first[0]!r}, {last[1]:.2g} in {last[0]!r}"
+                        f"{f', a factor of {1 / ratio:.2g} over depth' if not faint else ', from the start'}.",
+                        "Use residual connections or normalisation, ReLU-like activations in place of sigmoid or tanh, and an "
+                        "initialisation with a gain near 1; look for saturated activations.",
+                        module=first[0],
+                    ),
+                    [name for name, _ in alive],
+                    dict(alive),
+                )
+            else:
+                self.judging.tell(
+                    Finding(
+                        "gradient-exploding",
+                        "warning",
+                        f"Gradients explode over depth: {last[1]:.2g} of the weights' norm in {last[0]!r}, {first[1]:.2g} in "
+                        f"{first[0]!r}, a factor of {ratio:.2g}.",
+                        "Lower the gain of the initialisation to about 1, add normalisation or residual connections, clip "
+                        "gradients by norm.",
+                        module=first[0],
+                    ),
+                    [name for name, _ in alive],
+                    dict(alive),
+                )
+        return low or ratio > self.watch.depth_ratio
+
+    def time(self, total: float, relative: float) -> None:
+        totals: list[float] = self.state["totals"]
+        level = median(totals) if len(totals) >= 2 else 0.0
+        high = level > 0 and total > self.watch.growth * level and relative > self.watch.large
+        if self.judging.model("gradient-exploding", high, times=2):
+            self.judging.tell(
+                Finding(
+                    "gradient-exploding",
+                    "error",
+                    f"Gradients explode: their norm is {total:.3g}, {total / level:.2g} times the usual {level:.3g} and "
+                    f"{relative:.2g} times that of the weights.",
+                    "Go back to a checkpoint and lower the learning rate or clip gradients by norm; look at the batches since then.",
+                ),
+                values={"norm": total, "level": level, "relative": relative},
+            )
+        if not high:
+            self.state["totals"] = [*totals, total][-MEMORY:]
+
+    def imbalance(self, modules: Mapping[str, _Module]) -> None:
+        alive = {name: each for name, each in modules.items() if each.relative > 0}
+        high: dict[str, float] = {}
+        if len(alive) >= FEWEST:
+            # of two halves the higher: an adapter's zero half starts with tiny gradients in the other one
+            level = sorted(each.gradient for each in alive.values())[len(alive) // 2]
+            relative = sorted(each.relative for each in alive.values())[len(alive) // 2]
+            bar = self.watch.imbalance
+            high = {
+                name: each.gradient / level
+                for name, each in alive.items()
+                if each.gradient > bar * level and each.relative > bar * relative
+            }
+        news = self.judging.hold("gradient-imbalance", high, list(modules))
+        if news:
+            self.judging.tell(
+                Finding(
+                    "gradient-imbalance",
+                    "warning",
+                    f"The gradient of {listing(news)} is {high[news[0]]:.2g} times the median of all modules: one learning "
+                    "rate cannot fit both.",
+                    "Normalise what this module gets (an input in the thousands?), look for a loss term that only reaches it, or "
+                    "give it a parameter group of its own.",
+                    module=news[0],
+                ),
+                news,
+                high,
+            )
+
+    def clipping(self, pairs: Sequence[tuple[float, float]]) -> None:
+        if not pairs:
+            return
+        share = math.hypot(*(used for used, _ in pairs)) / math.hypot(*(norm for _, norm in pairs))
+        shares: list[float] = [*self.state["shares"], share][-CLIPPED:]
+        self.state["shares"] = shares
+        hard = len(shares) >= CLIPPED and max(shares) < self.watch.clipped_share
+        if self.judging.model("gradient-clipping", hard, times=1):
+            middle = median(shares)
+            self.judging.tell(
+                Finding(
+                    "gradient-clipping",
+                    "warning",
+                    f"Clipping leaves {middle:.2g} of the gradient's norm in each of the last {len(shares)} observed steps: the "
+                    f"learning rate is in effect {1 / max(middle, 1e-30):.3g} times lower.",
+                    "Raise the bound of clip_grad_norm_ to about the usual norm (the record gradient/norm), so that it cuts "
+                    "outliers only.",
+                ),
+                values={"share": middle, "norm": math.hypot(*(norm for _, norm in pairs))},
+            )
+
+    def carried(self, share: float) -> None:
+        if self.judging.model("gradient-accumulation", share > 0.5):
+            self.judging.tell(
+                Finding(
+                    "gradient-accumulation",
+                    "warning",
+                    f"Gradients are not zeroed: in {share:.0%} of the parameters looked at, the gradient still holds that of the "
+                    "step before, so each step repeats all earlier ones.",
+                    "Call optimizer.zero_grad() before each backward() that begins a step; with several micro-batches per "
+                    "step, call monitor.step() once, after optimizer.step().",
+                ),
+                values={"share": share},
+            )
+
+
+def _by_module(gradients: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, _Module]:
+    """Gradients of modules in the order of the forward pass, which is that of their arrival turned round."""
+    names: dict[str, list[str]] = {}
+    for name in reversed([name for name in gradients if name]):
+        names.setdefault(owner(name), []).append(name)
+    found = {}
+    for module, own in names.items():
+        gradient = math.hypot(*(gradients[name] for name in own))
+        weight = math.hypot(*chain([0.0], (weights[name] for name in own if name in weights)))
+        found[module] = _Module(gradient, gradient / weight if weight > 0 and math.isfinite(weight) else 0.0)
+    return found
+
+
+def _cut_off(roles: Mapping[str, float], ran: Mapping[str, float]) -> list[str]:
+    """Modules that ran and got no gradient, up to the first that got one: what comes after it may be a branch without use."""
+    found: list[str] = []
+    for name, role in roles.items():
+        if role == TRAINED:
+            break
+        if role == IDLE and owner(name) in ran:
+            found.append(owner(name))
+    return found
+
+
+def _norm(norms: Mapping[str, float]) -> float:
+    return math.hypot(*(value for name, value in norms.items() if name and math.isfinite(value)), 0.0)
+
+
+def _looks_unchosen(name: str, order: Sequence[str], zero: Mapping[str, float]) -> bool:
+    """Whether modules before it and others of its kind get gradients, as with an expert that no token is sent to."""
+    kind = re.sub(r"\d+", "*", name)
+    alike = any(each not in zero and re.sub(r"\d+", "*", each) == kind for each in order)
+    return alike and any(each not in zero for each in order[: order.index(name)])

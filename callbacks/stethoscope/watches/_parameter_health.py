@@ -1,0 +1,292 @@
+"""`ParameterHealth`: weights that move too far, too little or not at all, that should not move, or that began badly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
+
+from stethoscope._record import Finding
+from stethoscope.probes import Activations, Gradients, Initialisation, Optimizers, Parameters
+from stethoscope.watches import _parameter_roles as roles
+from stethoscope.watches._parameter_roles import TRAINED, Values
+from stethoscope.watches._streaks import Judging, listing, owner, train_values
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stethoscope._protocols import Probe, State
+    from stethoscope._record import Record
+
+ROUNDING = 1e-5
+SETTLED = 1e-3  # share of the largest learning rate so far
+WILD = 100.0  # gain of a single weight that no scheme of initialisation has: a deviation of 1 at 10,000 inputs
+FEWEST = 2  # weights that a verdict on an initialisation needs
+
+
+@dataclass(frozen=True)
+class ParameterHealth:
+    """Reports weights that a step moves too far, too little, not at all or by mistake, and weights that began badly.
+
+    **What it decides**, on observed steps; update ratios are those of modules, sqrt(sum(change^2)) / sqrt(sum(weight^2)) over
+    a module's own parameters, since a bias near zero moves by its own size and means no harm:
+
+    - `update-ratio-high`: above `highest` in half of the modules or in the model as a whole; once is enough above `sudden`.
+    - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising.
+    - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero; or the
+      parameter requires a gradient, and no optimizer holds it: info where that is most of the model (meant, it seems).
+    - `parameter-changed`: a frozen parameter changes. A warning, but info where it looks like a moving average of a trained one.
+    - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
+      or above 100 in one.
+    - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.
+    - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less.
+    - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module runs, or looks
+      like an expert that is not chosen.
+    - `nonfinite-optimizer`: what the optimizer keeps for a parameter holds NaN or Inf.
+
+    States must hold for `observations` observed steps that span `steps` steps. Many modules make one finding.
+    **Cost:** host only, one pass over the records of observed steps. **Needs:** norms, changes and roles of parameters,
+    gradients, and which modules run.
+
+    Args:
+        observations: observed steps in a row before anything is said.
+        steps: steps that they must span at least.
+        highest: update ratio, per step. About 1e-3 is usual; at 0.3 three steps replace the weights.
+        sudden: update ratio, per step: what the weights were hardly matters any more.
+        lowest: update ratio, per step. 1e-6 moves a weight by 10 % in 100,000 steps; below 6e-8 float32 rounds it away.
+        gain_high: factor of rms per layer. Kaiming has 1.4; four layers of 5 make 600.
+        gain_low: factor of rms per layer. Four layers of 0.02 make 1.6e-7.
+        drift: a factor.
+
+    Examples:
+        >>> from stethoscope import Record
+        >>> from stethoscope.testing import replay
+        >>> def step(at):
+        ...     yield Record("parameter/role", 4.0, at, "head.weight")
+        ...     yield Record("parameter/unchanged", 1.0, at, "head.weight")
+        ...     yield Record("gradient/norm", 0.3, at, "head.weight")
+        >>> replay(ParameterHealth(), [record for at in (0, 50, 100) for record in step(at)])[0].code
+        'parameter-unchanged'
+
+    References: Bottou, Curtis and Nocedal 2018 (size of steps); He et al. 2015 and Glorot and Bengio 2010 (gains).
+    """
+
+    _: KW_ONLY
+    observations: int = 3
+    steps: int = 10
+    highest: float = 0.3
+    sudden: float = 0.7
+    lowest: float = 1e-6
+    gain_high: float = 5.0
+    gain_low: float = 0.02
+    drift: float = 10.0
+
+    @property
+    def needs(self) -> tuple[Probe, ...]:
+        """Norms, changes and roles of parameters; gradients; gains; which modules run."""
+        return (
+            Parameters(statistics=("norm", "update_ratio", "unchanged")),
+            Gradients(statistics=("norm",)),
+            Optimizers(),
+            Initialisation(every=1),
+            Activations(statistics=("rms",), inputs=False),
+        )
+
+    def init(self) -> State:
+        """Nothing seen."""
+        return {"held": {}, "first": None, "moved": False, "rates": {}, "ran": [], "gains": False}
+
+    def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
+        """See `Watch`."""
+        rates = {
+            r.name: r.value
+            for r in records
+            if r.source == "step" and (r.name == "lr" or r.name.startswith("lr/")) and isinstance(r.value, float)
+        }
+        found = train_values(
+            records,
+            "parameter/norm",
+            "parameter/update_ratio",
+            "parameter/unchanged",
+            "parameter/role",
+            "parameter/held",
+            "parameter/gain",
+            "parameter/copies",
+            "gradient/norm",
+            "optimizer/steps",
+            "optimizer/nonfinite",
+            "activation/rms",
+        )
+        if not any(found[name] for name in found if name.startswith("parameter/")):
+            return state, ()
+        ran = [*state["ran"], *(name for name in found["activation/rms"] if name not in set(state["ran"]))]
+        judging = Judging(state["held"], records[0].step, self.observations, self.steps)
+        look = _Look(self, {**state, "ran": ran}, judging, found)
+        if found["parameter/gain"]:
+            look.gains(found["parameter/gain"])
+        if found["parameter/copies"]:
+            look.copies(found["parameter/copies"])
+        if found["optimizer/steps"].get("", 1.0) > 0:
+            look.optimizer(found["optimizer/nonfinite"])
+            top = max([state["rates"].get("top", 0.0), *rates.values()])
+            # a schedule that is through, or has been cut off, is another story
+            moving = not rates or max(rates.values()) > SETTLED * top
+            roles.unchanged(judging, found, ran, moving=moving)
+            look.ratios(rates)
+        roles.changed(judging, found)
+        look.drift()
+        return {**look.state, "held": judging.held}, judging.findings
+
+
+class _Look:
+    """One observed step of one run."""
+
+    def __init__(
+        self, watch: ParameterHealth, state: dict[str, Any], judging: Judging, found: Mapping[str, Values]
+    ) -> None:
+        self.watch, self.state, self.judging, self.found = watch, state, judging, found
+
+    def gains(self, gains: Values) -> None:
+        if self.state["gains"] or len(gains) < FEWEST:
+            return
+        self.state["gains"] = True
+        watch = self.watch
+        wild = [name for name, gain in gains.items() if gain > WILD]
+        for what, hit in (
+            ("large", [name for name, gain in gains.items() if gain > watch.gain_high]),
+            ("small", [name for name, gain in gains.items() if 0 < gain < watch.gain_low]),
+            ("zero", [name for name, gain in gains.items() if gain == 0]),
+        ):
+            if 2 * len(hit) <= len(gains) - (what != "zero"):
+                hit = wild if what == "large" else []  # noqa: PLW2901  # what is told is what was found
+            if not hit:
+                continue
+            middle = sorted(gains[name] for name in hit)[len(hit) // 2]
+            self.judging.tell(
+                Finding(
+                    "poor-initialisation",
+                    "warning",
+                    f"{len(hit)} of {len(gains)} weights begin too {what if what != 'zero' else 'small: exactly zero'} "
+                    f"({listing(hit)}): their gain is {middle:.2g} (median), where 0.5 to 2 keeps the signal's scale.",
+                    "Initialise with kaiming_normal_ or xavier_normal_ (a standard deviation of about 1 / sqrt(inputs)); keep "
+                    "zeros for the last layer of residual branches.",
+                    module=owner(hit[0]),
+                ),
+                hit,
+                gains,
+            )
+
+    def copies(self, copies: Values) -> None:
+        hit = [name for name, share in copies.items() if share >= 0.5]
+        # copies in a last layer part at the first step; in hidden layers they get one gradient and stay
+        news = self.judging.hold("units-symmetric", hit, copies, times=5)
+        if news:
+            self.judging.tell(
+                Finding(
+                    "units-symmetric",
+                    "warning",
+                    f"{copies[news[0]]:.0%} of the units of {listing(news)} are copies of one another and stay so: they "
+                    "compute one feature many times.",
+                    "Initialise with random weights (constant_ and ones_ give all units the same gradient).",
+                    module=owner(news[0]),
+                ),
+                news,
+                copies,
+            )
+
+    def optimizer(self, flags: Values) -> None:
+        if self.judging.model("nonfinite-optimizer", bool(flags), times=1):
+            news = list(flags)
+            self.judging.tell(
+                Finding(
+                    "nonfinite-optimizer",
+                    "error",
+                    f"What the optimizer keeps for {listing(news)} holds NaN or Inf: these weights are lost or do not move any more.",
+                    "Look at the gradients of the steps before (Monitor(guard='raise') stops before the write), keep state in "
+                    "float32, and go back to a checkpoint: the state does not heal.",
+                    module=owner(news[0]),
+                ),
+                news,
+            )
+
+    def ratios(self, rates: Mapping[str, float]) -> None:
+        role = self.found["parameter/role"]
+        ratios, norms = self.found["parameter/update_ratio"], self.found["parameter/norm"]
+        # the ratio of a weight that was zero is 1 and says nothing
+        trained = [
+            name
+            for name in ratios
+            if name in norms and role.get(name, float(TRAINED)) == TRAINED and abs(ratios[name] - 1) > ROUNDING
+        ]
+        if not trained or not all(math.isfinite(ratios[name] * norms[name]) for name in trained):
+            return
+        modules: dict[str, list[str]] = {}
+        for name in trained:
+            modules.setdefault(owner(name), []).append(name)
+        ratio = {module: _ratio(own, ratios, norms) for module, own in modules.items()}
+        everything = _ratio(trained, ratios, norms)
+        highest = self.watch.highest
+        far = [module for module, value in ratio.items() if value > highest]
+        wide = everything > highest or (len(modules) > 1 and 2 * len(far) > len(modules))
+        sudden = everything > self.watch.sudden
+        if self.judging.model("update-ratio-high", wide, times=1 if sudden else None):
+            named = sorted(far, key=lambda module: -ratio[module])
+            self.judging.tell(
+                Finding(
+                    "update-ratio-high",
+                    "warning",
+                    f"A step changes the weights by {everything:.2g} of their norm (about 1e-3 is usual), most in {listing(named)}.",
+                    "Lower the learning rate by ten, clip gradients by norm, or begin with a warm-up.",
+                    module=named[0] if named else "",
+                ),
+                named,
+                ratio,
+            )
+        rate, before = max(rates.values(), default=math.nan), self.state["rates"].get("last", math.inf)
+        top = max(self.state["rates"].get("top", 0.0), rate if math.isfinite(rate) else 0.0)
+        self.state["rates"] = {"last": rate if math.isfinite(rate) else None, "top": top} if rates else {}
+        before = math.inf if before is None else before
+        rising = rates and not rate <= before
+        small = everything < self.watch.lowest and not self.state["moved"] and not rising
+        self.state["moved"] |= everything >= self.watch.lowest
+        if self.judging.model("update-ratio-low", small):
+            self.judging.tell(
+                Finding(
+                    "update-ratio-low",
+                    "warning",
+                    f"A step changes the weights by {everything:.2g} of their norm, and never by more since the start (about 1e-3 is "
+                    f"usual){f', at a learning rate of {rate:.2g}' if rates else ''}: this run hardly learns.",
+                    "Raise the learning rate by ten or more; look for a scheduler that starts at its end, and for gradients that are clipped away.",
+                ),
+                values={"ratio": everything, "rate": rate} if rates else {"ratio": everything},
+            )
+
+    def drift(self) -> None:
+        norms = self.found["parameter/norm"]
+        size = math.hypot(*norms.values(), 0.0)
+        if not norms or not math.isfinite(size):
+            return
+        first = self.state["first"]
+        if first is None or first <= 0:
+            self.state["first"] = size
+            return
+        factor = size / first
+        off = factor > self.watch.drift or factor < 1 / self.watch.drift
+        if self.judging.model("weight-norm-drift", off):
+            grown = factor > 1
+            self.judging.tell(
+                Finding(
+                    "weight-norm-drift",
+                    "warning",
+                    f"The norm of all weights has {'grown' if grown else 'shrunk'} from {first:.3g} to {size:.3g}.",
+                    "Lower the learning rate or add weight decay; look at whether targets and inputs are normalised."
+                    if grown
+                    else "Weight decay is stronger than the gradients: lower it (AdamW decays by lr * weight_decay per step).",
+                ),
+                values={"first": first, "now": size},
+            )
+
+
+def _ratio(names: Sequence[str], ratios: Values, norms: Values) -> float:
+    size = math.hypot(*(norms[name] for name in names), 0.0)
+    return math.hypot(*(ratios[name] * norms[name] for name in names), 0.0) / size if size > 0 else 0.0

@@ -1,0 +1,125 @@
+"""Which parameters an optimizer should move, and whether it does: part of `ParameterHealth`."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, TypeAlias
+
+from stethoscope._record import Finding
+from stethoscope.watches._streaks import listing, owner
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stethoscope.watches._streaks import Judging
+
+FROZEN, UNHELD, RESTING, IDLE, TRAINED = range(5)
+"""What `parameter/role` says, see `probes.Optimizers`."""
+
+Values: TypeAlias = "dict[str, float]"
+"""One number per parameter or module."""
+
+
+def unchanged(judging: Judging, found: Mapping[str, Values], ran: Sequence[str], *, moving: bool) -> None:
+    """Judge what the step should have moved and has not; `moving` says that a learning rate is above zero."""
+    roles, still = found["parameter/role"], found["parameter/unchanged"]
+    gradients = found["gradient/norm"]
+    if not still:
+        return
+    same = [name for name in roles if still.get(name) == 1.0]
+    # whole modules: a bias before a BatchNorm has no gradient but rounding, and rounds away
+    alive = {owner(name) for name, role in roles.items() if role == TRAINED and still.get(name) == 0.0}
+    stuck = [
+        name
+        for name in same
+        if moving and roles[name] == TRAINED and gradients.get(name, 1.0) > 0 and owner(name) not in alive
+    ]
+    unheld = [name for name in same if roles[name] == UNHELD]
+    idle = [name for name in same if roles[name] == IDLE]
+    some = any(role in (RESTING, IDLE, TRAINED) for role in roles.values())
+    news = judging.hold("parameter-unchanged", stuck, roles)
+    if news:
+        judging.tell(
+            Finding(
+                "parameter-unchanged",
+                "warning",
+                f"{len(news)} of {len(roles)} parameters are stepped with gradients that are not zero, but not one bit changes "
+                f"({listing(news)}).",
+                "Look at the learning rate of their parameter group; weights in bfloat16 or float16 need float32 "
+                "copies to take small steps; see whether something writes them back.",
+                module=owner(news[0]),
+            ),
+            news,
+        )
+    news = judging.hold("parameter-unchanged-unheld", unheld, roles)
+    if news:
+        meant = some and 2 * len(unheld) > len([name for name, role in roles.items() if role != FROZEN])
+        judging.tell(
+            Finding(
+                "parameter-unchanged",
+                "info" if meant else "warning",
+                f"{len(news)} of {len(roles)} parameters require gradients and never change ({listing(news)}): no optimizer holds them.",
+                "Build the optimizer from this model's parameters(), after the last module was added or replaced; where it is "
+                "meant, turn requires_grad off, which saves their gradients.",
+                module=owner(news[0]),
+            ),
+            news,
+        )
+    _unused(judging, idle, roles, ran)
+
+
+def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str]) -> None:
+    alive = {re.sub(r"\d+", "*", name) for name, role in roles.items() if role == TRAINED}
+    quiet = [name for name in idle if owner(name) in ran or re.sub(r"\d+", "*", name) in alive]
+    for code, hits in (("module-unused", [n for n in idle if n not in set(quiet)]), ("module-unused-quiet", quiet)):
+        news = judging.hold(code, hits, roles)
+        if not news:
+            continue
+        modules = list(dict.fromkeys(owner(name) for name in news))
+        why = "they run, but what they return is not used" if owner(news[0]) in ran else "they never run"
+        judging.tell(
+            Finding(
+                "module-unused",
+                "warning" if code == "module-unused" else "info",
+                f"{len(news)} parameters of {listing(modules)} are in the optimizer, but never get a gradient and never change: {why}.",
+                "Call the module in forward(), or remove it; DistributedDataParallel would stop here (find_unused_parameters).",
+                module=modules[0],
+            ),
+            news,
+        )
+
+
+def changed(judging: Judging, found: Mapping[str, Values]) -> None:
+    """Judge what is frozen and moves."""
+    roles, still, held = (
+        found["parameter/role"],
+        found["parameter/unchanged"],
+        found["parameter/held"],
+    )
+    frozen = [name for name, role in roles.items() if role == FROZEN and still.get(name) == 0.0]
+    # a moving average has the names of what it follows, but for where it lives
+    followed = {tail for name, role in roles.items() if role != FROZEN for tail in (name, _tail(name))}
+    quiet = [name for name in frozen if not held.get(name) and "." in _tail(name) and _tail(name) in followed]
+    for code, hits in (
+        ("parameter-changed", [name for name in frozen if name not in set(quiet)]),
+        ("parameter-changed-quiet", quiet),
+    ):
+        news = judging.hold(code, hits, roles)
+        if not news:
+            continue
+        by = "an optimizer that still holds them" if held.get(news[0]) else "something other than an optimizer"
+        judging.tell(
+            Finding(
+                "parameter-changed",
+                "warning" if code == "parameter-changed" else "info",
+                f"{len(news)} frozen parameters (requires_grad off) change with the steps ({listing(news)}): {by} writes them.",
+                "Set their gradient to None when freezing, or take them out of the optimizer: momentum and weight decay go "
+                "on. A moving average that is meant is fine.",
+                module=owner(news[0]),
+            ),
+            news,
+        )
+
+
+def _tail(name: str) -> str:
+    return name.partition(".")[2]

@@ -1,0 +1,64 @@
+"""All faults, all healthy runs, all observers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from faults import (
+    autoencoder,
+    autoencoder_faults,
+    classifier,
+    classifier_faults,
+    enhancement,
+    enhancement_faults,
+    healthy,
+    healthy_lookalikes,
+    language,
+    language_faults,
+    recogniser,
+    recogniser_faults,
+    separation,
+    separation_faults,
+)
+from faults._fault import Fault, Healthy
+from faults.observer_numbers import TrainingDoctor, Trainpulse
+from faults.observer_ours import Ours
+from faults.observer_torch_audit import TorchAudit
+from faults.observer_torchlens import TorchLens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement)
+FAULTS = tuple(
+    value
+    for module in (
+        classifier_faults,
+        autoencoder_faults,
+        language_faults,
+        separation_faults,
+        recogniser_faults,
+        enhancement_faults,
+    )
+    for value in vars(module).values()
+    if isinstance(value, Fault)
+)
+HEALTHY = tuple(v for module in (healthy, healthy_lookalikes) for v in vars(module).values() if isinstance(v, Healthy))
+CASES: dict[str, Fault | Healthy] = {case.name: case for case in (*FAULTS, *HEALTHY)}
+
+OBSERVERS: dict[str, Callable[[], object]] = {
+    o.name: o for o in (Ours, TorchAudit, TorchLens, Trainpulse, TrainingDoctor)
+}
+PACKAGES = {
+    "torch-audit": ("torch_audit", "torch-audit"),
+    "TorchLens checks": ("torchlens", "torchlens"),
+    "trainpulse": ("trainpulse", "trainpulse"),
+    "training-doctor": ("training_doctor", "training-doctor"),
+}
+"""Import name and distribution of each peer."""
+
+
+def installed(observer: str) -> bool:
+    """Whether an observer can be tried here."""
+    return observer not in PACKAGES or find_spec(PACKAGES[observer][0]) is not None

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stethoscope import Monitor, probes, sinks
+from stethoscope.testing import assert_no_sync
+
+
+def counted(**given):
+    memory = sinks.Memory()
+    with Monitor(nn.Linear(1, 1), probes=[probes.Classes()], sinks=[memory], every=1, strict=True) as monitor:
+        monitor.step(**given)
+    return {r.name: list(r.value.counts) for r in memory.records if r.name.startswith("classes/")}
+
+
+def test_answers_targets_and_hits_are_counted_per_class_and_ignored_labels_are_left_out():
+    logits = torch.tensor([[3.0, 0, 0], [0, 3, 0], [0, 3, 0], [0, 0, 3]])
+    found = counted(logits=logits, targets=torch.tensor([0, 1, 2, -100]))
+    assert found == {"classes/predicted": [1, 2, 0], "classes/target": [1, 1, 1], "classes/right": [1, 1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets"),
+    [
+        (torch.randn(4, 6, 50), torch.zeros(4, 6, dtype=torch.long)),  # a language model
+        (torch.randn(4, 1), torch.zeros(4)),
+        (torch.randn(4, 5000), torch.zeros(4, dtype=torch.long)),
+        (torch.randn(4, 5), torch.randn(4, 5)),
+    ],
+)
+def test_what_is_no_classification_is_not_counted(logits, targets):
+    assert counted(logits=logits, targets=targets) == {}
+
+
+def test_nothing_waits_for_the_device():
+    given = {"outputs": torch.randn(4, 3), "labels": torch.tensor([0, 1, 2, 1])}
+    assert_no_sync(probes.Classes(), nn.Linear(3, 3), torch.randn(4, 3), given)

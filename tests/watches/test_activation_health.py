@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from stethoscope import Monitor, Record
+from stethoscope.testing import replay
+from stethoscope.watches import ActivationHealth
+
+
+def mlp(activation=nn.ReLU, depth=3, norm=None, width=32):
+    torch.manual_seed(0)
+    layers = []
+    for i in range(depth):
+        layers += [nn.Linear(width if i else 8, width), *([norm(width)] if norm else []), activation()]
+    return nn.Sequential(*layers, nn.Linear(width, 4))
+
+
+def train(model, *, optimizer=None, forward=None, steps=60, every=5, scale=1.0, after=None):
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    with Monitor(model, optimizer, watches=[ActivationHealth()], every=every, strict=True) as monitor:
+        for step in range(steps):
+            x = torch.randn(16, 8, generator=generator)
+            loss = nn.functional.cross_entropy((forward or model)(scale * x), x[:, :4].argmax(1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if after:
+                after(step)
+            monitor.step(loss=loss)
+    return [(f.code, f.module) for f in monitor.findings]
+
+
+def scaled(model, factor, *layers):
+    with torch.no_grad():
+        for i in layers:
+            model[i].weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU])
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm, nn.BatchNorm1d])
+def test_healthy_networks_are_silent(activation, norm):
+    assert train(mlp(activation, norm=norm)) == []
+
+
+@pytest.mark.parametrize("scale", [1e-4, 3e4])
+def test_inputs_of_any_unit_are_fine_where_the_network_normalises_them(scale):
+    model = nn.Sequential(nn.BatchNorm1d(8, eps=1e-12), *mlp())
+    assert train(model, scale=scale) == []
+
+
+def test_dead_relus_are_told_and_a_third_of_them_is_not():
+    model = mlp()
+    nn.init.constant_(model[2].bias, -50.0)
+    assert train(model)[0] == ("dead-units", "3")
+    model = mlp()
+    nn.init.constant_(model[2].bias[:10], -50.0)
+    assert train(model) == []
+
+
+def test_tanh_with_weights_too_large_is_saturated():
+    assert ("activation-saturated", "1") in train(scaled(mlp(nn.Tanh), 100, 0))
+
+
+def test_a_sigmoid_is_saturated_from_the_start_or_certain_later():
+    gate = lambda: nn.Sequential(nn.Linear(8, 32), nn.Sigmoid(), nn.Linear(32, 4))  # noqa: E731
+    torch.manual_seed(0)
+    assert train(scaled(gate(), 1000, 0)) == [("activation-saturated", "1")]
+    torch.manual_seed(0)
+    model = gate()
+    assert train(model, after=lambda step: scaled(model, 1000, 0) if step == 30 else None) == []
+
+
+def test_a_representation_that_is_the_same_for_all_items_is_told_where_it_begins():
+    model = mlp(nn.Tanh)
+    found = train(model, forward=lambda x: model[2:](model[:2](x).mean(0, keepdim=True).expand(16, -1)))
+    assert found == [("feature-constant", "2")]
+
+
+def test_a_mask_that_was_left_over():
+    model = mlp(nn.Tanh)
+    model[1].register_forward_hook(lambda module, args, output: output * (torch.arange(32) >= 8))
+    assert train(model) == [("feature-constant", "1")]
+
+
+def test_queries_that_are_the_same_for_all_items_on_their_way_are_fine():
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.first, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+            self.queries = nn.Parameter(torch.randn(5, 16))
+
+        def forward(self, x):
+            queries = self.first(self.queries.expand(len(x), -1, -1))
+            return self.head((queries * self.inner(x)[:, None]).mean(1))
+
+    assert train(Queries()) == []
+
+
+def test_signals_that_vanish_and_explode():
+    small = scaled(mlp(nn.Tanh, depth=6), 0.02, *range(0, 12, 2))
+    with torch.no_grad():
+        for layer in small:
+            if isinstance(layer, nn.Linear):
+                layer.bias.zero_()
+    codes = [code for code, _ in train(small, optimizer=torch.optim.SGD(small.parameters(), lr=1e-4))]
+    assert "activation-vanishing" in codes
+    large = scaled(mlp(nn.ReLU, depth=6), 40, *range(0, 12, 2))
+    assert "activation-exploding" in [
+        code for code, _ in train(large, optimizer=torch.optim.SGD(large.parameters(), lr=0.0))
+    ]
+
+
+def test_growth_over_time_must_last():
+    def levels(*values):
+        return [
+            Record(name, value, 10 * i, module)
+            for i, level in enumerate(values)
+            for name, value, module in (
+                ("activation/input_rms", 1.0, "a"),
+                ("activation/rms", level, "a"),
+                ("activation/rms", 5.0, "b"),
+            )
+        ]
+
+    assert replay(ActivationHealth(), levels(1, 1, 1, 5000, 1, 1)) == []
+    assert [f.code for f in replay(ActivationHealth(), levels(1, 1, 1, 5000, 6000))] == ["activation-exploding"]
+
+
+def test_a_normalisation_of_next_to_nothing():
+    model = mlp(norm=nn.LayerNorm)
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if not n.startswith("0.")], lr=0.01)
+    scaled(model, 1e-4, 0)
+    nn.init.zeros_(model[0].bias)
+    assert train(model, optimizer=optimizer)[0] == ("norm-input-variance", "1")
+
+
+def test_float16_close_to_its_end():
+    near = [Record("unit/headroom_bits", 1.0, step, "a") for step in (0, 10, 20)]
+    assert [f.code for f in replay(ActivationHealth(), near)] == ["dtype-headroom"]
+    far = [Record("unit/headroom_bits", 6.0, step, "a") for step in (0, 10, 20)]
+    assert replay(ActivationHealth(), far) == []
+
+
+def test_many_layers_make_one_finding():
+    dead = [Record("unit/dead_fraction", 1.0, step, f"layer{i}") for step in (0, 10, 20) for i in range(150)]
+    (finding,) = replay(ActivationHealth(), dead)
+    assert finding.module == "layer0"
+    assert finding.evidence["count"] == 150
+    assert len(finding.evidence["modules"]) == 100
+
+
+NAMES = [
+    "dead_fraction",
+    "saturated_fraction",
+    "certain_fraction",
+    "batch_spread",
+    "constant_fraction",
+    "headroom_bits",
+    "floor_bits",
+]
+anything = st.builds(
+    Record,
+    st.sampled_from([f"unit/{n}" for n in NAMES] + ["activation/rms", "activation/input_rms"]),
+    st.floats(),
+    st.integers(0, 5),
+    st.sampled_from(["", "a", "a.b", "c", "d"]),
+)
+
+
+@given(st.lists(anything, max_size=60))
+def test_whatever_comes_in_the_state_is_json(records):
+    watch = ActivationHealth(steps=0, observations=1)
+    state = watch.init()
+    for record in sorted(records, key=lambda r: r.step):
+        state, _ = watch.update(state, [record])
+    state, _ = watch.update(state, records)
+    json.dumps(state, allow_nan=False)

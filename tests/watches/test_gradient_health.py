@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from stethoscope import Monitor, Record
+from stethoscope.testing import replay
+from stethoscope.watches import GradientHealth
+
+
+def mlp(activation=nn.ReLU, depth=3, width=32):
+    torch.manual_seed(0)
+    layers = []
+    for i in range(depth):
+        layers += [nn.Linear(width if i else 8, width), activation()]
+    return nn.Sequential(*layers, nn.Linear(width, 4))
+
+
+def train(model, *, forward=None, zero=True, clip=None, optimizer=None, steps=60, every=5, after=None):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    with Monitor(model, optimizer, watches=[GradientHealth()], every=every, strict=True) as monitor:
+        for step in range(steps):
+            x = torch.randn(16, 8, generator=generator)
+            loss = nn.functional.cross_entropy((forward or model)(x), x[:, :4].argmax(1))
+            if zero:
+                optimizer.zero_grad()
+            loss.backward()
+            if after:
+                after(step)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            monitor.step(loss=loss)
+    return [(f.code, f.severity, f.module) for f in monitor.findings]
+
+
+def test_twelve_sigmoid_layers_vanish_and_three_do_not():
+    assert train(mlp(nn.Sigmoid, 12)) == [("gradient-vanishing", "warning", "0")]
+    assert train(mlp(nn.Sigmoid, 3)) == []
+
+
+def test_gradients_that_grow_on_their_way_back_explode_over_depth():
+    model = mlp(depth=8)
+
+    def forward(x):
+        middle = model[:8](x)
+        middle.register_hook(lambda gradient: 1e8 * gradient)
+        return model[8:](middle)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    assert train(model, forward=forward, optimizer=optimizer) == [("gradient-exploding", "warning", "0")]
+
+
+def test_a_part_that_is_cut_off_is_named_at_the_cut():
+    model = mlp(depth=3)
+    cut = train(model, forward=lambda x: model[4:](model[:4](x).detach()))
+    assert cut == [("gradient-zero", "warning", "2")]
+    model = mlp(depth=3)
+    assert train(model, forward=lambda x: model[4:](0.0 * model[:4](x) + 1)) == [("gradient-zero", "warning", "2")]
+
+
+def test_an_expert_that_is_never_chosen_is_an_info():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            x = self.inner(x)
+            return self.head(x + sum((i != 2) * expert(x) for i, expert in enumerate(self.experts)))
+
+    torch.manual_seed(0)
+    assert train(Mixture()) == [("gradient-zero", "info", "experts.2")]
+
+
+def test_gradients_that_are_never_zeroed():
+    assert train(mlp(), zero=False)[0] == ("gradient-accumulation", "warning", "")
+    assert train(mlp(), zero=False, clip=0.1)[0] == ("gradient-accumulation", "warning", "")
+
+
+def test_clipping_to_a_thousandth_is_reported_and_clipping_to_half_is_not():
+    assert train(mlp(), clip=1e-3) == [("gradient-clipping", "warning", "")]
+    assert train(mlp(), clip=0.5) == []
+
+
+def test_a_gradient_that_becomes_nan_is_named_before_the_weights_are_looked_at():
+    model = mlp()
+
+    def spoil(step):
+        if step == 19:
+            model[2].weight.register_hook(lambda g: g * torch.nan)
+
+    assert train(model, after=spoil)[0] == ("nonfinite-gradient", "error", "2")
+
+
+def test_an_optimizer_that_skips_a_gradient_of_infinity_is_how_mixed_precision_works():
+    step = [Record("gradient/norm", v, 5, m) for m, v in (("a.weight", float("inf")), ("", float("inf")))]
+    assert replay(GradientHealth(), [*step, Record("optimizer/steps", 0.0, 5)]) == []
+    assert [f.code for f in replay(GradientHealth(), [*step, Record("optimizer/steps", 1.0, 5)])] == [
+        "nonfinite-gradient"
+    ]
+
+
+def test_one_layer_far_above_the_others():
+    model = mlp(depth=6)
+    model[4].weight.register_hook(lambda g: 1e6 * g)
+    assert train(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-4)) == [
+        ("gradient-imbalance", "warning", "4")
+    ]
+
+
+def test_growth_over_time_must_last():
+    def norms(*totals):
+        return [
+            Record(name, value, 10 * i, module)
+            for i, total in enumerate(totals)
+            for name, value, module in (
+                ("gradient/norm", total, "a.weight"),
+                ("gradient/norm", total, ""),
+                ("parameter/norm", 1.0, "a.weight"),
+            )
+        ]
+
+    assert replay(GradientHealth(), norms(1, 1, 1, 500, 1, 1, 500, 1)) == []
+    found = replay(GradientHealth(), norms(1, 1, 1, 500, 700, 900))
+    assert [(f.code, f.step) for f in found] == [("gradient-exploding", 40)]
+    # large, but as it has always been: a loss in large units
+    assert replay(GradientHealth(), norms(500, 600, 500, 700)) == []
+
+
+def test_a_loss_of_zero_has_no_gradient():
+    zero = [
+        r
+        for i in range(5)
+        for r in (Record("loss", 0.0, i * 10, source="step"), Record("gradient/norm", 0.0, i * 10, "a.b"))
+    ]
+    assert replay(GradientHealth(), zero) == []
+    found = replay(GradientHealth(), [r for r in zero if r.name != "loss"])
+    assert [(f.code, f.severity) for f in found] == [("gradient-zero", "error")]
+
+
+NAMES = [
+    "gradient/norm",
+    "gradient/nonfinite",
+    "gradient/applied_norm",
+    "gradient/carried",
+    "parameter/norm",
+    "parameter/role",
+]
+anything = st.builds(
+    Record,
+    st.sampled_from([*NAMES, "optimizer/steps", "activation/rms"]),
+    st.floats(),
+    st.integers(0, 5),
+    st.sampled_from(["", "a.w", "b.w", "c.w", "d.w", "e.w"]),
+)
+
+
+@given(st.lists(anything, max_size=60))
+def test_whatever_comes_in_the_state_is_json(records):
+    watch = GradientHealth(steps=0, observations=1)
+    state = watch.init()
+    for record in sorted(records, key=lambda r: r.step):
+        state, _ = watch.update(state, [record])
+    state, found = watch.update(state, records)
+    json.dumps(state, allow_nan=False)
+    json.dumps([dict(f.evidence) for f in found])
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_a_healthy_training_is_silent(make):
+    model = mlp()
+    assert train(model, optimizer=make(model.parameters(), lr=1e-3), steps=100, clip=1.0) == []

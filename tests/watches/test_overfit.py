@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from stethoscope import Monitor, Record
+from stethoscope.testing import replay
+from stethoscope.watches import Overfit
+
+
+def history(train, val, name="loss"):
+    return [
+        record
+        for i, (a, b) in enumerate(zip(train, val, strict=True))
+        for record in (Record("loss", a, i, source="step"), Record(name, b, i, phase="val", source="log"))
+    ]
+
+
+FALLING = [4.0, 3.0, 2.0, 1.5, 1.0, 0.7, 0.5]
+
+
+def codes(records):
+    return [f.code for f in replay(Overfit(), records)]
+
+
+@pytest.mark.parametrize("shift", [0.0, -50.0, 1000.0])
+def test_validation_that_climbs_while_training_falls(shift):
+    train, val = [x + shift for x in FALLING], [x + shift for x in (4, 3, 2.5, 2.6, 3.1, 3.3, 3.6)]
+    assert codes(history(train, val)) == ["overfit"]
+    assert codes(history(train, val, "val_loss")) == ["overfit"]
+
+
+def test_both_climbing_is_not_overfit_nor_is_noise():
+    assert codes(history([4, 2, 1, 3, 3.5, 4, 4], [4, 2, 1, 3, 3.5, 4, 4])) == []
+    assert codes(history(FALLING, [4, 3, 2.5, 2.6, 3.1, 2.5, 3.1])) == []
+
+
+def test_a_long_time_without_a_best_is_an_info():
+    found = replay(Overfit(), history([4.0, 1.0, *[0.99] * 12], [4.0, 1.0, *[1.01] * 12]))
+    assert [(f.code, f.severity) for f in found] == [("overtraining", "info")]
+
+
+@pytest.mark.parametrize("items", [16, 4000])
+def test_a_real_training_on_few_items_and_on_many(items):
+    torch.manual_seed(0)
+    teacher = torch.randn(20)
+    x, vx = torch.randn(items, 20), torch.randn(500, 20)
+    y, vy = (((each @ teacher > 0) ^ (torch.rand(len(each)) < 0.2)).float() for each in (x, vx))
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    lossy = nn.functional.binary_cross_entropy_with_logits
+    with Monitor(model, optimizer, watches=[Overfit()], strict=True) as monitor:
+        for step in range(400):
+            chosen = torch.randint(items, (16,))
+            loss = lossy(model(x[chosen])[:, 0], y[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+            if step % 40 == 39:
+                with torch.no_grad():
+                    monitor.log({"loss": lossy(model(vx)[:, 0], vy)}, phase="val")
+    assert [f.code for f in monitor.findings] == (["overfit"] if items == 16 else [])
+
+
+@given(st.lists(st.tuples(st.floats(), st.floats()), max_size=30))
+def test_whatever_comes_in_the_state_is_json(pairs):
+    watch = Overfit()
+    state = watch.init()
+    for record in history([a for a, _ in pairs], [b for _, b in pairs]):
+        state, _ = watch.update(state, [record])
+    json.dumps(state)

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from stethoscope import Monitor, Record
+from stethoscope.watches import ParameterHealth
+
+
+def mlp(depth=3, width=32, init=None):
+    torch.manual_seed(0)
+    layers = []
+    for i in range(depth):
+        layers += [nn.Linear(width if i else 8, width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(width, 4))
+    for layer in model:
+        if init and isinstance(layer, nn.Linear):
+            init(layer.weight)
+    return model
+
+
+def train(model, optimizer=None, *, forward=None, steps=60, every=5, before=None, after=None):
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=every, strict=True) as monitor:
+        for step in range(steps):
+            x = torch.randn(16, 8, generator=generator).to(next(model.parameters()).dtype)
+            loss = nn.functional.cross_entropy((forward or model)(x).float(), x[:, :4].argmax(1))
+            optimizer.zero_grad(set_to_none=before is None)
+            loss.backward()
+            if before:
+                before(step)
+            optimizer.step()
+            if after:
+                after(step)
+            monitor.step(loss=loss)
+    return [(f.code, f.severity, f.module) for f in monitor.findings]
+
+
+def test_rates_too_high_and_too_low():
+    model = mlp()
+    assert train(model, torch.optim.Adam(model.parameters(), lr=1.0), steps=12)[0][0] == "update-ratio-high"
+    for make, rate in ((torch.optim.SGD, 1e-7), (torch.optim.Adam, 1e-9), (torch.optim.Adam, 0.0)):
+        model = mlp()
+        found = train(model, make(model.parameters(), lr=rate))
+        assert ("update-ratio-low", "warning", "") in found
+
+
+def test_a_warm_up_from_zero_is_no_low_rate():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-6 * step)
+    assert train(model, optimizer, after=lambda _: warm_up.step()) == []
+
+
+def test_a_rate_that_ends_at_zero_is_no_low_rate():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step > 20 else 1.0)
+    assert train(model, optimizer, after=lambda _: decay.step()) == []
+
+
+def test_an_optimizer_of_other_parameters_changes_nothing():
+    model = mlp()
+    found = train(model, torch.optim.Adam([p.detach().clone().requires_grad_() for p in model.parameters()]))
+    assert found == [("parameter-unchanged", "warning", "0")]
+
+
+def test_few_that_were_left_out_look_forgotten_and_many_look_meant():
+    model = mlp()
+    assert train(model, torch.optim.Adam(list(model.parameters())[2:])) == [("parameter-unchanged", "warning", "0")]
+    model = mlp()
+    assert train(model, torch.optim.Adam(model[-1].parameters())) == [("parameter-unchanged", "info", "0")]
+
+
+def test_steps_below_the_resolution_of_bfloat16():
+    model = mlp().bfloat16()
+    codes = [code for code, *_ in train(model, torch.optim.SGD(model.parameters(), lr=1e-5))]
+    assert "parameter-unchanged" in codes
+
+
+def test_momentum_moves_what_was_frozen_and_a_moving_average_is_an_info():
+    model = mlp()
+
+    def freeze(step):
+        if step == 10:
+            model[0].requires_grad_(False)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    assert train(model, optimizer, before=freeze) == [("parameter-changed", "warning", "0")]
+    model = mlp()
+    average = nn.Sequential(nn.Linear(8, 32)).requires_grad_(False)
+    model.add_module("average", average)
+
+    def follow(_):
+        with torch.no_grad():
+            average[0].weight.lerp_(model[0].weight, 0.01)
+
+    found = train(model, forward=model[:-1], after=follow)
+    assert found == [("parameter-changed", "info", "average.0")]
+
+
+@pytest.mark.parametrize("init", [nn.init.normal_, lambda w: nn.init.normal_(w, std=1e-3), nn.init.zeros_])
+def test_initialisations_that_lose_or_blow_up_the_signal(init):
+    assert train(mlp(init=init))[0][0] == "poor-initialisation"
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        nn.init.xavier_uniform_,
+        nn.init.kaiming_normal_,
+        nn.init.orthogonal_,
+        nn.init.eye_,
+        lambda w: nn.init.trunc_normal_(w, std=0.02),
+    ],
+)
+def test_usual_initialisations_are_fine(init):
+    assert train(mlp(init=init)) == []
+
+
+def test_equal_weights_stay_equal_where_they_share_a_gradient():
+    assert train(mlp(init=lambda w: nn.init.constant_(w, 0.05)))[0] == ("units-symmetric", "warning", "0")
+    last = mlp()
+    nn.init.constant_(last[-1].weight, 0.05)
+    assert train(last) == []
+
+
+def test_weights_that_decay_away():
+    model = mlp()
+    found = train(model, torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=2.0), steps=100)
+    assert ("weight-norm-drift", "warning", "") in found
+
+
+def test_a_module_that_never_runs_and_one_whose_output_is_not_used():
+    model = mlp()
+    model.add_module("extra", nn.Linear(4, 4))
+    assert train(model, forward=model[:-1]) == [("module-unused", "warning", "extra")]
+    assert train(model, forward=lambda x: (model.extra(model[:-1](x)), model[:-1](x))[1]) == [
+        ("module-unused", "info", "extra")
+    ]
+
+
+def test_state_that_became_infinite():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def spoil(step):
+        if step == 20:
+            optimizer.state[model[2].weight]["exp_avg_sq"][0, 0] = torch.inf
+
+    assert train(model, optimizer, after=spoil) == [("nonfinite-optimizer", "error", "2")]
+
+
+@pytest.mark.parametrize("zero", ["gamma", "scalar", "adapter"])
+def test_branches_that_begin_at_zero_are_fine(zero):
+    torch.manual_seed(0)
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.down, self.up = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 16)
+            self.norm, self.head = nn.BatchNorm1d(16), nn.Linear(16, 4)
+            self.scale = nn.Parameter(torch.tensor(0.0 if zero == "scalar" else 1.0))
+            if zero == "gamma":
+                nn.init.zeros_(self.norm.weight)
+            if zero == "adapter":
+                nn.init.zeros_(self.up.weight)
+                self.inner.requires_grad_(False)
+
+        def forward(self, x):
+            x = self.inner(x)
+            return self.head(x + self.scale * self.norm(self.up(self.down(x))))
+
+    assert train(Residual()) == []
+
+
+NAMES = ["norm", "update_ratio", "unchanged", "role", "held", "gain", "copies"]
+anything = st.builds(
+    Record,
+    st.sampled_from(
+        [f"parameter/{n}" for n in NAMES] + ["gradient/norm", "optimizer/steps", "optimizer/nonfinite", "lr"]
+    ),
+    st.floats() | st.integers(0, 4).map(float),
+    st.integers(0, 5),
+    st.sampled_from(["", "a.w", "b.w", "c.w"]),
+)
+
+
+@given(st.lists(anything, max_size=60))
+def test_whatever_comes_in_the_state_is_json(records):
+    watch = ParameterHealth(steps=0, observations=1)
+    state = watch.init()
+    for record in sorted(records, key=lambda r: r.step):
+        state, _ = watch.update(state, [record._replace(source="step") if record.name == "lr" else record])
+    state, _ = watch.update(state, records)
+    json.dumps(state, allow_nan=False)
