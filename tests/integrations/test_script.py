@@ -393,6 +393,29 @@ def test_a_run_folder_that_cannot_be_written_is_said_and_costs_nothing_else(list
     assert "could not be written to run" in said
 
 
+def test_a_compiled_model_is_found_without_a_warning_and_is_compiled_once(listening):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def one():
+        torch.compiler.reset()
+        compiled.clear()
+        model = torch.compile(net(), backend=backend)
+        return train(model, 8), [each.tolist() for each in model.parameters()], len(compiled)
+
+    forgotten = torch.optim.SGD(net().parameters(), lr=0.1)  # the search goes on
+    plain, call = one(), torch._dynamo.eval_frame.OptimizedModule.__call__
+    with listening(every=4):
+        assert one() == plain
+    assert values("loss") == pytest.approx(plain[0])
+    assert {r.module for r in records() if r.name == "activation/rms"} >= {"0", "1", "2"}
+    assert torch._dynamo.eval_frame.OptimizedModule.__call__ is call
+    del forgotten
+
+
 def test_a_script_that_changes_its_folder_writes_where_it_was_called(listening, tmp_path, monkeypatch, capsys):
     (tmp_path / "outputs").mkdir()
     with listening(start=str(tmp_path)):
