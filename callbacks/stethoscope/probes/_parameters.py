@@ -12,7 +12,7 @@ from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._shards import local, prefix
 from stethoscope._tree import has_no_forward
-from stethoscope.probes._hook import Hook, takes_hooks
+from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 from stethoscope.probes._select import Pattern, as_patterns, includes, named_parameters, select, settle
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ class _Enters(Hook):
         self.attached = attached
 
     def __call__(self, module: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling():
+        if is_traced():
             return
         try:
             self.attached.enter(module)
