@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -43,3 +45,18 @@ def test_the_separation_preset_reads_the_tensors_it_is_given():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_holds_probes_and_watches_and_nothing_else(name):
     assert sorted(getattr(presets, name)()) == ["probes", "watches"]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("name", PRESETS)
+def test_nothing_is_measured_twice(name, every):
+    model, memory = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sinks.Memory()
+    with Monitor(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), **getattr(presets, name)(), every=every, sinks=memory
+    ) as monitor:
+        for _ in range(4):
+            loss = model(torch.randn(8, 4)).square().mean()
+            loss.backward()
+            monitor.step(loss=loss)
+    counts = Counter((r.name, r.step, r.module, r.call, r.phase) for r in memory.records)
+    assert [key for key, count in counts.items() if count > 1] == []

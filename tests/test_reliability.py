@@ -82,6 +82,8 @@ def batch(step):
 def train(model, optimizer, monitor=None, steps=6):
     """Train; return the steps whose weights were written."""
     written = []
+    # before any hook of ours: what they may interrupt is a step that has been written
+    handle = optimizer.register_step_post_hook(lambda *_: written.append(step))
     for step in range(steps):
         try:
             x = batch(step)
@@ -90,7 +92,6 @@ def train(model, optimizer, monitor=None, steps=6):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            written.append(step)
             if monitor is not None:
                 monitor.step({"x": x}, loss=loss, estimates=estimates)
                 monitor.log({"th_accuracy": 0.5}, phase="val")
@@ -98,6 +99,7 @@ def train(model, optimizer, monitor=None, steps=6):
                     model(x)
         except KeyboardInterrupt:  # somebody presses the stop button of a notebook, and goes on
             pass
+    handle.remove()
     return written
 
 

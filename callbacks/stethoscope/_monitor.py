@@ -23,6 +23,7 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
+from stethoscope._stalled import Heartbeat
 from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
 from stethoscope.sinks import resolve
@@ -132,6 +133,7 @@ class Monitor:
         self._used = False  # whether anything was given to it
         self._notes = Notes(strict)
         self._transfer = Transfer()
+        self._heartbeat = Heartbeat(self._notes.pending.append)
         self._ranks = Ranks(self._run, reduce if overhead is None else False, self._notes)
         chosen: list[Watch] = check_parts(watches, "update", "watches", "NonFinite")
         all_sinks = sinks if isinstance(sinks, Sequence) and not isinstance(sinks, str) else (sinks,)
@@ -210,6 +212,7 @@ class Monitor:
         self._probing.arm(self._step, self._phase)
         self._deliver(ready, parts)
         self._probing.lap(step)
+        self._heartbeat.beat(step, self._planned_steps)
 
     @_disable_dynamo
     def log(self, metrics: object, phase: str = "val") -> None:
@@ -287,6 +290,7 @@ class Monitor:
         self._closed = True
         try:
             self._probing.detach()
+            self._heartbeat.close()
             if self._guard is not None:
                 self._guard.close()
             self._deliver(wait=True)
@@ -316,6 +320,7 @@ class Monitor:
 
     def _use(self) -> None:
         self._used = True
+        self._heartbeat.beat()
         if self._closed:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
 

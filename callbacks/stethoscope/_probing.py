@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -63,7 +63,9 @@ class Probing:
         try:
             for probe in probes:
                 attached = _Attached(probe, probe.attach(model), probe.every or every)
-                attached.stand_ins = [each for each in self._attached if _covers(each.probe, probe, attached.every)]
+                attached.stand_ins = [
+                    each for each in self._attached if _covers(each.probe, attached.every, probe, attached.every)
+                ]
                 self._attached.append(attached)
         except BaseException:
             self.detach()
@@ -205,16 +207,21 @@ def with_needs(probes: Sequence[Probe], watches: Sequence[Watch], every: int) ->
     at_work = list(probes)
     for watch in watches:
         for need in watch.needs:
-            if not any(probe == need or _covers(probe, need, probe.every or every) for probe in at_work):
+            if not any(_covers(probe, probe.every or every, need, need.every or every) for probe in at_work):
                 if from_preset(watch):
                     mark_preset(need)
                 at_work.append(need)
     return at_work
 
 
-def _covers(probe: Probe, other: Probe, every: int) -> bool:
-    """Whether `probe` would cover `other` if it looked at every `every`th step."""
-    return is_dataclass(probe) and not isinstance(probe, type) and replace(probe, every=every).covers(other)
+def _covers(probe: Probe, every: int, other: Probe, others: int) -> bool:
+    """Whether `probe`, looking at every `every`th step, would cover `other`, looking at every `others`th."""
+    if probe == other and every == others:
+        return True
+    if not all(is_dataclass(each) and not isinstance(each, type) for each in (probe, other)):
+        return False
+    own, asked = (replace(cast("Any", spec), every=interval) for spec, interval in ((probe, every), (other, others)))
+    return bool(own.covers(asked))
 
 
 def _arming(attachment: Attachment, on: bool, phase: str) -> Callable[[], None]:

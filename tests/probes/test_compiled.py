@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import shutil
 from collections import Counter
 
@@ -37,10 +38,12 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _fresh():
+    gc.collect()  # monitors of other tests that nobody closed
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
+    counters.clear()  # other tests are not to be told that something was compiled
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
@@ -318,3 +321,13 @@ def test_two_monitors_share_the_stance():
     two.close()
     assert torch._dynamo.eval_frame._stance.stance == "default"
     one.close()
+
+
+def test_a_monitor_that_nobody_closes_takes_its_stance_along():
+    model = Net()
+    torch.compile(model, backend="eager")(torch.randn(4, 8))
+    monitor = Monitor(model, probes=[Activations()], every=1)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    del monitor, model
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"

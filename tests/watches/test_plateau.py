@@ -133,7 +133,7 @@ def test_learning_rate_of_zero_is_no_change_and_nan_is_none():
 
 def test_share_of_the_plan_sets_patience_and_what_is_left_sets_severity():
     plan = Record("plan/steps", STEPS, 0, source="step")
-    early = replay(Plateau(unit="dB"), [plan, *series(loss=falls_then_stays())])[0]
+    early = replay(Plateau(unit="dB"), [plan, *series(loss=falls_then_stays(500))])[0]
     assert early.evidence["patience"] == 300
     assert early.severity == "warning"
     late = replay(Plateau(unit="dB"), [plan, *series(loss=falls_then_stays(2500))])

@@ -7,7 +7,9 @@ process-wide, and so are the two variables in here.
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
@@ -16,7 +18,7 @@ from stethoscope._record import Finding
 if TYPE_CHECKING:
     from torch import nn
 
-_lookers: set[Eagerly] = set()
+_lookers: WeakSet[Eagerly] = WeakSet()
 _ours: list[Any] = []
 """The stance that we have set, if any."""
 
@@ -40,6 +42,8 @@ class Eagerly:
         if not on or (phases is None and phase != "train"):
             self.release()
         elif self not in _lookers and "torch._dynamo" in sys.modules:
+            if not self._used:
+                weakref.finalize(self, _release)  # of a monitor that nobody closes
             self._used = True
             _lookers.add(self)
             if not _ours:
@@ -47,10 +51,8 @@ class Eagerly:
 
     def release(self) -> None:
         """Ask for it no longer."""
-        if self in _lookers:
-            _lookers.remove(self)
-            if not _lookers:
-                _restore()
+        _lookers.discard(self)
+        _release()
 
     def notes(self) -> list[Finding]:
         """What is to be said, once, of a training in which something is compiled and steps were observed eagerly."""
@@ -70,7 +72,9 @@ class Eagerly:
         ]
 
 
-def _restore() -> None:
+def _release() -> None:
+    if _lookers or not _ours:
+        return
     stance = _ours.pop()
     # where somebody has set another one since, theirs stands
     if sys.modules["torch._dynamo.eval_frame"]._stance is stance.stance:  # noqa: SLF001  # there is no other way to ask

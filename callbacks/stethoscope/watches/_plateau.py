@@ -27,7 +27,9 @@ UNPLANNED = 1000  # steps of patience where the length of the run is unknown
 SHORTEST = 20  # steps of patience in a planned run
 LR_CHANGE = 2.0  # factor
 HUGE = 1e100  # left out as infinite: squares of it would overflow, and no float32 is as large
-LEFT = 0.2  # share of the planned run that must be ahead for a warning
+LEFT = (
+    0.5  # share of the planned run that must be ahead for a warning: later, converged runs are as common as stuck ones
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Plateau:
     nothing. A learning rate that changes by a factor of two and a planned step of `schedule` start the window anew.
     Adding a constant to the loss or scaling it changes nothing (unless `min_improvement` is given in its units), so
     negative losses are fine; NaN and missing steps are left out.
-    **Finding:** `loss-plateau`; a warning, but info where at most 20 % of the planned run or a step of `schedule`
-    lies ahead: a converged run is as flat as a stuck one. **Cost:** host only, O(1) time and memory per step.
+    **Finding:** `loss-plateau`; a warning, but info where at most half of the planned run or a step of `schedule` lies
+    ahead: a converged run is as flat as a stuck one. **Cost:** host only, O(1) time and memory per step.
     **Needs:** no probe.
 
     Args:

@@ -25,9 +25,11 @@ class Ours:
 
     def __init__(self, every: int = EVERY) -> None:
         self.every = every
-        logging.getLogger("stethoscope").setLevel(logging.CRITICAL)
+        self._logger = logging.getLogger("stethoscope")
+        self._level = self._logger.level
 
     def start(self, training: Training) -> None:
+        self._logger.setLevel(logging.CRITICAL)
         self.monitor = Monitor(
             training.model, training.optimizers, **presets.full(), every=self.every, planned_steps=training.steps
         )
@@ -46,6 +48,7 @@ class Ours:
 
     def finish(self) -> list[Seen]:
         self.monitor.close()
+        self._logger.setLevel(self._level)
         return [
             Seen((f.code,), f.step or 0, (f.module,), f.message, f.cause, f.severity == "info")
             for f in self.monitor.findings
