@@ -113,10 +113,10 @@ class Writer:
         return True
 
     def close(self) -> None:
-        """Write out what waits and close the sink; say what was lost."""
+        """Write out what waits and close the sink; say what was lost. Does nothing in a forked process."""
         if self._process != os.getpid():
-            pass  # the sink is the parent's, and its thread may have held the lock at the fork
-        elif not self.flush():
+            return  # its thread may have held the lock at the fork
+        if not self.flush():
             with self._changed:
                 self.lost += sum(len(each.records) + len(each.findings) for each in self._queue)
         elif self._opened:
@@ -196,5 +196,5 @@ _at_work: weakref.WeakSet[Writer] = weakref.WeakSet()
 def _finish() -> None:
     """Write out what a monitor that nobody closed has left."""
     for writer in list(_at_work):
-        if writer._process == os.getpid() and not writer.flush():  # noqa: SLF001 - of this file
+        if writer._process == os.getpid() and not writer.flush():  # noqa: SLF001 - a fork's parent writes itself
             log.warning("%s did not answer; what it had to write is lost.", type(writer.sink).__name__)

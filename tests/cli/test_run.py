@@ -1,5 +1,6 @@
 """`stethoscope run` from outside: real processes, with it and without."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from stethoscope import presets, sinks
-from stethoscope.cli._run import GuardName, PresetName
+from stethoscope.cli import app
+from stethoscope.cli._run import GuardName, PresetName, _folder
 from stethoscope.integrations._script._settings import Settings
 
 SCRIPT = """
@@ -199,6 +202,16 @@ def test_threads_are_those_that_the_script_asks_for_before_it_imports_torch(tmp_
     assert run(tmp_path, "train.py", OMP_NUM_THREADS="2").stdout == "1\n"
 
 
+@pytest.fixture
+def become(tmp_path, monkeypatch):
+    """What the command would become, in place of becoming it."""
+    (tmp_path / "train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    became = []
+    monkeypatch.setattr("stethoscope.cli._run._become", lambda *what: became.append(what))
+    return became
+
+
 @pytest.mark.parametrize(
     ("table", "arguments", "said"),
     [
@@ -211,25 +224,35 @@ def test_threads_are_those_that_the_script_asks_for_before_it_imports_torch(tmp_
         ("", [], "TARGET"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_runs(tmp_path, table, arguments, said):
-    (tmp_path / "train.py").write_text("print('ran')")
+def test_wrong_options_are_refused_before_anything_runs(become, tmp_path, table, arguments, said):
     (tmp_path / "pyproject.toml").write_text(f"[tool.stethoscope]\n{table}\n")
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["run", *arguments], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
     assert said in " ".join(done.stderr.replace("│", " ").split())
     assert done.stdout == ""
+    assert become == []
 
 
-def test_pyproject_gives_the_defaults_and_flags_win(tmp_path):
-    source = "import json, os; print(json.loads(os.environ['STETHOSCOPE_RUN']))"
-    (tmp_path / "train.py").write_text(source)
+def test_pyproject_gives_the_defaults_and_flags_win(become, tmp_path):
     (tmp_path / "pyproject.toml").write_text(
         "[tool.stethoscope]\nevery = 7\npreset = 'full'\nguard = 'skip'\nplanned-steps = 100\nto = 'there'\n"
     )
-    said = eval(run(tmp_path, "--every", "9", "train.py").stdout)
-    said.pop("pid")
+    CliRunner().invoke(app, ["run", "--every", "9", "train.py"])
+    ((_, environment),) = become
+    said = json.loads(environment["STETHOSCOPE_RUN"])
+    assert said.pop("pid")
+    assert said.pop("start") == str(tmp_path)
     expected = Settings(target="train.py", to="there", preset="full", every=9, guard="skip", planned_steps=100)
     assert Settings(**said) == expected
+
+
+def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(monkeypatch):
+    chosen = set()
+    for pid in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        chosen.add(_folder("a/train.py", [], module=False))
+    first, second = sorted(chosen)
+    assert (first.endswith("-1"), second.endswith("-2"), first.startswith("runs/train-")) == (True, True, True)
 
 
 def test_options_are_the_presets_and_guards_that_there_are():

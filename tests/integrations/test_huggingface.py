@@ -122,6 +122,7 @@ def test_evaluation_is_a_phase_with_its_own_metrics_and_none_of_them_are_taken_t
     assert {r.phase for r in memory.records if r.name in ("grad_norm", "train_loss")} == {"train"}
 
 
+@pytest.mark.slow
 def test_its_numbers_reach_report_to_when_it_is_attached(tmp_path, monkeypatch, caplog):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -200,6 +201,7 @@ def test_a_resumed_training_goes_on_with_steps_run_and_watches(tmp_path):
     assert states[1]["step"] == 8
 
 
+@pytest.mark.slow
 def test_resuming_without_a_state_of_ours_goes_on_at_the_trainers_step(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4, "evaluate": False, "num_train_epochs": 1}
     trainer(tmp_path, Net(), **options).train()
@@ -209,6 +211,7 @@ def test_resuming_without_a_state_of_ours_goes_on_at_the_trainers_step(tmp_path)
     assert sorted({r.step for r in memory.records if r.source == "step"}) == [4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_a_callback_that_transformers_makes_anew_says_what_it_has_lost(tmp_path, caplog):
     options = {"save_strategy": "steps", "save_steps": 4, "evaluate": False, "num_train_epochs": 1}
     trainer(tmp_path, Net(), MonitorTrainerCallback(probes=[probes.Gradients(every=1)]), **options).train()
@@ -217,7 +220,7 @@ def test_a_callback_that_transformers_makes_anew_says_what_it_has_lost(tmp_path,
     assert "without its probes" in caplog.text
 
 
-@pytest.mark.parametrize("act", ["raise", "skip"])
+@pytest.mark.parametrize("act", ["raise", pytest.param("skip", marks=pytest.mark.slow)])
 def test_the_guard_keeps_a_bad_step_out_of_the_weights(tmp_path, act):
     model, memory = Net(), sinks.Memory()
     model.bad = 5  # the second batch of the second step
@@ -261,6 +264,7 @@ def test_wrong_arguments_are_refused_at_once(options, error, said):
         MonitorTrainerCallback(**options)
 
 
+@pytest.mark.slow
 def test_a_healthy_language_model_has_nothing_to_say(tmp_path):
     config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     torch.manual_seed(0)

@@ -201,6 +201,40 @@ def test_accumulated_losses_are_summed_and_a_grad_scaler_is_seen_through(listeni
     assert values("loss") == pytest.approx(expected)
 
 
+def test_a_step_that_the_scaler_leaves_out_takes_its_loss_with_it(listening):
+    model = net()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu", init_scale=256.0)
+    expected = []
+    with listening():
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, 8)).square().mean()
+            scaler.scale(loss).backward()
+            if step in (1, 2):
+                model[0].weight.grad[0, 0] = float("inf")  # what an overflow does
+            else:
+                expected.append(loss.item())
+            scaler.step(optimizer)
+            scaler.update()
+    assert values("loss") == pytest.approx(expected)
+
+
+def test_an_optimizer_that_wraps_another_one_makes_one_step(listening):
+    class Wrapping(torch.optim.Optimizer):  # as SAM and Lookahead do
+        def __init__(self, base):
+            super().__init__(base.param_groups, {})
+            self.base, self.param_groups = base, base.param_groups
+
+        def step(self, closure=None):
+            self.base.step()
+
+    model = net()
+    with listening():
+        losses = train(model, 5, Wrapping(torch.optim.SGD(model.parameters(), lr=0.1)))
+    assert values("loss") == pytest.approx(losses)
+    assert values("lr") == pytest.approx([0.1] * 5)
+
+
 def test_of_a_line_search_the_loss_at_its_start_counts(listening):
     model, x = net(), torch.randn(16, 8)
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
@@ -302,6 +336,22 @@ def test_a_forward_pass_before_the_optimizer_is_made_and_frozen_modules_are_no_t
     assert len(values("loss")) == 3
 
 
+def test_a_fork_that_goes_on_with_its_parents_model_is_observed_for_itself(listening):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with listening(guard="skip", every=1) as script:
+        train(model, 3, optimizer)
+        (parent,) = script.sessions
+        parents = parent.monitor
+        parents.flush()
+        script._forked()  # what the child of a fork is called with
+        losses = train(model, 2, optimizer)
+        assert [each.steps for each in script.sessions] == [2]
+        parents._delivery.close()
+    assert values("loss", "run/records.writer2.jsonl") == pytest.approx(losses)
+    assert hooks(model) == 0
+
+
 def test_a_nan_is_named_and_the_summary_has_the_worst_finding(listening, capsys):
     model = net()
     with listening():
@@ -341,6 +391,39 @@ def test_a_run_folder_that_cannot_be_written_is_said_and_costs_nothing_else(list
     said = capsys.readouterr().err
     assert "part-disabled" in said
     assert "could not be written to run" in said
+
+
+def test_a_compiled_model_is_found_without_a_warning_and_is_compiled_once(listening):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def one():
+        torch.compiler.reset()
+        compiled.clear()
+        model = torch.compile(net(), backend=backend)
+        return train(model, 8), [each.tolist() for each in model.parameters()], len(compiled)
+
+    forgotten = torch.optim.SGD(net().parameters(), lr=0.1)  # the search goes on
+    plain, call = one(), torch._dynamo.eval_frame.OptimizedModule.__call__
+    with listening(every=4):
+        assert one() == plain
+    assert values("loss") == pytest.approx(plain[0])
+    assert {r.module for r in records() if r.name == "activation/rms"} >= {"0", "1", "2"}
+    assert torch._dynamo.eval_frame.OptimizedModule.__call__ is call
+    del forgotten
+
+
+def test_a_script_that_changes_its_folder_writes_where_it_was_called(listening, tmp_path, monkeypatch, capsys):
+    (tmp_path / "outputs").mkdir()
+    with listening(start=str(tmp_path)):
+        monkeypatch.chdir("outputs")  # as Hydra does
+        train(net(), 3)
+    assert len(values("loss", tmp_path / "run")) == 3
+    assert not list((tmp_path / "outputs").iterdir())
+    assert "3 steps of Sequential: run\n" in capsys.readouterr().err
 
 
 def test_a_traceback_is_the_scripts(listening):

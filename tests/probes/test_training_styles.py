@@ -250,3 +250,16 @@ def test_fake_quantised_training_is_read_like_any_other():
         y.sum().backward()
         monitor.step()
     assert values(memory, "activation/rms")["1"] == pytest.approx(rms(y), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`:DeprecationWarning", "ignore:.*is deprecated:DeprecationWarning")
+def test_a_model_that_is_traced_while_it_is_observed_gives_the_code_that_it_gives_alone():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(4, 4)
+    alone = torch.jit.trace(model, x).code
+    with Monitor(model, **presets.full(), every=1) as monitor:
+        for _ in range(2):
+            model(x).mean().backward()
+            monitor.step()
+            assert torch.jit.trace(model, x).code == alone  # as SummaryWriter.add_graph does
+        assert not [each for each in monitor.findings if each.severity != "info"]

@@ -51,7 +51,7 @@ def run(
     module: Annotated[bool, typer.Option("--module", "-m", help="TARGET is a module, as with python -m.")] = False,
     to: Annotated[
         str | None,
-        typer.Option(help="Run folder, or a file that ends with .jsonl.  [default: runs/NAME-DATE-TIME]"),
+        typer.Option(help="Run folder, or a file that ends with .jsonl.  [default: runs/NAME-DATE-TIME-PID]"),
     ] = None,
     preset: Annotated[PresetName, typer.Option(help="What to measure and decide.")] = PresetName.first_aid,
     every: Annotated[int, typer.Option(min=1, help="Observe the optimizer steps that this number divides.")] = 50,
@@ -82,6 +82,7 @@ def run(
         guard=guard.value if guard else None,
         planned_steps=planned_steps,
         pid=os.getpid() if itself else None,
+        start=str(Path.cwd()),
     )
     _become(command, settings.environment())
 
@@ -108,8 +109,9 @@ def _folder(target: str, arguments: list[str], *, module: bool) -> str:
     script = next((each for each in (target, *arguments) if each.endswith(".py")), target)
     name = script.rpartition(".")[2] if module else Path(script).resolve().stem
     now = datetime.now().astimezone()
-    # ranks that torchrun has started do not know when their neighbours began, but who started them
-    stamp = f"{now:%Y%m%d}-{os.getppid()}" if "RANK" in os.environ else f"{now:%Y%m%d-%H%M%S}"
+    # ranks that torchrun has started do not know when their neighbours began, but who started them; runs of a sweep
+    # may begin within one second
+    stamp = f"{now:%Y%m%d}-{os.getppid()}" if "RANK" in os.environ else f"{now:%Y%m%d-%H%M%S}-{os.getpid()}"
     return f"runs/{name}-{stamp}"
 
 

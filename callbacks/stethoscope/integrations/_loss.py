@@ -1,6 +1,6 @@
 """The loss of a step: the tensors that `backward` was called on since the last one.
 
-torch has no hook for that, so `torch.autograd.backward` and `GradScaler.scale` are wrapped, and restored by `close`.
+torch has no hook for that, so `torch.autograd.backward` and `scale` and `step` of `GradScaler` are wrapped, and restored by `close`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Losses:
 
     The loss of a step is the *sum* of what backward was called on: that is what the optimizer's gradient belongs to. So a loss
     that the script divides by the number of accumulated batches is their mean, and the two losses of a discriminator are
-    one. What `GradScaler.scale` has multiplied is taken as it was before.
+    one. What `GradScaler.scale` has multiplied is taken as it was before, and a step that `GradScaler.step` leaves out, since
+    its gradients have overflowed, takes its loss with it.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class Losses:
         self._undo: list[Callable[[], None]] = []
         self._wrap(torch.autograd, "backward", self._backward)
         self._wrap(GradScaler, "scale", self._scale)
+        self._wrap(GradScaler, "step", self._scaled_step)
 
     def take(self) -> Tensor | None:
         """Return the loss of the step that is over; optimizers that step one after the other share it."""
@@ -85,6 +87,15 @@ class Losses:
             return scaled
 
         return scale
+
+    def _scaled_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(scaler, *args, **kwargs)
+            finally:
+                self._taken = True
+
+        return step
 
     def _add(self, loss: Tensor) -> None:
         inner = torch._C._current_graph_task_id() != -1  # noqa: SLF001 - activation checkpointing calls backward in backward

@@ -68,15 +68,19 @@ class Validation:
 
     def close(self) -> None:
         """Leave, and let go of the modules."""
-        self.off = True
-        for handle in self._handles:
-            handle.remove()
+        self.abandon()
         try:
             self.leave()
         finally:
             for module in self._modules:
                 tidy(module)
             self._modules, self._container = [], None
+
+    def abandon(self) -> None:
+        """Look at no call any more, and leave the phase as it is: in a fork it is the parent's to close."""
+        self.off = True
+        for handle in self._handles:
+            handle.remove()
 
 
 @contextmanager

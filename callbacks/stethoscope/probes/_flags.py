@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch._C import _is_tracing  # called at each call of each module: no function of ours around it
 from torch._C import _set_grad_enabled as set_grad_enabled  # what torch.no_grad() calls, without its 2 us
 from torch.compiler import is_compiling
 
@@ -322,7 +323,7 @@ class _Before(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         attached, site = self.attached, self.site
-        if is_compiling() or not attached.armed or get_ident() != attached.thread:
+        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing():
             return
         try:
             if site.root or attached.depth == 0:
@@ -348,7 +349,7 @@ class _After(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         attached = self.attached
-        if is_compiling() or not attached.armed or get_ident() != attached.thread:
+        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing():
             return
         grad = is_grad_enabled()
         try:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch._C import _is_tracing
+from torch.compiler import is_compiling
 from torch.jit._script import ScriptModule
 from torch.jit._trace import TopLevelTracedModule
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+def is_traced() -> bool:
+    """Whether a call is made to be written down: by torch.compile, by torch.jit.trace or by what uses it, such as add_graph.
+
+    What a hook computes in it would become part of the graph.
+    """
+    return is_compiling() or _is_tracing()
 
 
 class Nothing:

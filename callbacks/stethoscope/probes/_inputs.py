@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stethoscope._aside import is_aside
 from stethoscope._protocols import Attachment, Columns, Key, Readings
 from stethoscope._tree import tensors
-from stethoscope.probes._hook import Hook, takes_hooks
+from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -73,7 +73,7 @@ class _Before(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not self.owner.armed or get_ident() != self.owner.thread or is_aside():
+        if is_traced() or not self.owner.armed or get_ident() != self.owner.thread or is_aside():
             return
         try:
             self.owner.take([*tensors(args), *tensors(kwargs)])

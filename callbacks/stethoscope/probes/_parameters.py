@@ -13,7 +13,7 @@ from stethoscope._aside import is_aside
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._shards import local, prefix
 from stethoscope._tree import has_no_forward
-from stethoscope.probes._hook import Hook, takes_hooks
+from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 from stethoscope.probes._select import Pattern, as_patterns, includes, named_parameters, select, settle
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class _Enters(Hook):
         self.attached = attached
 
     def __call__(self, module: nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling() or is_aside():
+        if is_traced() or is_aside():
             return
         try:
             self.attached.enter(module)

@@ -14,7 +14,7 @@ from stethoscope._record import Finding
 from stethoscope._tree import tensors
 from stethoscope.probes._bank import Bank
 from stethoscope.probes._compiled import Eagerly
-from stethoscope.probes._hook import Hook
+from stethoscope.probes._hook import Hook, is_traced
 from stethoscope.probes._passes import MAX_CALLS, replaying
 from stethoscope.probes._select import as_patterns, named_modules, select
 
@@ -338,7 +338,7 @@ class _Before(Hook):
         self.attached, self.site = attached, site
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if torch.compiler.is_compiling() or not self.attached.armed:
+        if is_traced() or not self.attached.armed:
             return
         try:
             self.attached.before(self.site, args, kwargs)
@@ -353,7 +353,7 @@ class _After(Hook):
         self.attached, self.site = attached, site
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if torch.compiler.is_compiling() or not self.attached.armed:
+        if is_traced() or not self.attached.armed:
             return
         try:
             self.attached.after(self.site, output)

@@ -13,7 +13,7 @@ from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._tree import plain, tensors
 from stethoscope.probes import _unit_stats as units
-from stethoscope.probes._hook import Hook, takes_hooks
+from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 from stethoscope.probes._passes import replaying
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class _Before(Hook):
         self.attached, self.site = attached, site
 
     def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if torch.compiler.is_compiling() or self.attached.failure is not None:
+        if is_traced() or self.attached.failure is not None:
             return
         try:
             self.attached.before(self.site, args)
@@ -295,7 +295,7 @@ class _After(Hook):
         self.attached, self.site = attached, site
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if torch.compiler.is_compiling() or self.attached.failure is not None:
+        if is_traced() or self.attached.failure is not None:
             return
         try:
             self.attached.after(self.site, output)

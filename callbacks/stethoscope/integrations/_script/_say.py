@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def worst(findings: Sequence[Finding]) -> str:
 
 def nothing(settings: Settings) -> None:
     """Say once that no training was seen; processes that the script has started may have left something."""
-    if Path(settings.to).exists():
+    if settings.place(settings.to).exists():
         say(f"the processes that {settings.target} has started wrote to {settings.to}")
     else:
         say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -12,7 +13,11 @@ from threading import local
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from stethoscope.integrations._loss import Losses
@@ -52,6 +57,8 @@ class Script:
         self._losses: Losses | None = None
         self._steady: list[RemovableHandle] = []
         self._searching: list[RemovableHandle] = []
+        self._wanted = False  # whether these are to be there
+        self._compiled: type[nn.Module] | None = None  # torch's wrapper around a compiled module, once there is one
         self._handler, self._propagate = logging.StreamHandler(sys.stderr), True
         self._depth = _Depth()
         self._calls = 0  # outermost ones since the search began, and of these
@@ -71,6 +78,7 @@ class Script:
         self._steady = [
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
+            register_module_module_registration_hook(self._registered),
         ]
         self._search()
         if hasattr(os, "register_at_fork"):
@@ -85,6 +93,8 @@ class Script:
         if self._losses is not None:
             self._losses.close()
             self._undo()
+        if self._compiled is not None:
+            self._compiled.__call__ = self._compiled.__call__.__wrapped__  # type: ignore[method-assign, attr-defined]
         for session in self.sessions:
             self._guarded(session.close)
         log.removeHandler(self._handler)
@@ -111,22 +121,32 @@ class Script:
         for session in self.sessions:
             session.abandon()
         self.sessions = []
+        if self._losses is not None:
+            self._losses.take()  # what the parent's step under way consists of
         self._search()
 
     # -- the search for what is trained ------------------------------------------------------------------------------
 
     def _search(self) -> None:
         self._calls = self._strange = 0
-        if not self._searching and not self._off:
+        self._wanted = not self._off
+        self._hook()
+
+    def _rest(self) -> None:
+        self._wanted, self._depth = False, _Depth()
+        self._unhook()
+
+    def _hook(self) -> None:
+        if self._wanted and not self._searching:
             self._searching = [
                 register_module_forward_pre_hook(self._enter),
                 register_module_forward_hook(self._leave, always_call=True),
             ]
 
-    def _rest(self) -> None:
+    def _unhook(self) -> None:
         for handle in self._searching:
             handle.remove()
-        self._searching, self._depth = [], _Depth()
+        self._searching = []
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
@@ -134,6 +154,30 @@ class Script:
         self._depth.value += 1
         if self._depth.value == 1 and module.training and torch.is_grad_enabled() and not self._off:
             self._guarded(self._look_at, module, args)
+
+    def _registered(self, parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        """A module got a submodule: `torch.compile` has made a wrapper, if it is that."""
+        kind = type(parent)
+        if self._compiled is None and name == "_orig_mod" and kind.__name__ == "OptimizedModule":
+            self._compiled = kind
+            kind.__call__ = self._through(kind.__call__)  # type: ignore[method-assign]
+
+    def _through(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Call a compiled module without hooks on all modules: torch warns of these there, and would compile them in."""
+
+        @functools.wraps(original)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not self._searching or torch.compiler.is_compiling():
+                return original(module, *args, **kwargs)
+            self._unhook()
+            self._enter(module, args)
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                self._leave(module, args, None)
+                self._hook()
+
+        return call
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if not torch.compiler.is_compiling():
@@ -180,8 +224,8 @@ class Script:
             self._unknown += id(optimizer) not in self._own
             if _power_of_two(self._unknown):
                 self._search()
-        elif self.settings.guard is not None:
-            self._guarded(session.before_step, losses.peek())
+        else:
+            self._guarded(session.before_step, optimizer, losses.peek() if self.settings.guard else None)
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         losses = self._losses

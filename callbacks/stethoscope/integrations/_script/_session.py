@@ -49,19 +49,22 @@ class Session:
             root,
             # only the guard needs them, and whoever holds them keeps the script from letting go of its model
             optimizers if settings.guard else None,
-            sinks=[to],
+            sinks=[str(settings.place(to))],
             every=settings.every,
             guard=settings.guard,
             planned_steps=settings.planned_steps,
             **chosen,
         )
         self.name, self.to, self.steps = type(root).__name__, to, 0
+        self._place = settings.place(to)
         self.run = new_run(root, None, settings.every)
         self._findings: list[Finding] = []
         self._every, self._validated = settings.every, -settings.every
         self._parameters = {id(each) for each in root.parameters()}
         self._active = {_key(each) for each in optimizers}  # optimizers that a step consists of
         self._stepped: set[int] = set()  # of these, in the step under way
+        self._made: dict[int, int] = {}  # steps of each, and how many there were when its step under way began
+        self._begun: dict[int, int] = {}
         self._rates: list[float | Tensor] = []  # of these
         self._thread = get_ident()
         # called itself and, since validation may go round DDP, what it wraps
@@ -76,7 +79,7 @@ class Session:
     @property
     def written(self) -> bool:
         """Whether there is a file."""
-        return file_of(self.to, self.run.rank).exists()
+        return file_of(self._place, self.run.rank).exists()
 
     @property
     def findings(self) -> list[Finding]:
@@ -91,8 +94,10 @@ class Session:
         """Whether an optimizer trains this model."""
         return _key(optimizer) in self._active or bool(parameters_of(optimizer) & self._parameters)
 
-    def before_step(self, loss: Tensor | None) -> None:
-        """An optimizer is about to write: the guard wants the loss."""
+    def before_step(self, optimizer: Optimizer, loss: Tensor | None) -> None:
+        """An optimizer is about to write: the guard, where there is one, wants the loss."""
+        key = _key(optimizer)
+        self._begun[key] = self._made.get(key, 0)
         if self.monitor is not None and loss is not None:
             self.monitor.observe(loss=loss)
 
@@ -103,6 +108,9 @@ class Session:
         if self._validation is not None:
             self._validation.leave()
         key = _key(optimizer)
+        if self._made.get(key, 0) > self._begun.get(key, 0):
+            return  # it wraps one that has just stepped, as SAM and Lookahead do
+        self._made[key] = self._made.get(key, 0) + 1
         if key in self._stepped:
             self._active = set(self._stepped)  # the others do not step each time
         self._active.add(key)
@@ -142,10 +150,15 @@ class Session:
             self._findings = monitor.findings
 
     def abandon(self) -> None:
-        """Do nothing any more, and write nothing: this process is a fork, and the files are its parent's."""
-        self.monitor = None
+        """Take off what measures, and write nothing: this process is a fork, and the files are its parent's."""
+        monitor, self.monitor = self.monitor, None
+        if monitor is not None:
+            monitor._closed = True  # noqa: SLF001 - close() would wait for threads that did not come along
+            monitor._probing.detach()  # noqa: SLF001
+            if monitor._guard is not None:  # noqa: SLF001
+                monitor._guard.detach()  # noqa: SLF001
         if self._validation is not None:
-            self._validation.off = True
+            self._validation.abandon()
 
 
 def _key(optimizer: Optimizer) -> int:

@@ -24,6 +24,7 @@ class Settings:
         guard: see `Monitor`.
         planned_steps: see `Monitor`.
         pid: the process that runs a script or module itself; None where the target is a command that starts others.
+        start: where `stethoscope run` was called; `to` is meant from there, wherever the script goes.
     """
 
     target: str
@@ -33,12 +34,17 @@ class Settings:
     guard: Literal["raise", "skip"] | None = None
     planned_steps: int | None = None
     pid: int | None = None
+    start: str = ""
 
     def environment(self) -> dict[str, str]:
         """Return this process's environment with the settings, and with the folder that Python is to look into first."""
         paths = [str(STARTUP), os.environ.get("PYTHONPATH", "")]
         joined = os.pathsep.join(path for path in paths if path)
         return {**os.environ, "PYTHONPATH": joined, VARIABLE: json.dumps(asdict(self))}
+
+    def place(self, to: str) -> Path:
+        """Where `to`, or a path made from it, is."""
+        return Path(self.start, to)
 
     @classmethod
     def found(cls) -> Settings | None:
