@@ -233,9 +233,7 @@ class _Dictionary:
             self._say("metric-vanished", slot.bare, findings.vanished, slot.raw, count, entry["nones"], none=True)
         # a metric of validation alone is None in training until the first validation
         often = entry["nones"] >= STREAK or (self.plan.phase != "train" and entry["rounds"] >= ROUNDS)
-        if often and not any(
-            numbers(phase["keys"].get(slot.bare), phase) for phase in self.state["phases"].values()
-        ):
+        if often and not any(numbers(phase["keys"].get(slot.bare), phase) for phase in self.state["phases"].values()):
             self._say("metric-always-none", slot.bare, findings.always_none, slot.raw, entry["nones"])
 
     def _names(self) -> None:
