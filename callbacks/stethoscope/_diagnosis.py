@@ -175,11 +175,19 @@ RULES: tuple[Rule, ...] = (
     Rule(code="activation-saturated", explains=(*NO_SIGNAL, "update-ratio-low", "loss-plateau")),
     Rule(code="dead-units", explains=("activation-vanishing", "norm-input-variance", *NO_SIGNAL, "loss-plateau")),
     Rule(code="activation-vanishing", explains=("norm-input-variance", *NO_SIGNAL, "update-ratio-low", "loss-plateau")),
+    Rule(
+        code="gradient-vanishing",
+        explains=(
+            "feature-constant",
+            "gradient-zero",
+            "update-ratio-low",
+            "parameter-unchanged",
+            "prediction-collapse",
+            "loss-plateau",
+        ),
+    ),
     Rule(code="feature-constant", explains=("prediction-collapse", "gradient-zero", "loss-plateau")),
     Rule(code="units-symmetric", explains=("loss-plateau", "stalled-from-start")),
-    Rule(
-        code="gradient-vanishing", explains=("gradient-zero", "update-ratio-low", "parameter-unchanged", "loss-plateau")
-    ),
     # What is not finite spoils everything that is measured after it.
     Rule(
         code="nonfinite-parameter",
@@ -198,9 +206,15 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
     # Why a loss does not move, from the most specific reason to the least.
-    Rule(code="gradient-zero", explains=("update-ratio-low", "loss-plateau", "stalled-from-start")),
-    Rule(code="gradient-clipping", explains=("update-ratio-low", "loss-plateau", "stalled-from-start")),
-    Rule(code="update-ratio-low", explains=("parameter-unchanged", "loss-plateau", "stalled-from-start")),
+    Rule(code="gradient-zero", explains=("module-unused", "update-ratio-low", "loss-plateau", "stalled-from-start")),
+    Rule(
+        code="gradient-clipping",
+        explains=("update-ratio-low", "prediction-collapse", "loss-plateau", "stalled-from-start"),
+    ),
+    Rule(
+        code="update-ratio-low",
+        explains=("parameter-unchanged", "prediction-collapse", "loss-plateau", "stalled-from-start"),
+    ),
     Rule(
         code="optimizer-owns-others",
         explains=("loss-plateau", "stalled-from-start", "parameter-unchanged"),
@@ -268,7 +282,9 @@ class Relate:
             known |= {finding.code: [step, finding.severity] for finding in of_phase}
             added = self._draw(known, {f.code for f in of_phase}, _of(state["numbers"], phase), step, phase)
             known |= {finding.code: [step, finding.severity] for finding in added}
-            out += [self._explain(finding, known) for finding in [*of_phase, *added]]
+            told = [self._explain(finding, known) for finding in [*of_phase, *added]]
+            # the cause first: watches do not know of each other, and conclude in the order in which they were given
+            out += sorted(told, key=lambda finding: _depth(finding, told))
             seen = {**seen, phase: known}
         return {**state, "seen": seen}, out
 
@@ -295,6 +311,14 @@ class Relate:
             return finding
         causes = (rule.code for rule in self.rules if finding.code in rule.explains and rule.code in known)
         return replace(finding, cause=next(causes, ""))
+
+
+def _depth(finding: Finding, told: Sequence[Finding]) -> int:
+    """How many of the findings told with it lie between this one and what began."""
+    causes, depth = {each.code: each.cause for each in told}, 0
+    while finding.cause in causes and depth < len(causes):
+        finding, depth = replace(finding, cause=causes[finding.cause]), depth + 1
+    return depth
 
 
 def _lasts(at: int, step: int) -> bool:
