@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from stethoscope import stats
@@ -46,7 +48,8 @@ class Optimizers:
     but its optimizer did not step, 3 stepped without a gradient, 4 stepped with one; `parameter/held`, 1 where an optimizer
     that stepped holds a parameter that is frozen and has a gradient left; `gradient/applied_norm` per parameter,
     2-norm of the gradient as the optimizer has used it, after clipping; `gradient/scale`, by which a `GradScaler` has divided in between;
-    `gradient/carried`, share in [0, 1] of a few followed parameters whose gradient still holds that of the step before;
+    `optimizer/in_eval`, how many modules a step found acting as in validation (BatchNorm, dropout), all of them and the model itself
+    being in eval mode (left out where there are none); `gradient/carried`, share in [0, 1] of a few followed parameters whose gradient still holds that of the step before;
     `optimizer/nonfinite`, 1 where the state kept for a parameter holds NaN or Inf (left out where it does not).
 
     **Cost:** one global hook on optimizers, which compares two numbers per step; on observed steps two reductions per
@@ -110,6 +113,8 @@ class OptimizerHooks:
         self._index = {id(parameter): i for i, (_, parameter) in enumerate(self._names)}
         self._known: dict[int, int] = {}  # optimizer -> number of parameters when it was last looked through
         self._held: set[int] = set()
+        self._model = model
+        self._moody = [module for module in model.modules() if _has_moods(module)]
         self._armed = False
         self._followed: list[_Followed] = []
         self._handles: list[RemovableHandle] = [register_optimizer_step_post_hook(_Stepped(self))]
@@ -118,7 +123,7 @@ class OptimizerHooks:
         self._forget()
 
     def _forget(self) -> None:
-        self._steps = 0
+        self._steps = self._in_eval = 0
         self._stepped: dict[int, bool] = {}  # parameter -> whether it had a gradient
         self._held_frozen: set[int] = set()
         self._columns: list[Columns] = []
@@ -151,6 +156,9 @@ class OptimizerHooks:
         if not self._armed:
             return
         self._steps += 1
+        # a frozen backbone, or its BatchNorm alone, is put in eval mode on purpose: then the rest trains
+        if not self._model.training and not any(module.training for module in self._moody):
+            self._in_eval = len(self._moody)
         ours = [each for group in optimizer.param_groups for each in group["params"] if id(each) in self._index]
         for each in ours:
             if each.requires_grad:
@@ -195,9 +203,10 @@ class OptimizerHooks:
             count = len(names)
             trainable = [role for role in roles if role != FROZEN]
             share = sum(role != UNHELD for role in trainable) / max(1, len(trainable))
-            numbers = self._upload([*roles, *held, float(self._steps), share], device)
+            numbers = self._upload([*roles, *held, float(self._steps), share, float(self._in_eval)], device)
             columns = [
                 Columns([Key("optimizer/steps"), Key("optimizer/held_fraction")], numbers, [2 * count, 2 * count + 1]),
+                Columns([Key("optimizer/in_eval")], numbers, [2 * count + 2], sparse=True),
                 Columns([Key("parameter/role", name) for name in names], numbers, range(count)),
                 Columns([Key("parameter/held", name) for name in names], numbers, range(count, 2 * count), sparse=True),
                 *self._columns,
@@ -243,6 +252,13 @@ def _few(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     able = [each for each in parameters if each.requires_grad and not isinstance(each, lazy)]
     small = [each for each in able if 1 < each.numel() <= _SMALL] or able[:1]
     return small[:: max(1, len(small) // FOLLOWED)][:FOLLOWED]
+
+
+def _has_moods(module: nn.Module) -> bool:
+    """Whether a module acts otherwise in training than in validation."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    return isinstance(module, _BatchNorm) and module.track_running_stats
 
 
 def _state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
