@@ -256,8 +256,8 @@ class Relate:
         >>> flat = Finding("loss-plateau", "warning", "Flat.", "", step=500)
         >>> silent = Finding("output-silent", "error", "Silent.", "", step=500)
         >>> relate = Relate()
-        >>> [finding.cause for finding in relate.update(relate.init(), (), (flat, silent))[1]]
-        ['output-silent', '']
+        >>> [(finding.code, finding.cause) for finding in relate.update(relate.init(), (), (flat, silent))[1]]
+        [('output-silent', ''), ('loss-plateau', 'output-silent')]
     """
 
     rules: tuple[Rule, ...] = RULES
