@@ -51,7 +51,8 @@ class Rule:
             `code` is found by a watch or an audit.
         holds: what the numbers must say, too.
         says: message and advice of the finding that is added.
-        same_step: it explains its own step alone: the guard has undone that step, and a later one has its own reasons.
+        by_guard: it explains what comes later of its own step alone: the guard speaks before its step ends and undoes it, so that
+            other steps have reasons of their own.
     """
 
     code: str
@@ -59,7 +60,7 @@ class Rule:
     drawn_from: tuple[str, ...] = ()
     holds: Callable[[Numbers], bool] = lambda _: True
     says: Callable[[Numbers], tuple[str, str]] = lambda _: ("", "")
-    same_step: bool = False
+    by_guard: bool = False
 
 
 def _clear(now: Numbers) -> bool:
@@ -172,16 +173,23 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="dtype-headroom", explains=BLOWN_UP),
     Rule(code="gradient-exploding", explains=("dead-units", "activation-saturated", *BLOWN_UP)),
-    Rule(code="nonfinite-gradient", explains=("nonfinite-optimizer", "nonfinite-parameter", "loss-diverged")),
     # Where the signal is lost.
     Rule(code="activation-saturated", explains=(*NO_SIGNAL, "update-ratio-low", "loss-plateau")),
     Rule(code="dead-units", explains=("activation-vanishing", "norm-input-variance", *NO_SIGNAL, "loss-plateau")),
     Rule(code="activation-vanishing", explains=("norm-input-variance", *NO_SIGNAL, "update-ratio-low", "loss-plateau")),
+    Rule(
+        code="gradient-vanishing",
+        explains=(
+            "feature-constant",
+            "gradient-zero",
+            "update-ratio-low",
+            "parameter-unchanged",
+            "prediction-collapse",
+            "loss-plateau",
+        ),
+    ),
     Rule(code="feature-constant", explains=("prediction-collapse", "gradient-zero", "loss-plateau")),
     Rule(code="units-symmetric", explains=("loss-plateau", "stalled-from-start")),
-    Rule(
-        code="gradient-vanishing", explains=("gradient-zero", "update-ratio-low", "parameter-unchanged", "loss-plateau")
-    ),
     # What is not finite spoils everything that is measured after it. The guard's audit knows more than flags.
     Rule(
         code="nonfinite-optimizer",
@@ -191,13 +199,13 @@ RULES: tuple[Rule, ...] = (
             "nonfinite-loss",
             "output-nonfinite",
         ),
-        same_step=True,
+        by_guard=True,
     ),
     Rule(
-        code="nonfinite-buffer", explains=("nonfinite-activation", "nonfinite-loss", "output-nonfinite"), same_step=True
+        code="nonfinite-buffer", explains=("nonfinite-activation", "nonfinite-loss", "output-nonfinite"), by_guard=True
     ),
     Rule(
-        code="nonfinite-input", explains=("nonfinite-activation", "nonfinite-loss", "output-nonfinite"), same_step=True
+        code="nonfinite-input", explains=("nonfinite-activation", "nonfinite-loss", "output-nonfinite"), by_guard=True
     ),
     Rule(
         code="nonfinite-parameter",
@@ -214,11 +222,18 @@ RULES: tuple[Rule, ...] = (
         code="nonfinite-activation",
         explains=("nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged", "prediction-collapse"),
     ),
+    Rule(code="nonfinite-gradient", explains=("nonfinite-optimizer", "nonfinite-parameter", "loss-diverged")),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
     # Why a loss does not move, from the most specific reason to the least.
-    Rule(code="gradient-zero", explains=("update-ratio-low", "loss-plateau", "stalled-from-start")),
-    Rule(code="gradient-clipping", explains=("update-ratio-low", "loss-plateau", "stalled-from-start")),
-    Rule(code="update-ratio-low", explains=("parameter-unchanged", "loss-plateau", "stalled-from-start")),
+    Rule(code="gradient-zero", explains=("module-unused", "update-ratio-low", "loss-plateau", "stalled-from-start")),
+    Rule(
+        code="gradient-clipping",
+        explains=("update-ratio-low", "prediction-collapse", "loss-plateau", "stalled-from-start"),
+    ),
+    Rule(
+        code="update-ratio-low",
+        explains=("parameter-unchanged", "prediction-collapse", "loss-plateau", "stalled-from-start"),
+    ),
     Rule(
         code="optimizer-owns-others",
         explains=("loss-plateau", "stalled-from-start", "parameter-unchanged"),
@@ -261,8 +276,8 @@ class Relate:
         >>> flat = Finding("loss-plateau", "warning", "Flat.", "", step=500)
         >>> silent = Finding("output-silent", "error", "Silent.", "", step=500)
         >>> relate = Relate()
-        >>> [finding.cause for finding in relate.update(relate.init(), (), (flat, silent))[1]]
-        ['output-silent', '']
+        >>> [(finding.code, finding.cause) for finding in relate.update(relate.init(), (), (flat, silent))[1]]
+        [('output-silent', ''), ('loss-plateau', 'output-silent')]
     """
 
     rules: tuple[Rule, ...] = RULES
@@ -285,10 +300,13 @@ class Relate:
             step = max((finding.step or 0) for finding in of_phase)
             known = {code: [at, severity] for code, (at, severity) in seen.get(phase, {}).items() if _lasts(at, step)}
             known |= {finding.code: [finding.step or 0, finding.severity] for finding in of_phase}
-            added = self._draw(known, {f.code for f in of_phase}, _of(state["numbers"], phase), step, phase)
+            fresh = {finding.code for finding in of_phase}
+            added = self._draw(known, fresh, _of(state["numbers"], phase), step, phase)
             drawn = {finding.code for finding in added}
-            out += [self._explain(finding, known, drawn) for finding in [*of_phase, *added]]
             known |= {finding.code: [step, finding.severity] for finding in added}
+            told = [self._explain(finding, known, fresh, drawn) for finding in [*of_phase, *added]]
+            # the cause first: watches do not know of each other, and conclude in the order in which they were given
+            out += sorted(told, key=lambda finding: _depth(finding, told))
             seen = {**seen, phase: known}
         return {**state, "seen": seen}, out
 
@@ -310,21 +328,30 @@ class Relate:
         rows = self.rules[: self.rules.index(rule)]
         return [row.code for row in rows if set(rule.drawn_from) <= set(row.explains)]
 
-    def _explain(self, finding: Finding, known: Mapping[str, list[Any]], drawn: set[str]) -> Finding:
+    def _explain(self, finding: Finding, known: Mapping[str, list[Any]], fresh: set[str], drawn: set[str]) -> Finding:
         if finding.cause:
             return finding
-        row = {rule.code: i for i, rule in reversed(list(enumerate(self.rules)))}
+        row = {rule.code: i for i, rule in reversed(list(enumerate(self.rules))) if not rule.by_guard}
         now = finding.step
         for i, rule in enumerate(self.rules):
-            if finding.code not in rule.explains or not (rule.code in known or rule.code in drawn):
+            if finding.code not in rule.explains or rule.code not in known:
                 continue
-            at: int | None = known[rule.code][0] if rule.code in known else now
+            at: int | None = now if rule.code in drawn else known[rule.code][0]
             later = now is not None and at is not None and at > now
             # of two that explain each other, in one step the upper row is the cause
             mutual = at == now and i > row.get(finding.code, i)
-            if not (later or mutual or (rule.same_step and at != now)):
+            elsewhere = rule.by_guard and (at != now or rule.code in fresh)
+            if not (later or mutual or elsewhere):
                 return replace(finding, cause=rule.code)
         return finding
+
+
+def _depth(finding: Finding, told: Sequence[Finding]) -> int:
+    """How many of the findings told with it lie between this one and what began."""
+    causes, depth = {each.code: each.cause for each in told}, 0
+    while finding.cause in causes and depth < len(causes):
+        finding, depth = replace(finding, cause=causes[finding.cause]), depth + 1
+    return depth
 
 
 def _lasts(at: int, step: int) -> bool:

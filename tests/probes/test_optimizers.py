@@ -79,6 +79,26 @@ def test_the_applied_norm_is_that_after_clipping():
     assert sum(v * v for v in applied.values()) ** 0.5 == pytest.approx(0.5, rel=1e-3)
 
 
+def test_a_scaler_says_by_what_it_has_divided_and_clipping_shows_under_it():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1)
+
+    def loop():
+        optimizer.zero_grad()
+        scaler.scale(100 * model(torch.randn(6, 4)).square().mean()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+
+    found = records(model, optimizer, loop)
+    assert values(found, "gradient/scale", step=0) == {"": 2.0**12}
+    assert values(found, "gradient/scale") == {"": 2.0**14}
+    applied = values(found, "gradient/applied_norm")
+    assert sum(v * v for v in applied.values()) ** 0.5 == pytest.approx(0.5, rel=1e-3)
+
+
 @pytest.mark.parametrize("zeroed", ["before backward", "after step", "set to zero", "never"])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("clip", [None, 0.1])

@@ -27,6 +27,15 @@ def test_each_finding_is_told_exactly_once_whatever_explains_what(findings):
     assert order == sorted(order)
 
 
+def test_a_code_that_was_told_with_two_causes_breaks_no_report():
+    told = [Finding("b", "info", "m", "", cause=cause) for cause in ("", "c")] + [
+        Finding("c", "info", "m", "", cause="b")
+    ]
+    told += [Finding("a", "info", "m", "", cause="b"), Finding("c", "info", "m", "", cause="unknown")]
+    for order in (told, told[::-1], told[1:] + told[:1]):
+        assert sum(len(c.findings) + sum(o.count for o in c.explains) for c in causes(order)) == len(told)
+
+
 def test_a_chain_of_causes_leads_to_its_beginning():
     found = causes(
         [

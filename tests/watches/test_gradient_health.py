@@ -146,10 +146,51 @@ def test_a_loss_of_zero_has_no_gradient():
     assert [(f.code, f.severity) for f in found] == [("gradient-zero", "error")]
 
 
+def scaled(model, clip, *, unscale, steps=60):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu")
+    with Monitor(model, optimizer, watches=[GradientHealth()], every=5, strict=True) as monitor:
+        for _ in range(steps):
+            x = torch.randn(16, 8)
+            loss = nn.functional.cross_entropy(model(x), x[:, :4].argmax(1))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            monitor.step(loss=loss)
+    return [f.code for f in monitor.findings]
+
+
+def test_clipping_shows_under_a_scaler_also_where_scaled_gradients_are_clipped():
+    assert scaled(mlp(), 1.0, unscale=True) == []
+    assert scaled(mlp(), 1e-4, unscale=True) == ["gradient-clipping"]
+    assert scaled(mlp(), 1.0, unscale=False) == ["gradient-clipping"]
+
+
+@pytest.mark.parametrize(("role", "said"), [(1.0, []), (4.0, ["gradient-vanishing"])])
+def test_gradients_that_no_optimizer_holds_add_up_and_do_not_count(role, said):
+    norms = {"a.w": 1e-4, "b.w": 1e-4, "c.w": 1e-4, "d.w": 1e-4, "head.w": 30.0}  # zero_grad() leaves those of the head
+    stream = [
+        record
+        for step in (0, 50, 100, 150)
+        for name in reversed(norms)  # as they arrive
+        for record in (
+            Record("gradient/norm", norms[name], step, name),
+            Record("parameter/norm", 1.0, step, name),
+            Record("parameter/role", role if name == "head.w" else 4.0, step, name),
+        )
+    ]
+    assert [f.code for f in replay(GradientHealth(), stream)] == said
+
+
 NAMES = [
     "gradient/norm",
     "gradient/nonfinite",
     "gradient/applied_norm",
+    "gradient/scale",
     "gradient/carried",
     "parameter/norm",
     "parameter/role",

@@ -41,6 +41,13 @@ def test_many_spikes_warn_once():
     assert len(found) <= 5
 
 
+def test_hard_batches_of_a_problem_that_is_learnt_within_twenty_steps_are_no_spikes():
+    values = [1.6 * math.exp(-i / 4) + 0.002 for i in range(600)]
+    for at in range(100, 600, 60):
+        values[at] = 0.15  # a tenth of what was gained
+    assert replay(Jumps(), series(loss=values)) == []
+
+
 def test_climb_is_diverged_and_names_a_curriculum_as_the_way_out():
     values = healthy()
     values[800:] = [v + 12 for v in values[800:]]

@@ -125,8 +125,11 @@ def test_non_finite_values_are_said_once_per_spell_and_not_for_gradient_norms():
 
 
 def test_a_key_that_was_there_and_is_gone_has_vanished():
-    (found,) = replay(MetricSchema(), log("val", loss=[1.0] * 6, acc=[0.5, 0.6, ..., ..., ..., ...]))
+    (found,) = replay(MetricSchema(), log(loss=[1.0] * 6, acc=[0.5, 0.6, ..., ..., ..., ...]))
     assert (found.code, found.step) == ("metric-vanished", 4)
+    # an evaluation that is one dictionary says so at once, also where nothing of training is logged
+    (found,) = replay(MetricSchema(), log("val", loss=[1.0] * 6, acc=[0.5, 0.6, ..., ..., ..., ...]))
+    assert (found.code, found.step) == ("metric-vanished", 2)
     (found,) = replay(MetricSchema(), log("val", loss=[1.0] * 8, acc=[0.5, 0.6, 0.7] + [None] * 5))
     assert (found.code, found.evidence["none"]) == ("metric-vanished", True)
 
@@ -179,6 +182,13 @@ def test_none_for_ever_is_an_info():
     assert (found.code, found.severity, found.step) == ("metric-always-none", "info", 99)
     stream = log("val", loss=[1.0], wer=[0.5]) + log(loss=[1.0] * 150, wer=[None] * 150)
     assert replay(MetricSchema(), stream) == []
+
+
+def test_five_evaluations_without_a_value_are_an_info_and_five_batches_of_one_are_not():
+    (found,) = replay(MetricSchema(), log("val", loss=[1.0] * 8, wer=[None] * 8))
+    assert (found.code, found.severity, found.step) == ("metric-always-none", "info", 4)
+    batches = [r._replace(step=7) for r in log("val", loss=[1.0] * 50, wer=[None] * 50)]
+    assert replay(MetricSchema(), batches) == []
 
 
 def test_an_accuracy_of_exactly_zero_a_hundred_times_is_constant():

@@ -200,3 +200,41 @@ def test_whatever_comes_in_the_state_is_json(records):
         state, _ = watch.update(state, [record._replace(source="step") if record.name == "lr" else record])
     state, _ = watch.update(state, records)
     json.dumps(state, allow_nan=False)
+
+
+def moody():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4))
+
+
+def test_a_model_that_is_left_in_eval_mode_is_told():
+    told = ("model-in-eval", "warning", "")
+    assert train(moody()) == []
+    assert told in train(moody().eval())
+    model = moody()  # a validation that does not go back
+    assert train(model, after=lambda step: model.eval() if step == 20 else None) == [told]
+
+
+def test_parts_in_eval_mode_and_models_that_do_not_care_are_well():
+    model = moody()
+    model[1].eval()
+    assert train(model) == []
+    model = moody().eval()
+    model.training = True  # a wrapper around a backbone that is frozen
+    assert train(model) == []
+    assert [code for code, *_ in train(mlp().eval())] == ["probe-read-nothing"]
+
+
+def test_what_is_left_out_at_random_or_not_chosen_for_a_while_is_not_unused():
+    model = mlp(depth=6)
+    generator = torch.Generator().manual_seed(1)
+
+    def layer_drop(x):
+        x = model[1](model[0](x))
+        for at in range(2, 12, 2):
+            if torch.rand((), generator=generator) < 0.3:
+                x = x + model[at + 1](model[at](x))
+        return model[12](x)
+
+    found = train(model, forward=layer_drop, steps=400)
+    assert len([code for code, *_ in found if code == "module-unused"]) <= 1

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from stethoscope import stats
@@ -17,6 +20,7 @@ from stethoscope.probes._select import named_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from types import FrameType
 
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
@@ -30,6 +34,7 @@ without a gradient; it stepped with one."""
 FOLLOWED = 4
 """Parameters whose gradient is compared with that of the step before."""
 
+_SCALED = GradScaler.step.__code__
 _SMALL = 65536
 _CARRIED = 0.02  # relative: bf16 sums are rounded to 0.4 %, a gradient that was zeroed differs by 100 %
 
@@ -42,8 +47,9 @@ class Optimizers:
     process; `optimizer/held_fraction`, share of the parameters that require gradients and that an optimizer holds; per parameter `parameter/role`: 0 `requires_grad` is off, 1 no optimizer that has ever stepped holds it, 2 held,
     but its optimizer did not step, 3 stepped without a gradient, 4 stepped with one; `parameter/held`, 1 where an optimizer
     that stepped holds a parameter that is frozen and has a gradient left; `gradient/applied_norm` per parameter,
-    2-norm of the gradient as the optimizer has used it, after clipping (not under a `GradScaler`, which scales in between);
-    `gradient/carried`, share in [0, 1] of a few followed parameters whose gradient still holds that of the step before;
+    2-norm of the gradient as the optimizer has used it, after clipping; `gradient/scale`, by which a `GradScaler` has divided in between;
+    `optimizer/in_eval`, how many modules a step found acting as in validation (BatchNorm, dropout), all of them and the model itself
+    being in eval mode (left out where there are none); `gradient/carried`, share in [0, 1] of a few followed parameters whose gradient still holds that of the step before;
     `optimizer/nonfinite`, 1 where the state kept for a parameter holds NaN or Inf (left out where it does not).
 
     **Cost:** one global hook on optimizers, which compares two numbers per step; on observed steps two reductions per
@@ -107,6 +113,8 @@ class OptimizerHooks:
         self._index = {id(parameter): i for i, (_, parameter) in enumerate(self._names)}
         self._known: dict[int, int] = {}  # optimizer -> number of parameters when it was last looked through
         self._held: set[int] = set()
+        self._model = model
+        self._moody = [module for module in model.modules() if _has_moods(module)]
         self._armed = False
         self._followed: list[_Followed] = []
         self._handles: list[RemovableHandle] = [register_optimizer_step_post_hook(_Stepped(self))]
@@ -115,7 +123,7 @@ class OptimizerHooks:
         self._forget()
 
     def _forget(self) -> None:
-        self._steps = 0
+        self._steps = self._in_eval = 0
         self._stepped: dict[int, bool] = {}  # parameter -> whether it had a gradient
         self._held_frozen: set[int] = set()
         self._columns: list[Columns] = []
@@ -148,14 +156,20 @@ class OptimizerHooks:
         if not self._armed:
             return
         self._steps += 1
+        # a frozen backbone, or its BatchNorm alone, is put in eval mode on purpose: then the rest trains
+        if not self._model.training and not any(module.training for module in self._moody):
+            self._in_eval = len(self._moody)
         ours = [each for group in optimizer.param_groups for each in group["params"] if id(each) in self._index]
         for each in ours:
             if each.requires_grad:
                 self._stepped[id(each)] = each.grad is not None or self._stepped.get(id(each), False)
             elif each.grad is not None:
                 self._held_frozen.add(id(each))
-        if not _scaled():
-            self._read_norms("gradient/applied_norm", [(each, each.grad) for each in ours if each.requires_grad])
+        self._read_norms("gradient/applied_norm", [(each, each.grad) for each in ours if each.requires_grad])
+        scale = _scale()
+        if scale is not None:
+            # the scaler changes it in place, right after the step
+            self._columns.append(Columns([Key("gradient/scale")], scale.detach().clone().view(1), [0]))
         self._read_norms(
             "optimizer/nonfinite", [(each, value) for each in ours for value in _state(optimizer, each)], flags=True
         )
@@ -189,9 +203,10 @@ class OptimizerHooks:
             count = len(names)
             trainable = [role for role in roles if role != FROZEN]
             share = sum(role != UNHELD for role in trainable) / max(1, len(trainable))
-            numbers = self._upload([*roles, *held, float(self._steps), share], device)
+            numbers = self._upload([*roles, *held, float(self._steps), share, float(self._in_eval)], device)
             columns = [
                 Columns([Key("optimizer/steps"), Key("optimizer/held_fraction")], numbers, [2 * count, 2 * count + 1]),
+                Columns([Key("optimizer/in_eval")], numbers, [2 * count + 2], sparse=True),
                 Columns([Key("parameter/role", name) for name in names], numbers, range(count)),
                 Columns([Key("parameter/held", name) for name in names], numbers, range(count, 2 * count), sparse=True),
                 *self._columns,
@@ -239,21 +254,30 @@ def _few(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     return small[:: max(1, len(small) // FOLLOWED)][:FOLLOWED]
 
 
+def _has_moods(module: nn.Module) -> bool:
+    """Whether a module acts otherwise in training than in validation."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    return isinstance(module, _BatchNorm) and module.track_running_stats
+
+
 def _state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     kept: Mapping[str, Any] = optimizer.state.get(parameter, {})
     return [value for value in kept.values() if isinstance(value, Tensor) and value.is_floating_point() and value.dim()]
 
 
-def _scaled() -> bool:
-    """Whether a `GradScaler` calls the optimizer: it divides gradients by a scale that is known to it alone."""
-    frame = sys._getframe(2)  # noqa: SLF001  # no other trace of the scaler reaches an optimizer
-    for _ in range(8):
-        if frame is None:
-            return False
-        if frame.f_code.co_filename.endswith("grad_scaler.py"):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+def _scale() -> Tensor | None:
+    """By what the `GradScaler` that calls the optimizer has divided its gradients, None where none does.
+
+    Nothing of a scaler reaches an optimizer but the call itself, so that it is looked for among the callers.
+    """
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
+    while frame is not None:
+        if frame.f_code is _SCALED:
+            scale = getattr(frame.f_locals["self"], "_scale", None)
+            return scale if isinstance(scale, Tensor) else None
+        frame = frame.f_back
+    return None
 
 
 class _Stepped(Hook):

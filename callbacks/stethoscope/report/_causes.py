@@ -114,7 +114,8 @@ def _cause(code: str, group: Sequence[Finding]) -> Cause:
         Consequence(other, worst(found) or "info", len(found), found[0].step) for other, found in others.items()
     )
     severity = worst(group) or "info"
-    first = min(own, key=lambda finding: (-_rank(finding.severity), _when(finding)))
+    # one code may be told with several causes: then the group of a code need not hold it
+    first = min(own or group, key=lambda finding: (-_rank(finding.severity), _when(finding)))
     return Cause(code, severity, first, tuple(own), explains)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Record, Severity
 
-IDLE, TRAINED = 3, 4  # as probes.Optimizers numbers roles
+UNHELD, IDLE, TRAINED = 1, 3, 4  # as probes.Optimizers numbers roles
 FEWEST = 4  # modules that a trend over depth needs
 CLIPPED = 5  # observed steps in a row that are clipped hard: the first steps of a run may be, all of them are not
 MEMORY = 20  # observed norms whose median is the level
@@ -107,6 +107,7 @@ class GradientHealth:
             "gradient/norm",
             "gradient/nonfinite",
             "gradient/applied_norm",
+            "gradient/scale",
             "gradient/carried",
             "parameter/norm",
             "parameter/role",
@@ -129,7 +130,11 @@ class GradientHealth:
             )
             return {**look.state, "held": judging.held}, judging.findings
         judging.model("nonfinite-gradient", False)
-        cut = _cut_off(found["parameter/role"], found["activation/rms"])
+        roles = found["parameter/role"]
+        if UNHELD in roles.values():
+            # what no optimizer holds, none sets to zero: sums over all steps so far say nothing of this one
+            gradients = {name: norm for name, norm in gradients.items() if name and roles.get(name) != UNHELD}
+        cut = _cut_off(roles, found["activation/rms"])
         modules = dict.fromkeys(cut, _Module(0.0, 0.0)) | _by_module(gradients, found["parameter/norm"])
         lossless = any(r.name == "loss" and r.source == "step" and r.value == 0.0 for r in records)
         look.zero(modules, lossless=lossless)
@@ -137,8 +142,10 @@ class GradientHealth:
         total, size = _norm(gradients), _norm(found["parameter/norm"])
         look.time(gradients.get("", total), total / size if size > 0 else 0.0)
         look.imbalance({} if steep else modules)
-        applied = found["gradient/applied_norm"]
-        look.clipping([(applied[name], norm) for name, norm in gradients.items() if name in applied and norm > 0])
+        applied, scale = found["gradient/applied_norm"], found["gradient/scale"].get("", 1.0)
+        look.clipping(
+            [(scale * applied[name], norm) for name, norm in gradients.items() if name in applied and norm > 0]
+        )
         look.carried(found["gradient/carried"].get("", 0.0))
         return {**look.state, "held": judging.held}, judging.findings
 
@@ -315,7 +322,7 @@ class _Look:
                     f"Clipping leaves {middle:.2g} of the gradient's norm in each of the last {len(shares)} observed steps: the "
                     f"learning rate is in effect {1 / max(middle, 1e-30):.3g} times lower.",
                     "Raise the bound of clip_grad_norm_ to about the usual norm (the record gradient/norm), so that it cuts "
-                    "outliers only.",
+                    "outliers only; under a GradScaler call scaler.unscale_(optimizer) before.",
                 ),
                 values={"share": middle, "norm": math.hypot(*(norm for _, norm in pairs))},
             )

@@ -44,7 +44,7 @@ class Jumps:
     """Reports a loss that leaps (spike), climbs away from its best (divergence), or sits at exactly +80 dB.
 
     **What it decides:** against the median of the last 51 values, its deviation `sd` (`sd+` in the upper tail) and the `drop` from the
-    first level to the best one:
+    first level (or the median of the first three values, where that is higher) to the best one:
     a *spike* is a value above `median + max(8 sd+, 25 % of drop)`; single ones are infos, at most one per 100 steps, and
     more than 5 within 1000 steps are a warning. *Diverged*: the median lies above its best by more than
     `25 % of drop + 2 sd` for 50 steps, or three values in a row are NaN or Inf. *+80 dB*: three values in a row within
@@ -122,7 +122,8 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
         if len(state["values"]) >= FEWEST:
             level, sd, upper = _level(state["values"])
             if state["first"] is None:
-                state["first"] = level
+                # small problems are learnt before a level is known: what was lost by then counts as well
+                state["first"] = max(level, sorted(state["values"][:3])[1])
             if state["best"] is None or level < state["best"]:
                 state.update(best=level, best_sd=sd)
             drop = max(0.0, state["first"] - state["best"])

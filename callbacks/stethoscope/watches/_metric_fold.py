@@ -27,6 +27,8 @@ LEARN = 2
 STREAK = 100
 """Values in a row that must be None, or exactly 0.0 for an accuracy. A batch of 8 items of 1000 classes has none
 right 99 % of the time by chance, but hardly a hundred in a row once anything is learned."""
+ROUNDS = 5
+"""Steps outside of training at which a value must have been None: an evaluation a round, and few runs have a hundred."""
 STRANGE = 10
 """Dictionaries in a row that a key may be absent from, beyond twice its longest gap, while no key is in all of them:
 then metrics are logged piece by piece, and nothing tells which piece is late."""
@@ -91,6 +93,8 @@ def _fresh(raw: str, since: int) -> dict[str, Any]:
         "missed": 0,  # dictionaries without it since
         "blank": 0,  # values that were None
         "nones": 0,  # of these in a row, to the last
+        "rounds": 0,  # steps at which they came
+        "round": None,  # the last of them
         "zeros": 0,  # exactly 0.0 in a row, to the last value
         "absent": 0,  # dictionaries in a row without it, to the last
         "longest": 0,  # the longest row without it or with None, after which it came back
@@ -104,7 +108,7 @@ class _Dictionary:
         self.contract, self.state, self.plan, self.records = contract, state, plan, records
         self.old = state["phases"].get(plan.phase) or {"n": 0, "keys": {}, "shapes": [], "active": []}
         self.keys: dict[str, dict[str, Any]] = dict(self.old["keys"])
-        self.after = {**self.old, "n": self.old["n"] + 1, "keys": self.keys}
+        self.after = {**self.old, "n": self.old["n"] + 1, "keys": self.keys, "step": records[0].step}
         self.fresh = False
         self.problems: dict[str, Callable[[], Finding]] = {}
         first = records[0]
@@ -198,7 +202,15 @@ class _Dictionary:
     def _unusual(self, slot: Slot, entry: dict[str, Any], of: str, kind: str) -> None:
         """Take in what is no number, or not what it was before."""
         if kind == "none":
-            entry = self._change(slot.bare, nones=entry["nones"] + 1, blank=entry["blank"] + 1, zeros=0)
+            rounds = (entry.get("rounds", 0) if entry["nones"] else 0) + (entry.get("round") != self.at.step)
+            entry = self._change(
+                slot.bare,
+                nones=entry["nones"] + 1,
+                blank=entry["blank"] + 1,
+                rounds=rounds,
+                round=self.at.step,
+                zeros=0,
+            )
             self._none(slot, entry)
             return
         if entry["nones"]:
@@ -219,9 +231,9 @@ class _Dictionary:
             self._type(slot, "none", "it is declared as a number")
         elif count >= LEARN and entry["nones"] > 2 * entry["longest"] + 1:
             self._say("metric-vanished", slot.bare, findings.vanished, slot.raw, count, entry["nones"], none=True)
-        if entry["nones"] >= STREAK and not any(
-            numbers(phase["keys"].get(slot.bare), phase) for phase in self.state["phases"].values()
-        ):
+        # a metric of validation alone is None in training until the first validation
+        often = entry["nones"] >= STREAK or (self.plan.phase != "train" and entry["rounds"] >= ROUNDS)
+        if often and not any(numbers(phase["keys"].get(slot.bare), phase) for phase in self.state["phases"].values()):
             self._say("metric-always-none", slot.bare, findings.always_none, slot.raw, entry["nones"])
 
     def _names(self) -> None:
@@ -282,7 +294,9 @@ class _Dictionary:
             patience = 2 * entry["longest"] + (2 if companion else STRANGE)
             if bare not in usual:
                 patience = max(patience, OTHERS * count)
-            alone = self.state["last"] != self.plan.phase  # among dictionaries in a row, one may lack what has no value
+            # among dictionaries in a row, one may lack what has no value; training may have gone on without one
+            later = self.plan.phase != "train" and self.at.step != self.old.get("step", self.at.step)
+            alone = later or self.state["last"] != self.plan.phase
             if (subset and companion and steady and alone and count == self.old["n"]) or entry["absent"] > patience:
                 self._say("metric-vanished", bare, findings.vanished, entry["raw"], count, entry["absent"])
             elif steady and novel and (renamed := names.nearest(entry["raw"], novel)):

@@ -42,6 +42,7 @@ class ParameterHealth:
     - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less.
     - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module runs, or looks
       like an expert that is not chosen.
+    - `model-in-eval`: the optimizer steps while the model, with all of its BatchNorm and dropout, is in eval mode.
     - `nonfinite-optimizer`: what the optimizer keeps for a parameter holds NaN or Inf.
 
     States must hold for `observations` observed steps that span `steps` steps. Many modules make one finding.
@@ -94,7 +95,7 @@ class ParameterHealth:
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"held": {}, "first": None, "moved": False, "rates": {}, "ran": [], "gains": False}
+        return {"held": {}, "first": None, "moved": False, "rates": {}, "ran": [], "gains": False, "untrained": None}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
@@ -115,6 +116,7 @@ class ParameterHealth:
             "gradient/norm",
             "optimizer/steps",
             "optimizer/nonfinite",
+            "optimizer/in_eval",
             "activation/rms",
         )
         if not any(found[name] for name in found if name.startswith("parameter/")):
@@ -128,10 +130,11 @@ class ParameterHealth:
             look.copies(found["parameter/copies"])
         if found["optimizer/steps"].get("", 1.0) > 0:
             look.optimizer(found["optimizer/nonfinite"])
+            roles.in_eval(judging, int(found["optimizer/in_eval"].get("", 0.0)))
             top = max([state["rates"].get("top", 0.0), *rates.values()])
             # a schedule that is through, or has been cut off, is another story
             moving = not rates or max(rates.values()) > SETTLED * top
-            roles.unchanged(judging, found, ran, moving=moving)
+            roles.unchanged(judging, found, ran, look.untrained(), moving=moving)
             look.ratios(rates)
         roles.changed(judging, found)
         look.drift()
@@ -145,6 +148,13 @@ class _Look:
         self, watch: ParameterHealth, state: dict[str, Any], judging: Judging, found: Mapping[str, Values]
     ) -> None:
         self.watch, self.state, self.judging, self.found = watch, state, judging, found
+
+    def untrained(self) -> list[str]:
+        """Parameters that have not had a gradient in any observed step so far."""
+        before, now = self.state.get("untrained"), self.found["parameter/role"]
+        names = [name for name in (now if before is None else before) if now.get(name) != TRAINED]
+        self.state["untrained"] = names
+        return names
 
     def gains(self, gains: Values) -> None:
         if self.state["gains"] or len(gains) < FEWEST:

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer should move, and whether it does: part of `ParameterHealth`."""
+"""Which parameters an optimizer should move, and whether it does so, in train mode: part of `ParameterHealth`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ Values: TypeAlias = "dict[str, float]"
 """One number per parameter or module."""
 
 
-def unchanged(judging: Judging, found: Mapping[str, Values], ran: Sequence[str], *, moving: bool) -> None:
+def unchanged(
+    judging: Judging, found: Mapping[str, Values], ran: Sequence[str], untrained: Sequence[str], *, moving: bool
+) -> None:
     """Judge what the step should have moved and has not; `moving` says that a learning rate is above zero."""
     roles, still = found["parameter/role"], found["parameter/unchanged"]
     gradients = found["gradient/norm"]
@@ -35,7 +37,9 @@ def unchanged(judging: Judging, found: Mapping[str, Values], ran: Sequence[str],
         if moving and roles[name] == TRAINED and gradients.get(name, 1.0) > 0 and owner(name) not in alive
     ]
     unheld = [name for name in same if roles[name] == UNHELD]
-    idle = [name for name in same if roles[name] == IDLE]
+    # what is left out at random, or is an expert, has had a gradient before and will have one again
+    never = set(untrained)
+    idle = [name for name in same if roles[name] == IDLE and name in never]
     some = any(role in (RESTING, IDLE, TRAINED) for role in roles.values())
     news = judging.hold("parameter-unchanged", stuck, roles)
     if news:
@@ -118,6 +122,22 @@ def changed(judging: Judging, found: Mapping[str, Values]) -> None:
                 module=owner(news[0]),
             ),
             news,
+        )
+
+
+def in_eval(judging: Judging, count: int) -> None:
+    """Judge that `count` modules, all that there are, act as in validation while the optimizer steps."""
+    if judging.model("model-in-eval", count > 0):
+        judging.tell(
+            Finding(
+                "model-in-eval",
+                "warning",
+                f"The model is in eval mode while the optimizer steps: {count} BatchNorm and dropout modules act as in validation, and "
+                "activations are not observed.",
+                "Call model.train() before the first batch (from_pretrained() returns a model in eval mode) and after each validation; "
+                "if it is meant, put these modules in eval mode by themselves and leave the model in train mode.",
+            ),
+            values={"count": count},
         )
 
 
