@@ -181,7 +181,8 @@ class Probing:
         if anything_compiled():
             return (
                 "Modules inside of torch.compile call no hooks. Activations with `every` above 1, as in presets.first_aid(), "
-                "is read all the same, since steps that it observes run eagerly."
+                "is read all the same, since steps that it observes run eagerly, unless a torch.compiler.set_stance of the script's "
+                "own is in force."
             )
         return (
             "Check its include and exclude patterns and the tensors it asks for. Modules must run on the thread that "

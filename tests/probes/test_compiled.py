@@ -312,6 +312,25 @@ def test_a_stance_that_the_user_sets_stays():
     torch.compiler.set_stance("default")
 
 
+def test_a_block_of_the_users_that_began_under_our_stance_does_not_bring_it_back():
+    model = Net()
+    with Monitor(model, probes=[Activations()], every=3, strict=True) as monitor:
+        for _ in range(5):
+            with torch.compiler.set_stance("eager_on_recompile"):
+                model(torch.randn(4, 8))
+                monitor.step()
+            assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_monitor_that_is_dropped_leaves_nothing_eager():
+    model = Net()
+    monitor = Monitor(model, probes=[Activations()], strict=True)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    del monitor, model
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 def test_two_monitors_share_the_stance():
     one, two = Monitor(Net(), probes=[Activations()], every=2), Monitor(Net(), probes=[Activations()], every=1)
     for each in (one, two):

@@ -7,9 +7,8 @@ process-wide, and so are the two variables in here.
 from __future__ import annotations
 
 import sys
-import weakref
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import finalize
 
 import torch
 
@@ -18,7 +17,8 @@ from stethoscope._record import Finding
 if TYPE_CHECKING:
     from torch import nn
 
-_lookers: WeakSet[Eagerly] = WeakSet()
+_lookers: set[int] = set()
+"""Ids, so that a monitor that is dropped without `close` does not live on in here."""
 _ours: list[Any] = []
 """The stance that we have set, if any."""
 
@@ -29,6 +29,7 @@ class Eagerly:
     def __init__(self, probe: str) -> None:
         self._probe = probe
         self._used, self._said = False, False
+        finalize(self, _release, id(self)).atexit = False
 
     def set(self, on: bool, phases: tuple[str, ...] | None, phase: str) -> None:
         """Ask for it, or no longer; nothing happens where nothing has loaded the compiler.
@@ -41,18 +42,15 @@ class Eagerly:
         """
         if not on or (phases is None and phase != "train"):
             self.release()
-        elif self not in _lookers and "torch._dynamo" in sys.modules:
-            if not self._used:
-                weakref.finalize(self, _release)  # of a monitor that nobody closes
+        elif id(self) not in _lookers and "torch._dynamo" in sys.modules:
             self._used = True
-            _lookers.add(self)
+            _lookers.add(id(self))
             if not _ours:
                 _ours.append(torch.compiler.set_stance("force_eager"))
 
     def release(self) -> None:
         """Ask for it no longer."""
-        _lookers.discard(self)
-        _release()
+        _release(id(self))
 
     def notes(self) -> list[Finding]:
         """What is to be said, once, of a training in which something is compiled and steps were observed eagerly."""
@@ -72,10 +70,17 @@ class Eagerly:
         ]
 
 
-def _release() -> None:
-    if _lookers or not _ours:
-        return
+def _release(looker: int) -> None:
+    if looker in _lookers:
+        _lookers.remove(looker)
+        if not _lookers:
+            _restore()
+
+
+def _restore() -> None:
     stance = _ours.pop()
+    # a block of the user's that began under ours puts it back at its end: it is to mean then what held before ours
+    vars(stance.stance).update(vars(stance.prev))
     # where somebody has set another one since, theirs stands
     if sys.modules["torch._dynamo.eval_frame"]._stance is stance.stance:  # noqa: SLF001  # there is no other way to ask
         stance.__exit__(None, None, None)
