@@ -43,3 +43,19 @@ def test_the_separation_preset_reads_the_tensors_it_is_given():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_holds_probes_and_watches_and_nothing_else(name):
     assert sorted(getattr(presets, name)()) == ["probes", "watches"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("every", [1, 3])
+def test_nothing_is_recorded_twice(name, every):
+    model, memory = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), sinks.Memory()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, **getattr(presets, name)(), every=every, sinks=[memory], strict=True) as monitor:
+        for _ in range(4):
+            loss = model(torch.randn(4, 8)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+    keys = [(r.name, r.step, r.module, r.call) for r in memory.records]
+    assert len(keys) == len(set(keys))

@@ -63,7 +63,9 @@ class Probing:
         try:
             for probe in probes:
                 attached = _Attached(probe, probe.attach(model), probe.every or every)
-                attached.stand_ins = [each for each in self._attached if _covers(each.probe, probe, attached.every)]
+                attached.stand_ins = [
+                    each for each in self._attached if _covers(each.probe, probe, attached.every, attached.every)
+                ]
                 self._attached.append(attached)
         except BaseException:
             self.detach()
@@ -206,16 +208,21 @@ def with_needs(probes: Sequence[Probe], watches: Sequence[Watch], every: int) ->
     at_work = list(probes)
     for watch in watches:
         for need in watch.needs:
-            if not any(probe == need or _covers(probe, need, probe.every or every) for probe in at_work):
+            often = need.every or every
+            if not any(probe == need or _covers(probe, need, probe.every or every, often) for probe in at_work):
                 if from_preset(watch):
                     mark_preset(need)
                 at_work.append(need)
     return at_work
 
 
-def _covers(probe: Probe, other: Probe, every: int) -> bool:
-    """Whether `probe` would cover `other` if it looked at every `every`th step."""
-    return is_dataclass(probe) and not isinstance(probe, type) and replace(probe, every=every).covers(other)
+def _covers(probe: Probe, other: Probe, every: int, others: int) -> bool:
+    """Whether `probe` would cover `other` if it looked at every `every`th step, and `other` at every `others`th."""
+    return is_dataclass(probe) and _at(probe, every).covers(_at(other, others))
+
+
+def _at(probe: Probe, every: int) -> Probe:
+    return replace(probe, every=every) if is_dataclass(probe) and not isinstance(probe, type) else probe
 
 
 def _arming(attachment: Attachment, on: bool, phase: str) -> Callable[[], None]:
