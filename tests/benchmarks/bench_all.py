@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_all.py [--pairs 30] [--only overhead growth ranks compile]
 
 Runs bench_overhead.py with --peers, bench_growth.py, bench_ranks.py and bench_compile.py one after the other, since they would slow
-each other down, and fails if one of them did. About an hour with 30 pairs on two cores; `--pairs 4` shows in minutes that all of it runs.
+each other down, and fails if one of them did.
 """
 
 from __future__ import annotations
