@@ -1,5 +1,20 @@
 """One thread: the models are tiny, and the machine may be busy."""
 
+import gc
+import sys
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    """What one test compiles or observes without closing is no business of the next: both are process-wide in torch."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.utils.counters.clear()
+        if dynamo.eval_frame._stance.stance != "default":
+            gc.collect()

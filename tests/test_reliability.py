@@ -20,8 +20,8 @@ HOME = str(Path(stethoscope.__file__).parent)
 PARTS = ("probes", "watches", "sinks")
 
 
-CANNOT_FAIL = ("try:", "if ", "return", "set_grad_enabled(", "torch._C._set_grad_enabled(")
-"""What stands before the `try` of a hook: comparisons, and torch's own switch."""
+CANNOT_FAIL = ("try:", "with ", "if ", "return", "set_grad_enabled(", "torch._C._set_grad_enabled(")
+"""What stands before the `try` of a hook: comparisons, and torch's own switch. A `with` is visited again on the way out."""
 
 
 class FailAt:
