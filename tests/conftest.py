@@ -18,3 +18,7 @@ def _nothing_compiled_before():
         dynamo.utils.counters.clear()
         if dynamo.eval_frame._stance.stance != "default":
             gc.collect()
+            compiled = sys.modules.get("stethoscope.probes._compiled")
+            if compiled is not None and compiled._ours:  # a monitor that is still alive and was never closed
+                compiled._lookers.clear()
+                compiled._restore()

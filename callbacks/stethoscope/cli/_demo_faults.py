@@ -66,7 +66,7 @@ class Fault:
 
 def _nan(training: Training) -> None:
     training.model.masker.norm.eps = 0.0
-    recorded, first = training.batch, 2 * training.steps // 3
+    recorded, first = training.batch, 2 * training.steps // 8
 
     def batch(step: int) -> Batch:
         mixture, sources = recorded(step)
@@ -112,7 +112,7 @@ def _collapse(training: Training) -> None:
 
 
 def _plateau(training: Training) -> None:
-    recorded, first = training.batch, training.steps // 3
+    recorded, first = training.batch, training.steps // 8
 
     def batch(step: int) -> Batch:
         if step == first:
@@ -149,7 +149,7 @@ FAULTS = {
         _collapse,
     ),
     "plateau": Fault(
-        "after a third of the training the learning rate is divided by 10,000, as a scheduler counting steps as epochs does.",
+        "after an eighth of the training the learning rate is divided by 10,000, as a scheduler counting steps as epochs does.",
         _plateau,
     ),
 }
