@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from threading import Thread
-from time import monotonic, sleep
+from threading import Event, Thread
+from time import monotonic
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -85,10 +85,13 @@ class Heartbeat:
 
 _beating: WeakSet[Heartbeat] = WeakSet()
 _clock: list[Thread] = []
+_sooner = Event()
+"""Set when a heartbeat begins, whose limit may be shorter than the clock's nap."""
 
 
 def _start(heartbeat: Heartbeat) -> None:
     _beating.add(heartbeat)
+    _sooner.set()
     if not _clock or not _clock[0].is_alive():
         _clock[:] = [Thread(target=_run, name="stethoscope-heartbeat", daemon=True)]
         _clock[0].start()
@@ -96,6 +99,7 @@ def _start(heartbeat: Heartbeat) -> None:
 
 def _run() -> None:
     while seconds := [each.seconds for each in list(_beating)]:
-        sleep(min(seconds) / 10)
+        _sooner.wait(min(seconds) / 10)
+        _sooner.clear()
         for each in list(_beating):
             each.look()

@@ -66,7 +66,7 @@ class Fault:
 
 def _nan(training: Training) -> None:
     training.model.masker.norm.eps = 0.0
-    recorded, first = training.batch, 2 * training.steps // 8
+    recorded, first = training.batch, 2 * training.steps // 3
 
     def batch(step: int) -> Batch:
         mixture, sources = recorded(step)
