@@ -70,9 +70,11 @@ class Pace:
 
     def load(self, step: int) -> frozenset[int]:
         """Return the probes that are due at a step, by number."""
-        if self.lone(step):
-            return frozenset()
-        return frozenset(i for i, every in enumerate(self._intervals) if step % (every * self.stretch) == 0)
+        return frozenset(i for i, every in enumerate(self._intervals) if self.due(step, every))
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether a probe of this interval looks at a step."""
+        return not self.lone(step) and step % (every * self.stretch) == 0
 
     def interrupt(self) -> None:
         """Something other than training takes place in the step under way: its time is not counted."""

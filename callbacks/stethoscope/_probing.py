@@ -91,7 +91,7 @@ class Probing:
             return True
         if self._pace is None:
             return step % attached.every == 0
-        return not self._pace.lone(step) and step % (attached.every * self._pace.stretch) == 0
+        return self._pace.due(step, attached.every)
 
     def read(self, given: Mapping[str, Tensor], stamp: Record) -> list[Part]:
         """Read everything that is armed."""
