@@ -5,12 +5,12 @@ Standard library only. Everything here is immutable and lives on the host.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.console import RenderableType
 
 JSON: TypeAlias = Any
@@ -21,6 +21,34 @@ Source: TypeAlias = Literal["probe", "step", "log"]
 
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")
 """From harmless to fatal."""
+
+
+def strict_number(value: float) -> float | str:
+    """Return a number as strict JSON has it: NaN and Inf are `"NaN"`, `"Infinity"`, `"-Infinity"`.
+
+    Examples:
+        >>> strict_number(1.5), strict_number(float("-inf"))
+        (1.5, '-Infinity')
+    """
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def strict(value: Any) -> JSON:
+    """Return strict JSON of mappings, lists and numbers, see `strict_number`; what JSON does not know becomes text.
+
+    Examples:
+        >>> strict({"at": (1, float("nan"))})
+        {'at': [1, 'NaN']}
+    """
+    if isinstance(value, float):
+        return strict_number(value)
+    if isinstance(value, Mapping):
+        return {str(key): strict(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [strict(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 class Histogram(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import inspect
 import json
-import math
 import os
 import shutil
 import sys
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stethoscope._record import strict
 from stethoscope._run import versions
 from stethoscope._tree import plain, size_of
 from stethoscope.audits._pack import Packer
@@ -134,9 +134,9 @@ def _describe(incident: Incident, max_bytes: int) -> tuple[JSON, dict[str, Tenso
         "rank": incident.rank,
         "versions": versions(),
         "device": next((each.device.type for each in parameters.values()), "cpu"),
-        "findings": [_strict(asdict(finding)) for finding in incident.findings],
+        "findings": [strict(asdict(finding)) for finding in incident.findings],
         "culprit": _culprit(incident.report),
-        "loss": _strict(incident.loss),
+        "loss": strict(incident.loss),
         "model": {
             **_class(type(model)),
             "arguments": _arguments(model),
@@ -213,13 +213,13 @@ def _arguments(model: nn.Module) -> JSON:
     named = inspect.signature(type(model)).parameters
     hparams = vars(model).get("_hparams")  # of a LightningModule that saves them
     kept = {**vars(model), **(hparams if isinstance(hparams, Mapping) else {})}
-    return {name: _strict(kept[name]) for name in named if isinstance(kept.get(name), bool | int | float)}
+    return {name: strict(kept[name]) for name in named if isinstance(kept.get(name), bool | int | float)}
 
 
 def _culprit(report: NonFiniteReport | None) -> JSON:
     if report is None or report.origin is None:
         return None
-    return _strict(
+    return strict(
         {
             "origin": report.origin,
             "module": report.module,
@@ -233,14 +233,3 @@ def _culprit(report: NonFiniteReport | None) -> JSON:
             "gradients": report.gradients,
         }
     )
-
-
-def _strict(value: Any) -> JSON:
-    """JSON, strict: what is not finite becomes text, as in run files, and what JSON does not know as well."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(key): _strict(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_strict(each) for each in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from stethoscope._record import strict_number
 from stethoscope._tree import size_of
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ class Packer:
             return {"kind": "value", "value": value}
         if isinstance(value, float):
             return (
-                {"kind": "value", "value": value} if math.isfinite(value) else {"kind": "float", "value": _text(value)}
+                {"kind": "value", "value": value}
+                if math.isfinite(value)
+                else {"kind": "float", "value": strict_number(value)}
             )
         if isinstance(value, torch.dtype):
             return {"kind": "dtype", "value": str(value).removeprefix("torch.")}
@@ -180,10 +183,6 @@ def _unpack(node: Mapping[str, Any], tensors: Mapping[str, Tensor], depth: int) 
     if kind == "named":
         return namedtuple("Named", held)(**held)  # noqa: PYI024 - its names are the file's
     raise ValueError(f"unknown kind {str(kind)[:80]!r}")
-
-
-def _text(value: float) -> str:
-    return next(text for text, each in _TEXTS.items() if each == value or (math.isnan(each) and math.isnan(value)))
 
 
 def printable(text: str) -> str:

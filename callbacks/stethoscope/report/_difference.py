@@ -6,7 +6,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from stethoscope._record import SEVERITIES
+from stethoscope._record import SEVERITIES, strict
 from stethoscope.report import _compare as rule
 from stethoscope.report import _figures as figures
 from stethoscope.report._causes import worst
@@ -16,7 +16,7 @@ from stethoscope.report._grid import LARGEST
 from stethoscope.report._html import version
 from stethoscope.report._lines import lines
 from stethoscope.report._page import render
-from stethoscope.report._text import code, strict, table
+from stethoscope.report._text import code, table
 from stethoscope.report._words import number, plural, titled, words
 from stethoscope.sinks._markdown import escape
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from stethoscope._record import strict
 from stethoscope.report._causes import Cause, causes, worst
 from stethoscope.report._facts import details, numbers, place, state, verdict
 from stethoscope.report._words import number, titled
@@ -111,12 +112,3 @@ def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
     cells = [[number(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     body = [f"| {' | '.join(escape(cell) for cell in row)} |" for row in cells]
     return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *body, ""]
-
-
-def strict(value: Any) -> Any:
-    """Make JSON out of mappings, lists and numbers that may not be finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {str(key): strict(inner) for key, inner in value.items()}
-    return [strict(inner) for inner in value] if isinstance(value, (list, tuple)) else value

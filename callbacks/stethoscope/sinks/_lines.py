@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 from stethoscope._protocols import Run
-from stethoscope._record import Finding, Histogram, Record
+from stethoscope._record import Finding, Histogram, Record, strict_number
 
 FORMAT = 1
 """Raised when an old reader could no longer understand a new file."""
@@ -68,10 +68,10 @@ def encode(step: int, records: Sequence[Record], findings: Sequence[Finding]) ->
     for index, (name, value, at, module, phase, call, rank, source, kind) in enumerate(records):
         if isinstance(value, Histogram):
             key: tuple[Any, ...] = (name, phase, source, kind, rank, at, value.edges)
-            cell: Any = [_number(count) for count in value.counts]
+            cell: Any = [strict_number(count) for count in value.counts]
         else:
             key = (name, phase, source, kind, rank, at, None)
-            cell = value if value is None else _number(value)
+            cell = value if value is None else strict_number(value)
         group = groups.get(key)
         if group is None:
             group = groups[key] = ([], [])
@@ -117,7 +117,7 @@ def _groups_to_json(step: int, groups: Mapping[tuple[Any, ...], tuple[list[list[
         if at != step:
             group["step"] = at
         if edges is not None:
-            group["edges"] = [_number(edge) for edge in edges]
+            group["edges"] = [strict_number(edge) for edge in edges]
         # Watches read records in call order, so a replay needs the order in which groups were interleaved.
         if places[0] != seen or places[-1] != seen + len(places) - 1:
             group["at"] = places
@@ -125,12 +125,6 @@ def _groups_to_json(step: int, groups: Mapping[tuple[Any, ...], tuple[list[list[
         out.append(group)
         seen += len(places)
     return out
-
-
-def _number(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _from_number(cell: Any) -> Any:
@@ -160,14 +154,14 @@ def _evidence_to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
-        return _number(value)
+        return strict_number(value)
     if isinstance(value, str):
         return "\\" + value if _LOOKS_NON_FINITE.match(value) else value
     if isinstance(value, Mapping):
         return {str(key): _evidence_to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_evidence_to_json(item) for item in value]
-    return _number(float(value)) if hasattr(value, "__float__") else str(value)
+    return strict_number(float(value)) if hasattr(value, "__float__") else str(value)
 
 
 def _evidence_from_json(value: Any) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from stethoscope._record import Finding
+from stethoscope._record import Finding, strict_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -134,7 +133,7 @@ def nonfinite(at: At, name: str, value: float) -> Finding:
     return Finding(
         "metric-nonfinite",
         "warning",
-        f"{name!r} in the {at.phase} metrics is {_number(value)}.",
+        f"{name!r} in the {at.phase} metrics is {strict_number(value)}.",
         "Look for an empty denominator or an overflow where it is computed; a NaN batch must be left out of sum and count alike.",
         at.step,
         "",
@@ -142,7 +141,7 @@ def nonfinite(at: At, name: str, value: float) -> Finding:
         at.rank,
         _evidence(
             metric=name,
-            value=_number(value),
+            value=strict_number(value),
         ),
     )
 
@@ -305,10 +304,7 @@ def lock_differs(at: At, path: str, difference: str) -> Finding:
 def _evidence(**evidence: JSON) -> dict[str, JSON]:
     """Return strict JSON without what is empty."""
     kept = {name: value for name, value in evidence.items() if value not in (None, "", [])}
-    return {
-        name: _number(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in kept.items()
-    }
+    return {name: strict_number(value) if isinstance(value, float) else value for name, value in kept.items()}
 
 
 def _listed(given: Iterable[str]) -> str:
@@ -318,7 +314,3 @@ def _listed(given: Iterable[str]) -> str:
         if listed
         else "empty"
     )
-
-
-def _number(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
