@@ -19,6 +19,7 @@ NONFINITE = (
     "nonfinite-activation", "nonfinite-loss", "nonfinite-gradient", "nonfinite-parameter", "nonfinite-optimizer",
     "output-nonfinite", "loss-diverged", "metric-nonfinite",
 )  # fmt: skip
+FLAT = ("feature-constant", "activation-vanishing", "gradient-vanishing", "norm-input-variance")
 STUCK = ("loss-plateau", "stalled-optimisation", "stalled-from-start", "prediction-collapse", "output-constant")
 
 

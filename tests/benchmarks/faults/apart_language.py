@@ -8,13 +8,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from faults import language
-from faults._fault import DIVERGES, NONFINITE, STUCK, fault
+from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, plain_update
 
-FLAT = ("feature-constant", "activation-vanishing", "gradient-vanishing", "norm-input-variance")
 
-
-@fault(language, "nonfinite-activation", "nonfinite-loss", "output-nonfinite", modules=("blocks.0.attention",), then=NONFINITE, held_out=True)  # fmt: skip
+@fault(language, "nonfinite-activation", "nonfinite-loss", "output-nonfinite", modules=("blocks.0.attention",), then=(*NONFINITE, "prediction-collapse", "output-constant", "feature-constant"), held_out=True)  # fmt: skip
 def mask_without_diagonal(t: Training) -> None:
     """The causal mask hides the diagonal, too: the first token may look at nothing, and a softmax over minus infinity is
     NaN. GRIST: softmax of a masked row; pytorch/pytorch#41508."""
@@ -27,7 +25,7 @@ def mask_without_diagonal(t: Training) -> None:
         block.attention.softmax.register_forward_pre_hook(hide)
 
 
-@fault(language, "nonfinite-loss", "loss-diverged", modules=("",), step=90, then=NONFINITE, held_out=True)  # fmt: skip
+@fault(language, "nonfinite-loss", "loss-diverged", modules=("",), step=90, then=(*NONFINITE, "gradient-zero", "gradient-vanishing", "step-skipped"), held_out=True)  # fmt: skip
 def nothing_to_predict(t: Training) -> None:
     """From step 90 on all targets of one batch in 30 are -100, as its prompts fill the context: the mean of nothing. GRIST:
     division by zero; pytorch/pytorch#70348, OpenRLHF/OpenRLHF#583."""
@@ -41,7 +39,7 @@ def nothing_to_predict(t: Training) -> None:
     t.sample = sample
 
 
-@fault(language, "gradient-zero", "parameter-unchanged", "module-unused", modules=("blocks", "position"), then=("update-ratio-low",), held_out=True)  # fmt: skip
+@fault(language, "gradient-zero", "parameter-unchanged", "module-unused", modules=("blocks",), then=("update-ratio-low", "loss-plateau", "stalled-optimisation"), held_out=True)  # fmt: skip
 def checkpoint_of_frozen_inputs(t: Training) -> None:
     """The table of tokens is frozen, and blocks are checkpointed with `use_reentrant=True`: as no input asks for a gradient,
     no weight inside gets one. TrainCheck: a part without gradients; PEFT's `enable_input_require_grads`."""
@@ -62,20 +60,6 @@ def first_norm_twice(t: Training) -> None:
 
     for block in t.model.blocks:
         block.forward = forward.__get__(block)
-
-
-@fault(language, "parameter-unchanged", "optimizer-misses-parameters", "optimizer-owns-others", modules=("embedding", "head"), held_out=True)  # fmt: skip
-def table_resized_too_late(t: Training) -> None:
-    """The table of tokens is resized after the optimizer was built, which goes on with the old one. TrainCheck: optimizer
-    with other parameters; huggingface/transformers#3532."""
-    t.optimizers = [t.optimize(t.model.parameters())]
-    old = t.model.embedding
-    t.model.embedding = nn.Embedding(language.TOKENS + 4, language.WIDTH)
-    with torch.no_grad():
-        t.model.embedding.weight.normal_(std=0.1)
-        t.model.embedding.weight[: language.TOKENS] = old.weight
-    t.model.head = nn.Linear(language.WIDTH, language.TOKENS + 4, bias=False)
-    t.model.head.weight = t.model.embedding.weight
 
 
 @fault(language, "attention-head-dead", "feature-constant", "dead-units", "gradient-zero", modules=("blocks.1.attention",), held_out=True)  # fmt: skip
@@ -102,7 +86,7 @@ def table_in_two_optimizers(t: Training) -> None:
     t.update = update
 
 
-@fault(language, "weight-norm-drift", "loss-plateau", "stalled-optimisation", "activation-vanishing", step=60, then=(*STUCK, *FLAT, "loss-diverged", "gradient-imbalance"), held_out=True)  # fmt: skip
+@fault(language, "weight-norm-drift", "loss-plateau", "stalled-optimisation", "activation-vanishing", step=20, then=(*STUCK, *FLAT, "loss-diverged", "gradient-imbalance", "update-ratio-high", "attention-head-dead", "weight-decay-on-norms"), held_out=True)  # fmt: skip
 def decay_of_ten(t: Training) -> None:
     """`weight_decay=10` of AdamW, a typing error for 0.1: weights fall by 3 % a step at the full rate. Humbatova:
     regularisation; TheDeepChecker: weights that vanish."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
 
 from faults import recogniser
-from faults._fault import DIVERGES, NONFINITE, STUCK, fault
-from faults._training import Batch, Tensors, Training
+from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 
-FLAT = ("feature-constant", "activation-vanishing", "gradient-vanishing", "norm-input-variance")
+if TYPE_CHECKING:
+    from torch import nn
+
+    from faults._training import Batch, Tensors, Training
 
 
-@fault(recogniser, "gradient-zero", "gradient-vanishing", "loss-plateau", "stalled-optimisation", "parameter-unchanged", modules=("", "conv", "norm", "gru", "head"), then=(*STUCK, "update-ratio-low", "module-unused", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(recogniser, "gradient-zero", "gradient-vanishing", "loss-plateau", "stalled-optimisation", "parameter-unchanged", then=(*STUCK, "update-ratio-low", "module-unused", "weight-norm-drift", "metric-constant"), held_out=True)  # fmt: skip
 def infinities_set_to_zero(t: Training) -> None:
     """A subsampling by 15 leaves three frames for four labels and more; `zero_infinity=True` makes a loss of zero, without a
     gradient. Speech: espnet/espnet and SpeechBrain, utterances shorter than their transcript."""
@@ -56,7 +59,7 @@ def zeroed_once_an_epoch(t: Training) -> None:
     t.before.append(keep)
 
 
-@fault(recogniser, "step-skipped", "nonfinite-gradient", "parameter-unchanged", modules=("", "norm", "conv", "gru"), then=(*NONFINITE, *STUCK, "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(recogniser, "step-skipped", "nonfinite-gradient", "parameter-unchanged", modules=("", "conv"), then=(*NONFINITE, *STUCK, "update-ratio-low", "metric-constant"), held_out=True)  # fmt: skip
 def scaler_skips_everything(t: Training) -> None:
     """Distances of all utterances to one another, for a term that spreads them: the square root has an infinite slope where
     each is compared with itself, and the gradient scaler skips every step without a word. GRIST: square root of zero;
@@ -72,7 +75,7 @@ def scaler_skips_everything(t: Training) -> None:
     t.forward = forward
 
 
-@fault(recogniser, "activation-vanishing", "feature-constant", "poor-initialisation", "gradient-vanishing", "activation-saturated", modules=("gru",), then=(*STUCK, "gradient-imbalance", "gradient-zero", "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(recogniser, "activation-vanishing", "feature-constant", "poor-initialisation", "gradient-vanishing", "activation-saturated", modules=("gru",), then=(*STUCK, "gradient-imbalance", "gradient-zero", "update-ratio-low", "metric-constant", "dead-units"), held_out=True)  # fmt: skip
 def gate_never_opens(t: Training) -> None:
     """A bias of 14 at the update gate, by a recipe for LSTMs, whose forget gate has the opposite meaning: the state stays
     what it was, zero. SageMaker PoorWeightInitialization; TheDeepChecker."""
@@ -82,7 +85,7 @@ def gate_never_opens(t: Training) -> None:
                 parameter[24:48] = 14.0
 
 
-@fault(recogniser, "prediction-collapse", "output-constant", "feature-constant", "overfit", step=100, then=(*STUCK, *FLAT, "loss-spike", "gradient-exploding", "update-ratio-high", "gradient-zero", "update-ratio-low", "overtraining", "class-imbalance"), held_out=True)  # fmt: skip
+@fault(recogniser, "prediction-collapse", "output-constant", "feature-constant", "overfit", step=100, then=(*STUCK, *FLAT, "loss-spike", "gradient-exploding", "update-ratio-high", "gradient-zero", "update-ratio-low", "overtraining", "class-imbalance", "metric-constant"), held_out=True)  # fmt: skip
 def transcripts_empty(t: Training) -> None:
     """From step 100 on the tokeniser knows none of the words: empty transcripts, and the model writes blanks only. Humbatova:
     wrong labels; speech: text normalisation."""
@@ -95,7 +98,7 @@ def transcripts_empty(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recogniser, "nonfinite-activation", "dtype-headroom", "input-range", "activation-exploding", modules=("conv", "activation", "norm", ""), then=(*NONFINITE, *STUCK, "step-skipped", "gradient-imbalance"), held_out=True)  # fmt: skip
+@fault(recogniser, "nonfinite-activation", "dtype-headroom", "input-range", "activation-exploding", modules=("conv", "activation", "norm", ""), then=(*NONFINITE, *STUCK, "step-skipped", "gradient-imbalance", "metric-constant"), held_out=True)  # fmt: skip
 def integers_in_half_precision(t: Training) -> None:
     """Features of 16-bit audio that was never divided by 32768, in float16: the convolution overflows. Speech: scale of
     samples; GRIST: overflow."""
@@ -105,18 +108,5 @@ def integers_in_half_precision(t: Training) -> None:
     def sample(step: int, phase: str) -> Batch:
         x, *rest = plain(step, phase)
         return (x * 32768).round(), *rest
-
-    t.sample = sample
-
-
-@fault(recogniser, "input-drift", step=49, then=("overfit", "overtraining"), held_out=True)
-def decibels_in_validation(t: Training) -> None:
-    """Features are natural logarithms in training, and decibels, by another library, in validation: 4.3 times as large.
-    Speech: two front ends; Humbatova: preprocessing."""
-    plain = t.sample
-
-    def sample(step: int, phase: str) -> Batch:
-        x, *rest = plain(step, phase)
-        return (x * 4.343 if phase == "val" else x), *rest
 
     t.sample = sample
