@@ -36,7 +36,7 @@ class Fault:
             module is to blame.
         step: from which the fault can be seen.
         then: codes that follow from it: right, but no detection.
-        held_out: whether it is run only once, at the end.
+        held_out: whether it is run only once, when the watches are finished.
         why: the patch's docstring: what is wrong, and whose catalogue has it.
     """
 

@@ -14,7 +14,7 @@ from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, finish_update, plain_update
 
 
-@fault(classifier, "model-in-eval", step=51, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"), held_out=True)  # fmt: skip
+@fault(classifier, "model-in-eval", step=50, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"), held_out=True)  # fmt: skip
 def eval_never_left(t: Training) -> None:
     """`model.train()` is called once, before the first epoch; the validation at step 50 leaves `eval()` on. TrainCheck:
     wrong mode; tk-rusch/coRNN#1, pytorch/tutorials#1624."""
@@ -27,7 +27,7 @@ def eval_never_left(t: Training) -> None:
     t.update = update
 
 
-@fault(classifier, "parameter-changed", modules=("block1", "block2"), step=101, then=("gradient-zero", "optimizer-frozen-parameters"), held_out=True)  # fmt: skip
+@fault(classifier, "parameter-changed", modules=("block1", "block2"), step=100, then=("gradient-zero", "optimizer-frozen-parameters"), held_out=True)  # fmt: skip
 def frozen_with_momentum(t: Training) -> None:
     """Two blocks are frozen at step 100 by `requires_grad_(False)`, with `zero_grad(set_to_none=False)`: momentum and decay
     move them on. TrainCheck: frozen parameters that change."""
@@ -67,7 +67,7 @@ def scaled_gradients_clipped(t: Training) -> None:
 @fault(classifier, "feature-constant", "prediction-collapse", "output-constant", modules=("dropout", "head", ""), then=(*STUCK, "gradient-vanishing", "class-imbalance"), held_out=True)  # fmt: skip
 def mean_over_the_batch(t: Training) -> None:
     """Features are averaged over axis 0, meant for the patches of one picture: all items of a batch get one answer.
-    Humbatova: wrong axis; NeuraLint."""
+    Humbatova: wrong axis."""
     t.model.dropout.register_forward_hook(lambda module, args, output: output.mean(0, keepdim=True).expand_as(output))
 
 
@@ -80,7 +80,7 @@ def relus_killed_by_steps(t: Training) -> None:
 
 
 @fault(classifier, "gradient-vanishing", "gradient-imbalance", "loss-plateau", "stalled-optimisation", modules=("block1", "block2", ""), then=(*STUCK, "feature-constant", "activation-vanishing", "activation-saturated", "update-ratio-low", "poor-initialisation", "gradient-zero", "class-imbalance", "parameter-unchanged"), held_out=True)  # fmt: skip
-def ten_sigmoids(t: Training) -> None:
+def sigmoids_all_the_way(t: Training) -> None:
     """Ten more layers with sigmoids and without normalisation. AutoTrainer: vanishing gradient; TheDeepChecker."""
     nothing = lambda channels: nn.Identity()  # noqa: E731 - one line beside its use
     t.model = classifier.Classifier(norm=nothing, activation=nn.Sigmoid)
@@ -88,7 +88,7 @@ def ten_sigmoids(t: Training) -> None:
     t.model.block2 = nn.Sequential(t.model.block2, *deeper)
 
 
-@fault(classifier, "input-duplicate", "overfit", "overtraining", step=1, held_out=True)
+@fault(classifier, "input-duplicate", "overfit", "overtraining", held_out=True)
 def workers_share_a_seed(t: Training) -> None:
     """Eight workers draw with one NumPy seed: a batch of 32 holds four pictures, each eight times. TrainCheck: data of
     workers; pytorch/pytorch#5059."""

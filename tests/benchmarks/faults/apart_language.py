@@ -15,7 +15,7 @@ from faults._training import Batch, Observer, Tensors, Training, plain_update
 @fault(language, "nonfinite-activation", "nonfinite-loss", "output-nonfinite", modules=("blocks.0.attention",), then=(*NONFINITE, "prediction-collapse", "output-constant", "feature-constant"), held_out=True)  # fmt: skip
 def mask_without_diagonal(t: Training) -> None:
     """The causal mask hides the diagonal, too: the first token may look at nothing, and a softmax over minus infinity is
-    NaN. GRIST: softmax of a masked row; pytorch/pytorch#41508."""
+    NaN. GRIST: division by zero; pytorch/pytorch#41508."""
 
     def hide(module: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
         length = args[0].shape[-1]

@@ -40,7 +40,7 @@ def decoder_drops_another_blank(t: Training) -> None:
     t.measure = measure
 
 
-@fault(recogniser, "gradient-accumulation", "gradient-exploding", "loss-diverged", "update-ratio-high", step=2, then=(*DIVERGES, *STUCK, *FLAT, "gradient-clipping", "dead-units", "activation-saturated", "overfit"), held_out=True)  # fmt: skip
+@fault(recogniser, "gradient-accumulation", "gradient-exploding", "loss-diverged", "update-ratio-high", step=1, then=(*DIVERGES, *STUCK, *FLAT, "gradient-clipping", "dead-units", "activation-saturated", "overfit"), held_out=True)  # fmt: skip
 def zeroed_once_an_epoch(t: Training) -> None:
     """`zero_grad()` is a level too far out, in the loop over epochs of 100 steps. TrainCheck: missing `zero_grad`."""
     t.optimize, t.clip = (lambda p: torch.optim.SGD(p, 0.05)), None

@@ -15,7 +15,7 @@ from faults._fault import healthy
 if TYPE_CHECKING:
     from faults._training import Batch, Observer, Tensors, Training
 
-# -- the six programs as they are ------------------------------------------------------------------------------------
+# -- programs as they are --------------------------------------------------------------------------------------------
 
 
 @healthy()
