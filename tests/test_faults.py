@@ -10,25 +10,48 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
+from faults._fault import Fault
 from faults._page import page
 from faults._score import is_inside, judge, run, summarise
 from faults._seen import Seen, once
-from faults.cases import CASES, FAULTS, HEALTHY
+from faults.cases import CASES, FAULTS, HEALTHY, PROGRAMS
 from faults.observer_ours import Ours
 
 LATE = CASES["root_of_zero"]  # seen from step 80, no module to blame
 
 
-def test_there_are_enough_cases_and_half_of_the_faults_are_held_out():
-    assert len(FAULTS) >= 60
-    assert len(HEALTHY) >= 40
-    assert sum(fault.held_out for fault in FAULTS) * 2 >= len(FAULTS)
-    assert len({fault.program for fault in FAULTS}) >= 6
+def test_there_are_enough_cases_and_a_third_of_them_is_held_out():
+    assert len(FAULTS) >= 100
+    assert len(HEALTHY) >= 50
+    assert sum(fault.held_out for fault in FAULTS) * 3 >= len(FAULTS)
+    assert sum(case.held_out for case in HEALTHY) >= 15
+    assert {fault.program for fault in FAULTS} == set(PROGRAMS)
     assert len(CASES) == len(FAULTS) + len(HEALTHY)  # no two of one name
 
 
+def test_those_held_out_are_in_files_of_their_own():
+    for case in CASES.values():
+        made = case.apply if isinstance(case, Fault) else case.build
+        assert made.__module__.startswith("faults.apart_") == case.held_out, case.name
+
+
+def test_each_code_of_the_truth_has_a_page():
+    pages = {page.stem for page in (Path(__file__).parents[1] / "docs" / "findings").glob("*.md")}
+    assert {code for fault in FAULTS for code in (*fault.codes, *fault.then)} - pages == set()
+
+
 def test_every_fault_says_what_is_wrong_and_whose_catalogue_has_it():
-    sources = ("SageMaker", "TheDeepChecker", "TrainCheck", "GRIST", "Humbatova", "peech", "CTC")
+    sources = [
+        "SageMaker",
+        "TheDeepChecker",
+        "TrainCheck",
+        "GRIST",
+        "Humbatova",
+        "AutoTrainer",
+        "UMLAUT",
+        "peech",
+        "CTC",
+    ]
     assert [fault.name for fault in FAULTS if not any(source in fault.why for source in sources)] == []
 
 

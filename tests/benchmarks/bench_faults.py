@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_faults.py [--held-out] [--peers] [--jobs 2] [--markdown docs/scoreboard.md]
     python tests/benchmarks/bench_faults.py --only dead_relu        # one case, everything that was said
 
-Without `--held-out`, the half of the cases that may be looked at while watches are written. The held-out half is run
-once, before a release. Rules and catalogue: `faults/`, `docs/scoreboard.md`.
+Without `--held-out`, the cases that may be looked at while watches are written. Those held out, `faults/apart_*.py`, are run
+once, when the watches are finished. Rules and catalogue: `faults/`, `docs/scoreboard.md`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def command(arguments: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--held-out", action="store_true", help="the other half, too")
+    parser.add_argument("--held-out", action="store_true", help="those held out, too")
     parser.add_argument("--peers", action="store_true", help="torch-audit, TorchLens, trainpulse, training-doctor")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--markdown", type=Path, help="write the page to this file")

@@ -19,6 +19,7 @@ NONFINITE = (
     "nonfinite-activation", "nonfinite-loss", "nonfinite-gradient", "nonfinite-parameter", "nonfinite-optimizer",
     "output-nonfinite", "loss-diverged", "metric-nonfinite",
 )  # fmt: skip
+FLAT = ("feature-constant", "activation-vanishing", "gradient-vanishing", "norm-input-variance")
 STUCK = ("loss-plateau", "stalled-optimisation", "stalled-from-start", "prediction-collapse", "output-constant")
 
 
@@ -35,7 +36,7 @@ class Fault:
             module is to blame.
         step: from which the fault can be seen.
         then: codes that follow from it: right, but no detection.
-        held_out: whether it is run only once, at the end.
+        held_out: whether it is run only once, when the watches are finished.
         why: the patch's docstring: what is wrong, and whose catalogue has it.
     """
 

@@ -101,7 +101,7 @@ class Standardise(nn.Module):
         return (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
 
 
-@fault(autoencoder, "nonfinite-activation", "nonfinite-loss", modules=("encoder.standardise",), step=100, then=NONFINITE, held_out=True)  # fmt: skip
+@fault(autoencoder, "nonfinite-activation", "nonfinite-loss", modules=("encoder.standardise",), step=100, then=NONFINITE)  # fmt: skip
 def variance_of_zero(t: Training) -> None:
     """Each item is divided by its deviation, without an epsilon; from step 100 on one item is constant. GRIST: division
     by zero."""
@@ -121,27 +121,27 @@ def variance_of_zero(t: Training) -> None:
     t.sample = sample
 
 
-@fault(autoencoder, "gradient-vanishing", "gradient-imbalance", "activation-vanishing", "feature-constant", modules=("encoder",), then=(*STUCK, "update-ratio-low", "parameter-unchanged"), held_out=True)  # fmt: skip
+@fault(autoencoder, "gradient-vanishing", "gradient-imbalance", "activation-vanishing", "feature-constant", modules=("encoder",), then=(*STUCK, "update-ratio-low", "parameter-unchanged"))  # fmt: skip
 def ten_sigmoids(t: Training) -> None:
     """An encoder of ten sigmoid layers, plain SGD. SageMaker VanishingGradient; TheDeepChecker."""
     t.model.encoder = autoencoder.mlp((autoencoder.WIDTH, *[24] * 9, autoencoder.LATENT), nn.Sigmoid)
     t.optimize = lambda p: torch.optim.SGD(p, 0.1)
 
 
-@fault(autoencoder, "activation-saturated", "input-range", "poor-initialisation", modules=("encoder.0", "encoder.1", ""), then=(*STUCK, "gradient-vanishing", "gradient-exploding", "gradient-imbalance", "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(autoencoder, "activation-saturated", "input-range", "poor-initialisation", modules=("encoder.0", "encoder.1", ""), then=(*STUCK, "gradient-vanishing", "gradient-exploding", "gradient-imbalance", "update-ratio-low"))  # fmt: skip
 def inputs_not_scaled(t: Training) -> None:
     """Numbers of some thousands go in as they are. TheDeepChecker: unscaled data."""
     plain = t.sample
     t.sample = lambda step, phase: (plain(step, phase)[0] * 3000,)
 
 
-@fault(autoencoder, "weight-norm-drift", "activation-vanishing", "output-constant", "feature-constant", "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, "gradient-vanishing", "update-ratio-high", "output-collapse"), held_out=True)  # fmt: skip
+@fault(autoencoder, "weight-norm-drift", "activation-vanishing", "output-constant", "feature-constant", "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, "gradient-vanishing", "update-ratio-high", "output-collapse"))  # fmt: skip
 def weight_decay_of_ten(t: Training) -> None:
     """`weight_decay=10` in place of `1e-5`: the weights go to zero. Humbatova: regularisation; SageMaker TensorVariance."""
     t.optimize = lambda p: torch.optim.Adam(p, 2e-3, weight_decay=10.0)
 
 
-@fault(autoencoder, "update-ratio-high", "gradient-exploding", "loss-diverged", "loss-spike", "activation-saturated", then=(*DIVERGES, *NONFINITE, *STUCK, "gradient-vanishing", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(autoencoder, "update-ratio-high", "gradient-exploding", "loss-diverged", "loss-spike", "activation-saturated", then=(*DIVERGES, *NONFINITE, *STUCK, "gradient-vanishing", "weight-norm-drift"))  # fmt: skip
 def loss_not_averaged(t: Training) -> None:
     """A sum over batch and features where the learning rate was chosen for the mean. TheDeepChecker: missing reduction."""
 
@@ -153,7 +153,7 @@ def loss_not_averaged(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)
 
 
-@fault(autoencoder, "parameter-unchanged", "optimizer-misses-parameters", "optimizer-owns-others", modules=("encoder",), held_out=True)  # fmt: skip
+@fault(autoencoder, "parameter-unchanged", "optimizer-misses-parameters", "optimizer-owns-others", modules=("encoder",))  # fmt: skip
 def encoder_left_out(t: Training) -> None:
     """The optimizer is given the decoder's parameters only, though all require gradients. SageMaker UnchangedTensor."""
     t.optimize = lambda p: torch.optim.Adam(t.model.decoder.parameters(), 2e-3)

@@ -6,12 +6,18 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from faults import (
+    apart_classifier,
+    apart_forecaster,
+    apart_healthy_a,
+    apart_language,
+    apart_recogniser,
     autoencoder,
     autoencoder_faults,
     classifier,
     classifier_faults,
     enhancement,
     enhancement_faults,
+    forecaster,
     healthy,
     healthy_lookalikes,
     language,
@@ -30,7 +36,7 @@ from faults.observer_torchlens import TorchLens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement)
+PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, forecaster)
 FAULTS = tuple(
     value
     for module in (
@@ -40,11 +46,20 @@ FAULTS = tuple(
         separation_faults,
         recogniser_faults,
         enhancement_faults,
+        apart_classifier,
+        apart_language,
+        apart_recogniser,
+        apart_forecaster,
     )
     for value in vars(module).values()
     if isinstance(value, Fault)
 )
-HEALTHY = tuple(v for module in (healthy, healthy_lookalikes) for v in vars(module).values() if isinstance(v, Healthy))
+HEALTHY = tuple(
+    value
+    for module in (healthy, healthy_lookalikes, apart_healthy_a)
+    for value in vars(module).values()
+    if isinstance(value, Healthy)
+)
 CASES: dict[str, Fault | Healthy] = {case.name: case for case in (*FAULTS, *HEALTHY)}
 
 OBSERVERS: dict[str, Callable[[], object]] = {

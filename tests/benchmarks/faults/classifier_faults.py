@@ -83,7 +83,7 @@ def features_detached(t: Training) -> None:
     t.model.block3.register_forward_hook(lambda module, args, output: output.detach())
 
 
-@fault(classifier, "class-imbalance", "prediction-collapse", step=20, held_out=True)
+@fault(classifier, "class-imbalance", "prediction-collapse", step=20)
 def one_class_in_thirty(t: Training) -> None:
     """The sampler draws one class in 29 of 30 cases; validation is balanced. SageMaker ClassImbalance."""
     x, y = classifier.pictures(
@@ -98,7 +98,7 @@ def one_class_in_thirty(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "gradient-accumulation", "gradient-exploding", "update-ratio-high", "loss-diverged", "weight-norm-drift", step=5, then=(*DIVERGES, *NONFINITE, *STUCK, "dead-units"), held_out=True)  # fmt: skip
+@fault(classifier, "gradient-accumulation", "gradient-exploding", "update-ratio-high", "loss-diverged", "weight-norm-drift", step=5, then=(*DIVERGES, *NONFINITE, *STUCK, "dead-units"))  # fmt: skip
 def zero_grad_forgotten(t: Training) -> None:
     """Gradients of all steps add up. TrainCheck: missing `zero_grad`."""
 
@@ -108,7 +108,7 @@ def zero_grad_forgotten(t: Training) -> None:
     t.before.append(keep)
 
 
-@fault(classifier, "units-symmetric", "poor-initialisation", modules=("block2",), then=(*STUCK, "feature-constant"), held_out=True)  # fmt: skip
+@fault(classifier, "units-symmetric", "poor-initialisation", modules=("block2",), then=(*STUCK, "feature-constant"))  # fmt: skip
 def constant_weights(t: Training) -> None:
     """All weights of the second convolution are 0.05: its channels stay one. TheDeepChecker: symmetry; SageMaker
     PoorWeightInitialization."""
@@ -116,7 +116,7 @@ def constant_weights(t: Training) -> None:
     nn.init.constant_(t.model.block2.conv.bias, 0.0)
 
 
-@fault(classifier, "overfit", "overtraining", step=100, held_out=True)
+@fault(classifier, "overfit", "overtraining", step=100)
 def twenty_four_pictures(t: Training) -> None:
     """A `subset=24` from debugging was never taken out: the pictures are learnt by heart. SageMaker Overfit."""
     x, y = classifier.pictures(24, 3)
@@ -126,7 +126,7 @@ def twenty_four_pictures(t: Training) -> None:
     t.steps = 400
 
 
-@fault(classifier, "input-constant", step=100, then=(*STUCK, "loss-spike", "loss-diverged", "norm-input-variance", "feature-constant", "gradient-zero", "dead-units", "input-drift", "gradient-vanishing", "activation-vanishing"), held_out=True)  # fmt: skip
+@fault(classifier, "input-constant", step=100, then=(*STUCK, "loss-spike", "loss-diverged", "norm-input-variance", "feature-constant", "gradient-zero", "dead-units", "input-drift", "gradient-vanishing", "activation-vanishing"))  # fmt: skip
 def black_pictures(t: Training) -> None:
     """From step 100 on the loader returns zeros for files that it cannot read. TheDeepChecker: constant inputs."""
     plain = t.sample
@@ -138,7 +138,7 @@ def black_pictures(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "class-imbalance", "prediction-collapse", "loss-spike", "loss-plateau", "stalled-optimisation", step=20, held_out=True)  # fmt: skip
+@fault(classifier, "class-imbalance", "prediction-collapse", "loss-spike", "loss-plateau", "stalled-optimisation", step=20)  # fmt: skip
 def pictures_without_shuffling(t: Training) -> None:
     """Sorted by class, ten steps of each in turn: the loss swings and never comes down. Humbatova: no shuffling."""
     x, y = classifier.pictures(4000, 3)

@@ -77,7 +77,7 @@ def same_weights_everywhere(t: Training) -> None:
     nn.init.constant_(t.model.layer1.conv.bias, 0.0)
 
 
-@fault(enhancement, "gradient-accumulation", "update-ratio-high", "gradient-exploding", "loss-diverged", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, "activation-saturated", "dead-units", "gradient-vanishing"), held_out=True)  # fmt: skip
+@fault(enhancement, "gradient-accumulation", "update-ratio-high", "gradient-exploding", "loss-diverged", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, "activation-saturated", "dead-units", "gradient-vanishing"))  # fmt: skip
 def accumulated_not_averaged(t: Training) -> None:
     """Eight micro-batches add up without being divided, under SGD with a rate for one. TrainCheck: accumulation."""
     t.accumulate, t.steps = 8, 150
@@ -95,7 +95,7 @@ def accumulated_not_averaged(t: Training) -> None:
     t.update = update
 
 
-@fault(enhancement, "activation-exploding", "poor-initialisation", "activation-saturated", "gradient-exploding", then=(*DIVERGES, *STUCK, "gradient-imbalance", "gradient-vanishing", "dead-units"), held_out=True)  # fmt: skip
+@fault(enhancement, "activation-exploding", "poor-initialisation", "activation-saturated", "gradient-exploding", then=(*DIVERGES, *STUCK, "gradient-imbalance", "gradient-vanishing", "dead-units"))  # fmt: skip
 def exploding_convolutions(t: Training) -> None:
     """No normalisation, and each layer multiplies by about 40. SageMaker ExplodingTensor and PoorWeightInitialization."""
     t.model = enhancement.Enhancer(norm=lambda channels: nn.Identity())
@@ -112,7 +112,7 @@ class OnSamples(enhancement.Enhancer):
         return self.sigmoid(self.mask(x + self.layer2(x))) * noisy
 
 
-@fault(enhancement, "dtype-headroom", "nonfinite-activation", "nonfinite-loss", modules=("layer1",), step=0, then=(*NONFINITE, "loss-spike", "input-range"), held_out=True)  # fmt: skip
+@fault(enhancement, "dtype-headroom", "nonfinite-activation", "nonfinite-loss", modules=("layer1",), step=0, then=(*NONFINITE, "loss-spike", "input-range"))  # fmt: skip
 def half_overflows(t: Training) -> None:
     """int16 magnitudes in float16, louder and louder: the first layer goes from 1800 to beyond 65504 at step 105. Speech:
     microsoft/unilm#1569."""
@@ -130,7 +130,7 @@ def half_overflows(t: Training) -> None:
     t.sample, t.forward = sample, forward
 
 
-@fault(enhancement, "gradient-clipping", "gradient-imbalance", "gradient-exploding", "update-ratio-low", "loss-plateau", "stalled-optimisation", modules=("mask", ""), step=10, then=STUCK, held_out=True)  # fmt: skip
+@fault(enhancement, "gradient-clipping", "gradient-imbalance", "gradient-exploding", "update-ratio-low", "loss-plateau", "stalled-optimisation", modules=("mask", ""), step=10, then=STUCK)  # fmt: skip
 def penalty_drowns_the_task(t: Training) -> None:
     """A penalty on the mask's weights, a million times too heavy, under clipping: the task gets nothing. Humbatova."""
     t.clip, t.optimize = 0.5, lambda p: torch.optim.SGD(p, 0.05)
@@ -142,20 +142,20 @@ def penalty_drowns_the_task(t: Training) -> None:
     t.forward = forward
 
 
-@fault(enhancement, "loss-plateau", "stalled-optimisation", "activation-saturated", modules=("", "mask", "sigmoid"), step=60, held_out=True)  # fmt: skip
+@fault(enhancement, "loss-plateau", "stalled-optimisation", "activation-saturated", modules=("", "mask", "sigmoid"), step=60)  # fmt: skip
 def clean_and_noisy_swapped(t: Training) -> None:
     """The model is given the clean spectrum and must make the noisy one, which no mask can. Humbatova: wrong data."""
     plain = t.sample
     t.sample = lambda step, phase: plain(step, phase)[::-1]
 
 
-@fault(enhancement, "module-unused", "gradient-zero", "parameter-unchanged", modules=("layer3",), held_out=True)
+@fault(enhancement, "module-unused", "gradient-zero", "parameter-unchanged", modules=("layer3",))
 def result_dropped(t: Training) -> None:
     """The third layer is computed, and its result is thrown away. TrainCheck; Humbatova: missing connection."""
     t.model.layer3.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
 
 
-@fault(enhancement, "weight-norm-drift", "activation-exploding", "activation-saturated", "loss-diverged", step=100, then=(*DIVERGES, *STUCK, "gradient-vanishing", "gradient-imbalance"), held_out=True)  # fmt: skip
+@fault(enhancement, "weight-norm-drift", "activation-exploding", "activation-saturated", "loss-diverged", step=100, then=(*DIVERGES, *STUCK, "gradient-vanishing", "gradient-imbalance"))  # fmt: skip
 def average_written_back(t: Training) -> None:
     """A running average is added to the weights in place of replacing them: 2 % more at each step. TrainCheck."""
 

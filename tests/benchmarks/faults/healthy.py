@@ -15,7 +15,7 @@ from faults._fault import healthy
 if TYPE_CHECKING:
     from faults._training import Batch, Observer, Tensors, Training
 
-# -- the six programs as they are ------------------------------------------------------------------------------------
+# -- programs as they are --------------------------------------------------------------------------------------------
 
 
 @healthy()
@@ -24,7 +24,7 @@ def plain_classifier() -> Training:
     return classifier.build(1)
 
 
-@healthy(held_out=True)
+@healthy()
 def plain_autoencoder() -> Training:
     """Adam, tanh, no normalisation."""
     return autoencoder.build(1)
@@ -36,7 +36,7 @@ def plain_language() -> Training:
     return language.build(1)
 
 
-@healthy(held_out=True)
+@healthy()
 def plain_separation() -> Training:
     """Adam, clipping, PIT; a loss that becomes negative."""
     return separation.build(1)
@@ -48,7 +48,7 @@ def plain_recogniser() -> Training:
     return recogniser.build(1)
 
 
-@healthy(held_out=True)
+@healthy()
 def plain_enhancement() -> Training:
     """Adam, causal convolutions, a sigmoid mask."""
     return enhancement.build(1)
@@ -65,7 +65,7 @@ def sgd() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def nesterov() -> Training:
     """SGD with Nesterov momentum and weight decay."""
     t = classifier.build(3)
@@ -81,7 +81,7 @@ def adam_on_pictures() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def adafactor() -> Training:
     """Adafactor with its relative steps."""
     t = language.build(2)
@@ -97,7 +97,7 @@ def rmsprop() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def lion() -> Training:
     """Steps of one size in all weights."""
     t = language.build(3)
@@ -113,7 +113,7 @@ def adagrad() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def lbfgs() -> Training:
     """Several passes a step, on one large batch."""
     t = autoencoder.build(3)
@@ -154,7 +154,7 @@ def parameter_groups() -> Training:
 # -- normalisation and activations -----------------------------------------------------------------------------------
 
 
-@healthy(held_out=True)
+@healthy()
 def group_norm() -> Training:
     """GroupNorm and SiLU."""
     return classifier.build(6, norm=lambda channels: nn.GroupNorm(4, channels), activation=nn.SiLU)
@@ -166,7 +166,7 @@ def instance_norm() -> Training:
     return classifier.build(7, norm=nn.InstanceNorm2d, activation=nn.GELU)
 
 
-@healthy(held_out=True)
+@healthy()
 def rms_norm() -> Training:
     """RMSNorm and SiLU in the transformer."""
     return language.build(4, norm=nn.RMSNorm, activation=nn.SiLU)
@@ -183,7 +183,7 @@ def no_norm() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def weight_normalised() -> Training:
     """Weight norm, whose parameters are a length and a direction."""
     t = enhancement.build(3, norm=lambda channels: nn.Identity(), activation=nn.ELU)
@@ -198,7 +198,7 @@ def batch_norm_autoencoder() -> Training:
     return autoencoder.build(4, norm=nn.BatchNorm1d, activation=nn.LeakyReLU)
 
 
-@healthy(held_out=True)
+@healthy()
 def hard_activations() -> Training:
     """Hardtanh and its flat ends, in a recogniser."""
     return recogniser.build(2, activation=nn.Hardtanh)
@@ -210,7 +210,7 @@ def softplus_and_relu6() -> Training:
     return enhancement.build(4, activation=nn.ReLU6)
 
 
-@healthy(held_out=True)
+@healthy()
 def batch_norm_separator() -> Training:
     """BatchNorm and ReLU in place of gLN and PReLU."""
     return separation.build(2, norm=nn.BatchNorm1d, activation=nn.ReLU)
@@ -227,7 +227,7 @@ def bfloat16_autocast() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def bfloat16_weights() -> Training:
     """Everything in bfloat16."""
     t = autoencoder.build(5)
@@ -245,7 +245,7 @@ def float64() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def float16_with_scaler() -> Training:
     """Mixed precision, float16, and a gradient scaler whose first steps are skipped."""
     t = language.build(5)
@@ -265,7 +265,7 @@ def one_cycle() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def warm_restarts() -> Training:
     """A cosine that is restarted every 75 steps."""
     t = enhancement.build(5)
@@ -281,7 +281,7 @@ def long_warm_up() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def step_decay() -> Training:
     """A tenth of the rate for the last third."""
     t = classifier.build(11)

@@ -21,7 +21,7 @@ def frozen_backbone() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def low_rank_adapters() -> Training:
     """LoRA: frozen layers, differences that start at zero."""
     return healthy_models.adapters()
@@ -33,7 +33,7 @@ def checkpointed_activations() -> Training:
     return language.build(6, checkpointed=True)
 
 
-@healthy(held_out=True)
+@healthy()
 def two_optimizers() -> Training:
     """A GAN: its losses go up and down, and neither falls."""
     return healthy_models.gan()
@@ -45,7 +45,7 @@ def resting_experts() -> Training:
     return healthy_models.mixture_of_experts()
 
 
-@healthy(held_out=True)
+@healthy()
 def strong_dropout() -> Training:
     """Dropout of one half."""
     return classifier.build(12, dropout=0.5)
@@ -57,7 +57,7 @@ def dropout_in_transformer() -> Training:
     return language.build(7, dropout=0.2)
 
 
-@healthy(held_out=True)
+@healthy()
 def sparse_on_purpose() -> Training:
     """A penalty keeps four of five activations of the code's neighbour at zero."""
     t = autoencoder.build(7, activation=nn.ReLU)
@@ -85,7 +85,7 @@ def best_eight() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def accumulated_gradients() -> Training:
     """Four micro-batches a step, averaged."""
     t = recogniser.build(3)
@@ -115,7 +115,7 @@ def averaged_weights() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def clipping_at_the_usual_norm() -> Training:
     """Clipping at a norm that half of the steps exceed, as most speech recipes do."""
     t = recogniser.build(4)
@@ -139,7 +139,7 @@ def mild_imbalance() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def label_smoothing_and_noise() -> Training:
     """Smoothed labels, one in ten wrong: the loss ends high."""
     t = classifier.build(14)
@@ -174,7 +174,7 @@ def head_for_later() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def variational_autoencoder() -> Training:
     """Noise on the code, some units of which carry nothing."""
     return healthy_models.variational()
@@ -195,7 +195,7 @@ def louder_validation() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def small_noisy_batches() -> Training:
     """Batches of four: a loss that jumps."""
     t = classifier.build(15, norm=lambda channels: nn.GroupNorm(2, channels))

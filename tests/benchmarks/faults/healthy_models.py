@@ -1,4 +1,4 @@
-"""Programs beyond the six: two optimizers against each other, experts of which some rest, adapters on a frozen network."""
+"""Programs beyond those with faults: two optimizers against each other, experts of which some rest, adapters on a frozen network."""
 
 from __future__ import annotations
 

@@ -73,14 +73,14 @@ def metric_vanishes(t: Training) -> None:
     t.measure = measure
 
 
-@fault(language, "overfit", "overtraining", "input-duplicate", step=100, then=("class-imbalance",), held_out=True)
+@fault(language, "overfit", "overtraining", "input-duplicate", step=100, then=("class-imbalance",))
 def same_batch_forever(t: Training) -> None:
     """The iterator is made anew at each step: always the first batch. TrainCheck: data order; SageMaker Overfit."""
     plain = t.sample
     t.sample = lambda step, phase: plain(0 if phase == "train" else step, phase)
 
 
-@fault(language, "class-imbalance", "prediction-collapse", "output-constant", step=110, then=("input-drift", "overfit", "overtraining", "gradient-vanishing", "gradient-zero", "loss-plateau", "activation-saturated"), held_out=True)  # fmt: skip
+@fault(language, "class-imbalance", "prediction-collapse", "output-constant", step=110, then=("input-drift", "overfit", "overtraining", "gradient-vanishing", "gradient-zero", "loss-plateau", "activation-saturated"))  # fmt: skip
 def targets_are_padding(t: Training) -> None:
     """From step 100 on a collate function writes the padding token over all targets. Humbatova: wrong targets."""
     plain = t.sample
@@ -92,7 +92,7 @@ def targets_are_padding(t: Training) -> None:
     t.sample = sample
 
 
-@fault(language, "nonfinite-optimizer", "nonfinite-parameter", modules=("", "blocks.1.mlp.0"), step=100, then=NONFINITE, held_out=True)  # fmt: skip
+@fault(language, "nonfinite-optimizer", "nonfinite-parameter", modules=("", "blocks.1.mlp.0"), step=100, then=NONFINITE)  # fmt: skip
 def optimizer_state_spoilt(t: Training) -> None:
     """A second moment becomes NaN at step 100, as after a bad restart. TrainCheck: checkpoint and optimizer state."""
 
@@ -104,7 +104,7 @@ def optimizer_state_spoilt(t: Training) -> None:
     t.before.append(spoil)
 
 
-@fault(language, "gradient-zero", "dtype-headroom", "gradient-vanishing", then=(*STUCK, "update-ratio-low", "parameter-unchanged"), held_out=True)  # fmt: skip
+@fault(language, "gradient-zero", "dtype-headroom", "gradient-vanishing", then=(*STUCK, "update-ratio-low", "parameter-unchanged"))  # fmt: skip
 def half_without_scaling(t: Training) -> None:
     """float16 without a gradient scaler, and a loss divided once more by the number of tokens: gradients
     underflow. TrainCheck: mixed precision."""
@@ -118,20 +118,20 @@ def half_without_scaling(t: Training) -> None:
     t.forward = forward
 
 
-@fault(language, "gradient-zero", "module-unused", "feature-constant", "dead-units", modules=("blocks.1.mlp",), held_out=True)  # fmt: skip
+@fault(language, "gradient-zero", "module-unused", "feature-constant", "dead-units", modules=("blocks.1.mlp",))  # fmt: skip
 def branch_times_zero(t: Training) -> None:
     """An ablation was never taken back: the second block's feed-forward branch is multiplied by zero. SageMaker AllZero."""
     t.model.blocks[1].mlp.register_forward_hook(lambda module, args, output: output * 0.0)
 
 
-@fault(language, "norm-input-variance", "activation-vanishing", "feature-constant", modules=("embedding", "position", "blocks.0"), then=("gradient-vanishing", "gradient-zero", "gradient-imbalance", "poor-initialisation", "dead-units"), held_out=True)  # fmt: skip
+@fault(language, "norm-input-variance", "activation-vanishing", "feature-constant", modules=("embedding", "position", "blocks.0"), then=("gradient-vanishing", "gradient-zero", "gradient-imbalance", "poor-initialisation", "dead-units"))  # fmt: skip
 def tables_scaled_away(t: Training) -> None:
     """Both tables are divided by 1e5 on their way in, so that the first normalisation sees its epsilon only. Humbatova."""
     for table in (t.model.embedding, t.model.position):
         table.register_forward_hook(lambda module, args, output: output * 1e-5)
 
 
-@fault(language, "nonfinite-activation", "nonfinite-parameter", "activation-exploding", modules=("blocks.0.mlp", "blocks.0"), step=90, then=(*NONFINITE, *DIVERGES), held_out=True)  # fmt: skip
+@fault(language, "nonfinite-activation", "nonfinite-parameter", "activation-exploding", modules=("blocks.0.mlp", "blocks.0"), step=90, then=(*NONFINITE, *DIVERGES))  # fmt: skip
 def bit_flip(t: Training) -> None:
     """One weight of one layer becomes 1e38 at step 90. TrainCheck: hardware; speech: microsoft/unilm#1672."""
 

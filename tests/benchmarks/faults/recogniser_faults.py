@@ -41,7 +41,7 @@ def warm_restart_too_hot(t: Training) -> None:
     )
 
 
-@fault(recogniser, "input-drift", step=49, held_out=True)
+@fault(recogniser, "input-drift", step=49)
 def validation_not_scaled(t: Training) -> None:
     """Features are normalised in training only: 20 dB less and shifted in validation. Speech: CMVN in one pipeline."""
     plain = t.sample
@@ -53,7 +53,7 @@ def validation_not_scaled(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recogniser, "activation-saturated", "poor-initialisation", "gradient-vanishing", modules=("gru",), then=(*STUCK, "gradient-imbalance", "gradient-zero", "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(recogniser, "activation-saturated", "poor-initialisation", "gradient-vanishing", modules=("gru",), then=(*STUCK, "gradient-imbalance", "gradient-zero", "update-ratio-low"))  # fmt: skip
 def saturated_recurrence(t: Training) -> None:
     """Input weights of the recurrent layer 300 times too large: its states are -1 or 1. SageMaker SaturatedActivation."""
     with torch.no_grad():
@@ -62,20 +62,20 @@ def saturated_recurrence(t: Training) -> None:
                 parameter.mul_(300.0)
 
 
-@fault(recogniser, "dead-units", modules=("activation", "conv"), then=(*STUCK, "feature-constant", "norm-input-variance", "gradient-zero", "gradient-vanishing", "parameter-unchanged", "module-unused", "activation-vanishing", "poor-initialisation"), held_out=True)  # fmt: skip
+@fault(recogniser, "dead-units", modules=("activation", "conv"), then=(*STUCK, "feature-constant", "norm-input-variance", "gradient-zero", "gradient-vanishing", "parameter-unchanged", "module-unused", "activation-vanishing", "poor-initialisation"))  # fmt: skip
 def dead_front_end(t: Training) -> None:
     """The convolution starts at a bias of -20 before its ReLU. SageMaker DeadRelu."""
     nn.init.constant_(t.model.conv.bias, -20.0)
 
 
-@fault(recogniser, "metric-always-none", "metric-type", "metric-missing", "metric-nonfinite", step=49, held_out=True)
+@fault(recogniser, "metric-always-none", "metric-type", "metric-missing", "metric-nonfinite", step=49)
 def accuracy_is_none(t: Training) -> None:
     """The accuracy is None in every validation: the model has no such branch. Speech: wenet-e2e/wenet#2336."""
     measured = t.measure
     t.measure = lambda tensors, batch: {**measured(tensors, batch), "exact": None}
 
 
-@fault(recogniser, "loss-plateau", "stalled-optimisation", "prediction-collapse", step=80, held_out=True)
+@fault(recogniser, "loss-plateau", "stalled-optimisation", "prediction-collapse", step=80)
 def transcripts_of_others(t: Training) -> None:
     """Audio is sorted by length, transcripts are not. Humbatova: wrong labels; speech: data preparation."""
     plain = t.sample
@@ -88,7 +88,7 @@ def transcripts_of_others(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recogniser, "optimizer-owns-others", "parameter-unchanged", "optimizer-misses-parameters", then=(*STUCK,), held_out=True)  # fmt: skip
+@fault(recogniser, "optimizer-owns-others", "parameter-unchanged", "optimizer-misses-parameters", then=(*STUCK,))  # fmt: skip
 def copy_is_trained(t: Training) -> None:
     """The model is copied after the optimizer was built: gradients flow, nothing moves. TrainCheck: accelerate#2665."""
     t.optimizers = [t.optimize(t.model.parameters())]

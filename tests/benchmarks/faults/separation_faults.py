@@ -61,7 +61,7 @@ def rate_cut_too_early(t: Training) -> None:
     t.schedule = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 100, 5e-6)
 
 
-@fault(separation, *COLLAPSED, step=50, then=("loss-plateau", "stalled-from-start"), held_out=True)
+@fault(separation, *COLLAPSED, step=50, then=("loss-plateau", "stalled-from-start"))
 def mean_over_permutations(t: Training) -> None:
     """The mean over the permutations in place of the best one. Speech: the PIT of a home-made loss."""
     t.steps = 400
@@ -74,7 +74,7 @@ def mean_over_permutations(t: Training) -> None:
     t.forward = forward
 
 
-@fault(separation, "loss-at-80-db", "loss-diverged", "loss-spike", step=150, then=("gradient-zero", "gradient-vanishing", "assignment-ambiguous", "references-alike", "loss-plateau", "stalled-optimisation"), held_out=True)  # fmt: skip
+@fault(separation, "loss-at-80-db", "loss-diverged", "loss-spike", step=150, then=("gradient-zero", "gradient-vanishing", "assignment-ambiguous", "references-alike", "loss-plateau", "stalled-optimisation"))  # fmt: skip
 def references_are_silent(t: Training) -> None:
     """From step 150 on the references are zeros: +80 dB, and no gradient. Speech: asteroid#704."""
     plain = t.sample
@@ -86,14 +86,14 @@ def references_are_silent(t: Training) -> None:
     t.sample = sample
 
 
-@fault(separation, "stalled-from-start", "loss-plateau", "stalled-optimisation", "update-ratio-low", then=(*STUCK, "parameter-unchanged", "output-collapse", "assignment-ambiguous"), held_out=True)  # fmt: skip
+@fault(separation, "stalled-from-start", "loss-plateau", "stalled-optimisation", "update-ratio-low", then=(*STUCK, "parameter-unchanged", "output-collapse", "assignment-ambiguous"))  # fmt: skip
 def rate_of_1e_7(t: Training) -> None:
     """A learning rate of 1e-7. SageMaker WeightUpdateRatio and LossNotDecreasing."""
     t.optimize = lambda p: torch.optim.Adam(p, 1e-7)
     t.steps = 400
 
 
-@fault(separation, "output-collapse", "overfit", "metric-phase-mismatch", step=99, then=("assignment-ambiguous", "overtraining"), held_out=True)  # fmt: skip
+@fault(separation, "output-collapse", "overfit", "metric-phase-mismatch", step=99, then=("assignment-ambiguous", "overtraining"))  # fmt: skip
 def validation_of_untrained_weights(t: Training) -> None:
     """The inference path builds the model and forgets to load the checkpoint. Speech: asteroid#708."""
     first = copy.deepcopy(t.model.state_dict())
@@ -119,7 +119,7 @@ class Divide(nn.Module):
         return self.gain * (x - x.mean((1, 2), keepdim=True)) / x.std((1, 2), keepdim=True)
 
 
-@fault(separation, "nonfinite-activation", "nonfinite-loss", modules=("layers.0.norm",), step=120, then=NONFINITE, held_out=True)  # fmt: skip
+@fault(separation, "nonfinite-activation", "nonfinite-loss", modules=("layers.0.norm",), step=120, then=NONFINITE)  # fmt: skip
 def normalisation_of_silence(t: Training) -> None:
     """A global normalisation without an epsilon meets a silent mixture at step 120. GRIST: division by zero."""
     t.model = separation.Separator(norm=Divide)
@@ -134,14 +134,14 @@ def normalisation_of_silence(t: Training) -> None:
     t.sample = sample
 
 
-@fault(separation, "dead-units", "output-silent", "output-constant", "loss-at-80-db", modules=("", "mask", "sigmoid"), then=(*STUCK, "gradient-zero", "gradient-vanishing", "feature-constant", "assignment-ambiguous", "parameter-unchanged", "output-collapse"), held_out=True)  # fmt: skip
+@fault(separation, "dead-units", "output-silent", "output-constant", "loss-at-80-db", modules=("", "mask", "sigmoid"), then=(*STUCK, "gradient-zero", "gradient-vanishing", "feature-constant", "assignment-ambiguous", "parameter-unchanged", "output-collapse"))  # fmt: skip
 def rectified_masks_closed(t: Training) -> None:
     """Masks through a ReLU that starts at a bias of -5: all masks are zero for good. SageMaker DeadRelu; asteroid#704."""
     t.model.sigmoid = nn.ReLU()
     nn.init.constant_(t.model.mask.bias, -5.0)
 
 
-@fault(separation, "gradient-zero", "parameter-unchanged", "module-unused", modules=("encoder",), held_out=True)
+@fault(separation, "gradient-zero", "parameter-unchanged", "module-unused", modules=("encoder",))
 def encoder_without_gradient(t: Training) -> None:
     """The encoder runs under `no_grad`, copied from an inference script. SageMaker UnchangedTensor; TrainCheck."""
     t.model.encoder.register_forward_hook(lambda module, args, output: output.detach())
