@@ -11,5 +11,7 @@ Where the classes of faults come from, as the docstrings name them:
 - TrainCheck: Jiang et al., "Training with Confidence", OSDI 2025, arXiv:2506.14813, and the issues that it reproduces.
 - GRIST: Yan et al., "Exposing Numerical Bugs in Deep Learning via Gradient Back-Propagation", ESEC/FSE 2021.
 - Humbatova: Humbatova et al., "Taxonomy of Real Faults in Deep Learning Systems", ICSE 2020, arXiv:1910.11015.
+- AutoTrainer: Zhang et al., "AutoTrainer: An Automatic DNN Training Problem Detection and Repair System", ICSE 2021.
+- UMLAUT: Schoop et al., "UMLAUT: Debugging Deep Learning Programs using Program Structure and Model Behavior", CHI 2021.
 - speech: issues of speech toolkits, by repository and number.
 """

@@ -6,6 +6,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from faults import (
+    apart_autoencoder,
+    apart_enhancement,
+    apart_healthy_b,
+    apart_retrieval,
+    apart_separation,
     autoencoder,
     autoencoder_faults,
     classifier,
@@ -18,6 +23,7 @@ from faults import (
     language_faults,
     recogniser,
     recogniser_faults,
+    retrieval,
     separation,
     separation_faults,
 )
@@ -30,7 +36,7 @@ from faults.observer_torchlens import TorchLens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement)
+PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, retrieval)
 FAULTS = tuple(
     value
     for module in (
@@ -40,11 +46,20 @@ FAULTS = tuple(
         separation_faults,
         recogniser_faults,
         enhancement_faults,
+        apart_autoencoder,
+        apart_separation,
+        apart_enhancement,
+        apart_retrieval,
     )
     for value in vars(module).values()
     if isinstance(value, Fault)
 )
-HEALTHY = tuple(v for module in (healthy, healthy_lookalikes) for v in vars(module).values() if isinstance(v, Healthy))
+HEALTHY = tuple(
+    v
+    for module in (healthy, healthy_lookalikes, apart_healthy_b)
+    for v in vars(module).values()
+    if isinstance(v, Healthy)
+)
 CASES: dict[str, Fault | Healthy] = {case.name: case for case in (*FAULTS, *HEALTHY)}
 
 OBSERVERS: dict[str, Callable[[], object]] = {
