@@ -1,4 +1,4 @@
-"""What an observer costs on the six programs: ratios of process time with and without, interleaved."""
+"""What an observer costs on the programs: ratios of process time with and without, interleaved."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def variational_forward(weight: float):
     return forward
 
 
-@fault(autoencoder, "output-constant", "feature-constant", "loss-plateau", "stalled-optimisation", step=50, then=(*STUCK, *FLAT, "activation-vanishing"), held_out=True)  # fmt: skip
+@fault(autoencoder, "output-constant", "feature-constant", "loss-plateau", "stalled-optimisation", step=20, then=(*STUCK, *FLAT, "activation-vanishing"), held_out=True)  # fmt: skip
 def divergence_not_averaged(t: Training) -> None:
     """The divergence is a sum over the batch, the error a mean over everything: the code carries nothing. Humbatova: wrong
     loss; the posterior collapse of Bowman et al. 2016, arXiv:1511.06349."""
@@ -100,7 +100,7 @@ def frozen_encoder_drifts(t: Training) -> None:
     t.before.append(freeze)
 
 
-@fault(autoencoder, "activation-saturated", "loss-plateau", "stalled-optimisation", "dead-units", modules=("decoder.4", "decoder.5", ""), step=50, then=(*STUCK, "feature-constant", "gradient-vanishing", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(autoencoder, "activation-saturated", "loss-plateau", "stalled-optimisation", "dead-units", modules=("decoder.4", "decoder.5", ""), step=30, then=(*STUCK, "feature-constant", "gradient-vanishing", "weight-norm-drift"), held_out=True)  # fmt: skip
 def sigmoid_for_signed_targets(t: Training) -> None:
     """A sigmoid at the end, from an autoencoder of pictures, where half of the targets are negative. UMLAUT and Humbatova:
     wrong last activation."""
@@ -114,14 +114,14 @@ def rounded_code(t: Training) -> None:
     t.model.encoder.register_forward_hook(lambda module, args, output: torch.round(output * 4) / 4)
 
 
-@fault(autoencoder, "update-ratio-high", "loss-diverged", "loss-spike", "activation-saturated", "gradient-exploding", step=40, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT), held_out=True)  # fmt: skip
+@fault(autoencoder, "update-ratio-high", "loss-diverged", "loss-spike", "activation-saturated", "gradient-exploding", step=60, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT), held_out=True)  # fmt: skip
 def rate_finder_left_on(t: Training) -> None:
     """The search for a learning rate was never switched off: 4 % more at each step. Humbatova: learning rate; AutoTrainer:
     oscillating loss."""
     t.schedule = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 1.04)
 
 
-@fault(autoencoder, "weight-norm-drift", "activation-saturated", "loss-diverged", "activation-exploding", step=50, then=(*DIVERGES, *STUCK, *FLAT, "loss-sign", "overfit"), held_out=True)  # fmt: skip
+@fault(autoencoder, "weight-norm-drift", "activation-saturated", "loss-diverged", "activation-exploding", step=30, then=(*DIVERGES, *STUCK, *FLAT, "loss-sign", "overfit"), held_out=True)  # fmt: skip
 def penalty_of_wrong_sign(t: Training) -> None:
     """The penalty on the squared weights is subtracted: they grow, and the loss falls all the better. TheDeepChecker and
     Humbatova: wrong regularisation."""

@@ -68,7 +68,7 @@ def recurrence_without_brakes(t: Training) -> None:
         )
 
 
-@fault(enhancement, "output-collapse", "activation-saturated", modules=("", "mask", "sigmoid"), step=30, then=(*STUCK, "gradient-vanishing", "gradient-zero", "feature-constant", "update-ratio-low", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(enhancement, "output-collapse", "activation-saturated", modules=("", "mask", "sigmoid"), step=20, then=(*STUCK, "gradient-vanishing", "gradient-zero", "feature-constant", "update-ratio-low", "weight-norm-drift"), held_out=True)  # fmt: skip
 def noisy_as_target(t: Training) -> None:
     """The list of targets is that of the noisy files: the mask opens, and the loss goes to zero. Humbatova: wrong labels;
     speech: data preparation."""
@@ -86,7 +86,7 @@ def noisy_as_target(t: Training) -> None:
 def clipped_before_unscaling(t: Training) -> None:
     """Gradients are clipped while they are still multiplied by the scaler's 65536: every step is that much too short.
     TrainCheck: clipping; pytorch/pytorch#40907."""
-    t.precision, t.scaled, t.steps = torch.float16, True, 200
+    t.precision, t.scaled, t.steps = torch.float16, True, 150
     t.optimize = lambda p: torch.optim.SGD(p, 0.3, momentum=0.9)
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
@@ -150,7 +150,7 @@ def layer_loaded_as_zeros(t: Training) -> None:
 def scaler_made_anew(t: Training) -> None:
     """The gradient scaler is built inside of the loop, so that its scale never falls, and a summed loss overflows float16 at
     the first one: all steps are skipped. TrainCheck: mixed precision."""
-    t.precision, t.scaled, t.steps = torch.float16, True, 150
+    t.precision, t.scaled, t.steps = torch.float16, True, 100
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
         outputs = model(batch[0])

@@ -14,7 +14,7 @@ from faults.retrieval import BATCH, WIDTH, ranks
 ALIKE = ("feature-constant", "output-constant", "gradient-vanishing", "gradient-zero", "activation-vanishing", "norm-input-variance")  # fmt: skip
 
 
-@fault(retrieval, "feature-constant", "output-constant", "input-duplicate", "input-constant", modules=("text",), then=(*STUCK, *ALIKE, "attention-head-dead", "parameter-unchanged", "gradient-imbalance", "class-imbalance", "dead-units", "metric-constant"), held_out=True)  # fmt: skip
+@fault(retrieval, "feature-constant", "output-constant", "input-duplicate", modules=("text",), then=(*STUCK, *ALIKE, "attention-head-dead", "parameter-unchanged", "gradient-imbalance", "class-imbalance", "dead-units", "metric-constant"), held_out=True)  # fmt: skip
 def captions_of_default(t: Training) -> None:
     """The column of the captions was renamed, and the reader falls back to one word for all. Humbatova: wrong data;
     SageMaker TensorVariance."""
@@ -137,7 +137,7 @@ def own_only(model: nn.Module, batch: Batch) -> Tensors:
     return {"loss": loss, "logits": logits, "targets": torch.arange(len(logits))}
 
 
-@fault(retrieval, "feature-constant", "output-constant", "loss-plateau", "prediction-collapse", step=50, then=(*STUCK, *ALIKE, "update-ratio-low", "dead-units", "module-unused", "parameter-unchanged", "metric-constant", "class-imbalance"), held_out=True)  # fmt: skip
+@fault(retrieval, "feature-constant", "output-constant", "loss-plateau", "prediction-collapse", step=30, then=(*STUCK, *ALIKE, "update-ratio-low", "dead-units", "module-unused", "parameter-unchanged", "metric-constant", "class-imbalance"), held_out=True)  # fmt: skip
 def negatives_forgotten(t: Training) -> None:
     """The loss pulls each clip to its caption and pushes nothing apart: all embeddings become one direction, and the loss
     is perfect. Humbatova: wrong loss."""

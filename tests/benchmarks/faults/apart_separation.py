@@ -47,7 +47,7 @@ class Folded(separation.Separator):
         return estimates.reshape(2, len(mixture), -1).transpose(0, 1)
 
 
-@fault(separation, "loss-plateau", "stalled-optimisation", "stalled-assignment", "output-collapse", "stalled-from-start", "assignment-ambiguous", "batch-leak", step=20, then=STUCK, held_out=True)  # fmt: skip
+@fault(separation, "loss-plateau", "stalled-optimisation", "assignment-ambiguous", "batch-leak", step=20, then=STUCK, held_out=True)  # fmt: skip
 def sources_folded_into_items(t: Training) -> None:
     """`view(sources, batch, time)` of a tensor that is (batch, sources, time): most estimates are of another item.
     Humbatova: wrong tensor shape; TrainCheck."""
@@ -115,7 +115,7 @@ class OneMask(separation.Separator):
         return torch.stack(outputs, 1)[:, :, 0]
 
 
-@fault(separation, *COLLAPSED, then=(*STUCK, "references-alike", "gradient-zero"), held_out=True)
+@fault(separation, *COLLAPSED, then=(*STUCK, "gradient-zero"), held_out=True)
 def first_mask_for_both(t: Training) -> None:
     """Both outputs are made with the mask of the first speaker: `masks[:, 0]` in a loop over speakers. Humbatova: wrong
     connection; speech: asteroid#708."""
