@@ -12,6 +12,5 @@ Where the classes of faults come from, as the docstrings name them:
 - GRIST: Yan et al., "Exposing Numerical Bugs in Deep Learning via Gradient Back-Propagation", ESEC/FSE 2021.
 - Humbatova: Humbatova et al., "Taxonomy of Real Faults in Deep Learning Systems", ICSE 2020, arXiv:1910.11015.
 - AutoTrainer: Zhang et al., "AutoTrainer: An Automatic DNN Training Problem Detection and Repair System", ICSE 2021.
-- UMLAUT: Schoop et al., "UMLAUT: Debugging Deep Learning Programs using Program Structure and Model Behavior", CHI 2021.
 - speech: issues of speech toolkits, by repository and number.
 """

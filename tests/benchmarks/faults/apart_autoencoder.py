@@ -81,7 +81,7 @@ def steps_below_bfloat16(t: Training) -> None:
 @fault(autoencoder, "parameter-changed", modules=("encoder",), step=100, then=("gradient-zero", "gradient-vanishing", "module-unused", "optimizer-frozen-parameters"), held_out=True)  # fmt: skip
 def frozen_encoder_drifts(t: Training) -> None:
     """The encoder is frozen at step 100, but its gradients are zeros and not None: momentum and weight decay go on.
-    TrainCheck: frozen parameters."""
+    Humbatova: training process; SageMaker UnchangedTensor, the other way round."""
     t.optimize = lambda p: torch.optim.AdamW(p, 2e-3, weight_decay=0.05)
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
@@ -102,8 +102,8 @@ def frozen_encoder_drifts(t: Training) -> None:
 
 @fault(autoencoder, "activation-saturated", "loss-plateau", "stalled-optimisation", "dead-units", modules=("decoder.4", "decoder.5", ""), step=30, then=(*STUCK, "feature-constant", "gradient-vanishing", "weight-norm-drift"), held_out=True)  # fmt: skip
 def sigmoid_for_signed_targets(t: Training) -> None:
-    """A sigmoid at the end, from an autoencoder of pictures, where half of the targets are negative. UMLAUT and Humbatova:
-    wrong last activation."""
+    """A sigmoid at the end, from an autoencoder of pictures, where half of the targets are negative. Humbatova: wrong
+    activation function."""
     t.model.decoder.append(nn.Sigmoid())
     t.optimize = lambda p: torch.optim.Adam(p, 1e-2)
 

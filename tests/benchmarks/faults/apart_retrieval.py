@@ -75,7 +75,8 @@ def damaged_clip_in_statistics(t: Training) -> None:
 
 @fault(retrieval, "model-in-eval", step=50, then=("overfit", "overtraining"), held_out=True)
 def never_back_to_training(t: Training) -> None:
-    """`train()` is called before the loop, `eval()` in each validation. TrainCheck; UMLAUT; tk-rusch/coRNN#1."""
+    """`train()` is called before the loop, `eval()` in each validation. TrainCheck; Humbatova: training process;
+    tk-rusch/coRNN#1."""
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
         training.model.train(step < training.val_every)
@@ -113,8 +114,8 @@ def ranks_from_one(t: Training) -> None:
 
 @fault(retrieval, "metric-type", step=49, then=("metric-missing", "metric-unexpected"), held_out=True)
 def recall_of_each_clip(t: Training) -> None:
-    """`mean()` is missing: a tensor of 32 hits is logged as recall. Humbatova: wrong tensor shape; speech:
-    wenet-e2e/wenet#2336."""
+    """`mean()` is missing: a tensor of 32 hits is logged as recall. Humbatova: wrong tensor
+    shape."""
 
     def measure(tensors: Tensors, batch: Batch) -> dict[str, object]:
         return {"recall@1": (ranks(tensors) < 1).float(), "recall@5": float((ranks(tensors) < 5).float().mean())}
@@ -158,7 +159,7 @@ def two_heads_loaded(t: Training) -> None:
 
 @fault(retrieval, "overfit", "overtraining", "input-duplicate", step=49, held_out=True)
 def sixty_four_pairs(t: Training) -> None:
-    """The list of files was cut to 64 for a test, and dropout switched off. SageMaker Overfit; AutoTrainer."""
+    """The list of files was cut to 64 for a test, and dropout switched off. SageMaker Overfit."""
     few, plain = retrieval.pairs(64, seeded(99)), t.sample
     t.model = retrieval.TwoTowers(dropout=0.0)
     t.optimize = lambda p: torch.optim.AdamW(p, 4e-3, weight_decay=0.0)
