@@ -6,11 +6,16 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from faults import (
+    apart_autoencoder,
     apart_classifier,
+    apart_enhancement,
     apart_forecaster,
     apart_healthy_a,
+    apart_healthy_b,
     apart_language,
     apart_recogniser,
+    apart_retrieval,
+    apart_separation,
     autoencoder,
     autoencoder_faults,
     classifier,
@@ -24,6 +29,7 @@ from faults import (
     language_faults,
     recogniser,
     recogniser_faults,
+    retrieval,
     separation,
     separation_faults,
 )
@@ -36,7 +42,7 @@ from faults.observer_torchlens import TorchLens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, forecaster)
+PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, forecaster, retrieval)
 FAULTS = tuple(
     value
     for module in (
@@ -50,13 +56,17 @@ FAULTS = tuple(
         apart_language,
         apart_recogniser,
         apart_forecaster,
+        apart_autoencoder,
+        apart_separation,
+        apart_enhancement,
+        apart_retrieval,
     )
     for value in vars(module).values()
     if isinstance(value, Fault)
 )
 HEALTHY = tuple(
     value
-    for module in (healthy, healthy_lookalikes, apart_healthy_a)
+    for module in (healthy, healthy_lookalikes, apart_healthy_a, apart_healthy_b)
     for value in vars(module).values()
     if isinstance(value, Healthy)
 )
