@@ -253,6 +253,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
     Rule(code="input-drift", explains=("overfit", "overtraining")),
+    Rule(code="class-imbalance", explains=("prediction-collapse", "overfit", "overtraining", "loss-plateau")),
     Rule(code="loss-diverged", explains=("loss-plateau", "loss-spike")),
     Rule(
         code="stalled-optimisation",
