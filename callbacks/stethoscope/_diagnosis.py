@@ -227,6 +227,16 @@ RULES: tuple[Rule, ...] = (
     # Why a loss does not move, from the most specific reason to the least.
     Rule(code="gradient-zero", explains=("module-unused", "update-ratio-low", "loss-plateau", "stalled-from-start")),
     Rule(
+        code="scheduler-ends-early",
+        explains=(
+            "update-ratio-low",
+            "parameter-unchanged",
+            "loss-plateau",
+            "stalled-from-start",
+            "stalled-optimisation",
+        ),
+    ),
+    Rule(
         code="gradient-clipping",
         explains=("update-ratio-low", "prediction-collapse", "loss-plateau", "stalled-from-start"),
     ),
