@@ -96,7 +96,7 @@ def test_several_optimizers_and_a_learning_rate_on_the_device():
     memory = sinks.Memory()
     with Monitor(model, [first, second], sinks=[memory]) as monitor:
         monitor.step()
-    assert {r.name: r.value for r in memory.records} == {"lr": 0.1, "lr/1": 0.2, "lr/2": 0.5}
+    assert {r.name: r.value for r in memory.records} == {"lr": 0.1, "lr/1": 0.2, "lr/2": 0.5, "plan/optimizers": 2.0}
 
 
 def test_numbers_tensors_and_nested_losses_are_recorded_and_larger_tensors_are_not():

@@ -227,6 +227,16 @@ RULES: tuple[Rule, ...] = (
     # Why a loss does not move, from the most specific reason to the least.
     Rule(code="gradient-zero", explains=("module-unused", "update-ratio-low", "loss-plateau", "stalled-from-start")),
     Rule(
+        code="scheduler-ends-early",
+        explains=(
+            "update-ratio-low",
+            "parameter-unchanged",
+            "loss-plateau",
+            "stalled-from-start",
+            "stalled-optimisation",
+        ),
+    ),
+    Rule(
         code="gradient-clipping",
         explains=("update-ratio-low", "prediction-collapse", "loss-plateau", "stalled-from-start"),
     ),
@@ -253,6 +263,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
     Rule(code="input-drift", explains=("overfit", "overtraining")),
+    Rule(code="class-imbalance", explains=("prediction-collapse", "overfit", "overtraining", "loss-plateau")),
     Rule(code="loss-diverged", explains=("loss-plateau", "loss-spike")),
     Rule(
         code="stalled-optimisation",

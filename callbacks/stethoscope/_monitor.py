@@ -197,9 +197,12 @@ class Monitor:
         step, given = self._step, self._given
         stamp = Record("", None, step, rank=self._run.rank, source="step")
         ready, scalars = numbers_of_step(tensors, given, self._optimizers, stamp)
-        if not self._planned and self._planned_steps is not None:
+        if not self._planned:
             self._planned = True
-            ready.append(stamp._replace(name="plan/steps", value=float(self._planned_steps)))
+            if self._planned_steps is not None:
+                ready.append(stamp._replace(name="plan/steps", value=float(self._planned_steps)))
+            if len(self._optimizers) > 1:
+                ready.append(stamp._replace(name="plan/optimizers", value=float(len(self._optimizers))))
         ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(step).items()]
         parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
         parts += self._probing.read(given, stamp._replace(source="probe"))

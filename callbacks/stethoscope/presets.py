@@ -13,6 +13,7 @@ from stethoscope.watches import (
     GradientHealth,
     InputDrift,
     Jumps,
+    LearningRate,
     MetricSchema,
     NonFinite,
     OutputCollapse,
@@ -73,7 +74,8 @@ def full() -> Preset:
     base = separation()
     health = (ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
     return _marked(
-        (*base["probes"], Inputs()), (*health, *base["watches"], ClassHealth(), Overfit(), InputDrift(), MetricSchema())
+        (*base["probes"], Inputs()),
+        (*health, *base["watches"], LearningRate(), ClassHealth(), Overfit(), InputDrift(), MetricSchema()),
     )
 
 

@@ -12,7 +12,7 @@ def counted(**given):
     memory = sinks.Memory()
     with Monitor(nn.Linear(1, 1), probes=[probes.Classes()], sinks=[memory], every=1, strict=True) as monitor:
         monitor.step(**given)
-    return {r.name: list(r.value.counts) for r in memory.records if r.name.startswith("classes/")}
+    return {r.name: list(r.value.counts) for r in memory.records if r.name.startswith(("classes/", "tokens/"))}
 
 
 def test_answers_targets_and_hits_are_counted_per_class_and_ignored_labels_are_left_out():
@@ -24,16 +24,33 @@ def test_answers_targets_and_hits_are_counted_per_class_and_ignored_labels_are_l
 @pytest.mark.parametrize(
     ("logits", "targets"),
     [
-        (torch.randn(4, 6, 50), torch.zeros(4, 6, dtype=torch.long)),  # a language model
+        (torch.randn(4, 6, 5000), torch.zeros(4, 6, dtype=torch.long)),  # a vocabulary
         (torch.randn(4, 1), torch.zeros(4)),
         (torch.randn(4, 5000), torch.zeros(4, dtype=torch.long)),
         (torch.randn(4, 5), torch.randn(4, 5)),
     ],
 )
 def test_what_is_no_classification_is_not_counted(logits, targets):
-    assert counted(logits=logits, targets=targets) == {}
+    assert counted(outputs=logits, targets=targets) == {}
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (4, 3, 6)])
+def test_classes_of_sequences_are_found_on_the_last_axis_or_the_second(shape):
+    logits = torch.zeros(shape)
+    (logits if shape[-1] == 3 else logits.movedim(1, -1))[..., 2] = 1.0
+    targets = torch.tensor([2, 2, 2, 0, 1, -100]).repeat(4, 1)
+    found = counted(logits=logits, targets=targets)
+    assert found == {"tokens/predicted": [0, 0, 20], "tokens/target": [4, 4, 12], "tokens/right": [0, 0, 12]}
+
+
+def test_answers_without_targets_are_counted_where_the_name_says_what_they_are():
+    scores = torch.eye(3).repeat(2, 1, 1)
+    assert counted(logits=scores) == {"tokens/predicted": [2, 2, 2]}
+    assert counted(logits=scores, targets=torch.zeros(2, 9, dtype=torch.long)) == {"tokens/predicted": [2, 2, 2]}
+    assert counted(outputs=scores) == {}
 
 
 def test_nothing_waits_for_the_device():
     given = {"outputs": torch.randn(4, 3), "labels": torch.tensor([0, 1, 2, 1])}
     assert_no_sync(probes.Classes(), nn.Linear(3, 3), torch.randn(4, 3), given)
+    assert_no_sync(probes.Classes(), nn.Linear(3, 3), torch.randn(4, 3), {"logits": torch.randn(4, 5, 3)})

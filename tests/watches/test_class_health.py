@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
 
-from stethoscope import Monitor
+from stethoscope import Monitor, Record
+from stethoscope._record import Histogram
+from stethoscope.testing import replay
 from stethoscope.watches import ClassHealth
 
 
@@ -42,3 +46,86 @@ def test_a_rare_class_that_is_never_recognised():
 
 def test_one_class_that_most_items_are_of_is_no_collapse():
     assert "prediction-collapse" not in train([0.97, 0.03])
+
+
+def observed(targets, answers=None, plan=None, group="classes", every=10, classes=5):
+    """Records of a run: `targets(i)` and `answers(i)` are lists of classes of the i-th observed batch; a right answer where none are given."""
+    if plan is not None:
+        yield Record("plan/steps", plan, 0, source="step")
+    for i in range(60):
+        y = targets(i)
+        given = y if answers is None else answers(i)
+        hits = [a for a, b in zip(given, y, strict=True) if a == b]
+        for name, values in (("predicted", given), ("target", y), ("right", hits)):
+            counts = tuple(float(values.count(k)) for k in range(classes))
+            yield Record(
+                f"{group}/{name}", Histogram(tuple(map(float, range(classes + 1))), counts), i * every, kind="histogram"
+            )
+
+
+def drawn(shares, batch, seed):
+    rng = random.Random(seed)
+    return lambda i: rng.choices(range(len(shares)), shares, k=batch)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("run", [1, 7])
+def test_batches_in_the_order_of_their_classes(seed, run):
+    mixed = drawn([1.0] * 5, 32, seed)
+    found = replay(ClassHealth(), observed(lambda i: [i // run % 5] * 32))
+    assert [f.code for f in found] == ["class-imbalance"]
+    assert "the data come in order" in found[0].message
+    assert replay(ClassHealth(), observed(mixed)) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("group", ["classes", "tokens"])
+def test_targets_that_become_one_class(seed, group):
+    mixed = drawn([1.0] * 5, 32, seed)
+    found = replay(ClassHealth(), observed(lambda i: mixed(i) if i < 20 else [3] * 32, group=group))
+    assert [f.code for f in found] == ["class-imbalance"]
+    assert found[0].message == "All batches of late are of class 3."
+    assert 200 < found[0].step <= 260
+
+
+def test_targets_of_one_class_from_the_start():
+    found = replay(ClassHealth(), observed(lambda i: [0] * 32, plan=600))
+    assert [f.message for f in found] == ["All batches are of class 0."]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("batch", [4, 8, 32])
+@pytest.mark.parametrize("rare", [0.02, 0.1, 0.3])
+def test_unbalanced_classes_whose_rare_one_is_recognised_are_fine(rare, batch, seed):
+    assert replay(ClassHealth(), observed(drawn([1 - rare, rare], batch, seed), plan=600)) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_rare_classes_are_judged_together(seed):
+    targets = drawn([0.01, 0.96, 0.01, 0.01, 0.01], 32, seed)
+    found = replay(ClassHealth(), observed(targets, lambda i: [1] * 32, plan=600))
+    assert {f.code for f in found} == {"class-imbalance"}
+    assert found[0].step >= 150
+
+
+def test_rare_tokens_are_usual():
+    targets = drawn([0.02, 0.92, 0.02, 0.02, 0.02], 32, 0)
+    assert replay(ClassHealth(), observed(targets, lambda i: [1] * 32, plan=600, group="tokens")) == []
+
+
+@pytest.mark.parametrize(("until", "codes"), [(10, []), (35, ["prediction-collapse"])])
+def test_blanks_alone_are_usual_at_first_and_a_collapse_in_half_of_the_run(until, codes):
+    records = [Record("plan/steps", 600, 0, source="step")]
+    for i in range(60):
+        counts = (50.0, 0.0, 0.0) if i < until else (40.0, 5.0, 5.0)
+        records.append(Record("tokens/predicted", Histogram((0.0, 1.0, 2.0, 3.0), counts), i * 10, kind="histogram"))
+    assert [f.code for f in replay(ClassHealth(), records)] == codes
+
+
+def test_one_answer_during_a_warm_up_is_no_collapse():
+    targets = drawn([1.0] * 5, 32, 0)
+    wrong = list(observed(targets, lambda i: [1] * 32 if i < 30 else targets(i), plan=600))
+    rates = [Record("lr", min(1.0, (i + 1) / 30), i * 10, source="step") for i in range(60)]
+    warm = [r for i in range(60) for r in (rates[i], *(w for w in wrong if w.step == i * 10))]
+    assert "prediction-collapse" in [f.code for f in replay(ClassHealth(), wrong)]
+    assert "prediction-collapse" not in [f.code for f in replay(ClassHealth(), warm)]

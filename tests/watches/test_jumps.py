@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stethoscope import Record
 from stethoscope.testing import replay, series
 from stethoscope.watches import Jumps
 
@@ -104,3 +105,12 @@ def test_phases_are_kept_apart():
     records = [record._replace(phase="val") for record in series(loss=[1.0] * 30 + [math.nan] * 5)]
     assert replay(Jumps(), records) == []
     assert [f.phase for f in replay(Jumps(phase="val"), records)] == ["val"]
+
+
+def test_loss_of_one_of_several_optimizers_may_climb():
+    climbing = [1.0 + 0.01 * (i % 7) + max(0, i - 200) / 100 for i in range(600)]
+    game = Record("plan/optimizers", 2.0, 0, source="step")
+    assert [f.severity for f in replay(Jumps(), series(loss=climbing))] == ["warning"]
+    assert [f.severity for f in replay(Jumps(), [game, *series(loss=climbing)])] == ["info"]
+    broken = [game, *series(loss=[1.0] * 30 + [float("nan")] * 5)]
+    assert [f.severity for f in replay(Jumps(), broken)] == ["error"]

@@ -330,3 +330,52 @@ def test_a_batch_without_a_value_among_many_gives_no_warning():
     rng = random.Random(0)
     stream = [{"loss": 1.0} | ({"loss_voiced": 1.0} if rng.random() < 0.95 else {}) for _ in range(500)]
     assert follow([("train", metrics) for metrics in stream]) == []
+
+
+def loud(stream):
+    return codes(finding for finding in follow(stream) if finding.severity != "info")
+
+
+def rounds(*dictionaries, train=True):
+    """A validation after every five steps of training."""
+    for each in dictionaries:
+        if train:
+            yield from [("train", {"loss": 1.0})] * 5
+        yield "val", each
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_key_of_the_first_validation_alone_is_said_after_five_without_it(train):
+    full, part = {"loss": 1.0, "acc": 0.5, "ppl": 3.0}, {"loss": 1.0, "ppl": 3.0}
+    assert loud(rounds(full, *[part] * 4, train=train)) == []
+    assert loud(rounds(full, *[part] * 6, train=train)) == [("metric-vanished", "acc")]
+
+
+@pytest.mark.parametrize(
+    "logged",
+    [
+        pytest.param(([{"loss": 1.0, "acc": 0.5}] + [{"loss": 1.0}] * 4) * 4, id="every fifth"),
+        pytest.param([{"loss": 1.0, "num_parameters": 4.0}] + [{"loss": 1.0}] * 20, id="bookkeeping"),
+        pytest.param([{"acc": 0.5}] + [{"loss": 1.0}] * 20, id="another dictionary"),
+        pytest.param([{"loss": 1.0, "acc": 0.5}] + [{"loss": 1.0}, {"loss": 1.0, "wer": 0.5}] * 10, id="other names too"),
+    ],
+)  # fmt: skip
+def test_what_is_in_the_first_validation_by_chance_is_not_missed(logged):
+    assert loud(rounds(*logged, train="loss" in logged[0])) == []
+
+
+def test_batches_of_one_validation_are_not_compared_with_its_first():
+    watch, found = MetricSchema(), []
+    state = watch.init()
+    for i in range(20):
+        metrics = {"loss": 1.0} | ({"acc": 0.5} if i == 0 else {})
+        state, said = watch.update(state, [Record(k, v, 3, phase="val", source="log") for k, v in metrics.items()])
+        found += said
+    assert found == []
+
+
+@pytest.mark.parametrize(("value", "wrong"), [(0.0, False), (1.0, False), (87.5, False), (-0.2, True), (4800.0, True)])
+def test_an_accuracy_beyond_any_unit_needs_no_declaration(value, wrong):
+    found = follow([("val", {"loss": 1.0, "accuracy": value})])
+    assert codes(found) == ([("metric-range", "accuracy")] if wrong else [])
+    assert follow([("val", {"loss": 1.0, "snr_db": value, "wer": abs(value)})]) == []

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_validation_that_climbs_while_training_falls(shift):
 
 def test_both_climbing_is_not_overfit_nor_is_noise():
     assert codes(history([4, 2, 1, 3, 3.5, 4, 4], [4, 2, 1, 3, 3.5, 4, 4])) == []
-    assert codes(history(FALLING, [4, 3, 2.5, 2.6, 3.1, 2.5, 3.1])) == []
+    assert codes(history(FALLING, [4, 3, 1.5, 1.6, 2.0, 1.5, 2.0])) == []
 
 
 def test_a_long_time_without_a_best_is_an_info():
@@ -75,3 +77,54 @@ def test_whatever_comes_in_the_state_is_json(pairs):
     for record in history([a for a, _ in pairs], [b for _, b in pairs]):
         state, _ = watch.update(state, [record])
     json.dumps(state)
+
+
+def long(train, val, every=20):
+    """A training loss at each step, a validation loss every `every` steps."""
+    for i, value in enumerate(train):
+        yield Record("loss", value, i, source="step")
+        if (i + 1) % every == 0:
+            yield Record("loss", val((i + 1) // every), i, phase="val", source="log")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shift", [0.0, -30.0])
+def test_validation_that_stays_where_it_began_while_training_falls(seed, shift):
+    rng = random.Random(seed)
+    train = [4 * math.exp(-i / 60) + 0.1 * rng.gauss(0, 1) + shift for i in range(300)]
+    found = replay(Overfit(), long(train, lambda i: 4.2 + 0.1 * rng.gauss(0, 1) + shift))
+    assert [f.code for f in found] == ["overfit"]
+    assert "no longer improves" in found[0].message
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_validation_of_ten_times_the_training_loss_is_learnt_by_heart(seed):
+    rng = random.Random(seed)
+    train = [4 * math.exp(-i / 30) for i in range(300)]
+    partly = replay(Overfit(), long(train, lambda i: 1.0 + math.exp(-i) + 0.02 * rng.gauss(0, 1)))
+    assert [f.code for f in partly] == ["overfit"]
+    solved = replay(Overfit(), long(train, lambda i: 0.2 * math.exp(-i) + 0.02 + 0.001 * rng.gauss(0, 1)))
+    assert [f for f in solved if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        pytest.param(lambda i: 4 - 3 * (1 - math.exp(-i / 80)), lambda i: 4 - 3.2 * (1 - math.exp(-i / 4)), id="together"),
+        pytest.param(lambda i: 4 - 3 * (1 - math.exp(-i / 80)), lambda i: 4 - 2 * (1 - math.exp(-i / 4)), id="a gap"),
+        pytest.param(lambda i: 4.0, lambda i: 4.2, id="nothing learnt"),
+        pytest.param(lambda i: 4 - 3 * (1 - math.exp(-i / 80)), lambda i: 4000 - 3000 * (1 - math.exp(-i / 4)), id="a sum"),
+        pytest.param(lambda i: 4 - 3 * (1 - math.exp(-i / 80)), lambda i: 4.5 - 0.1 * i, id="slowly, on harder data"),
+    ],
+)  # fmt: skip
+def test_usual_gaps_between_training_and_validation_are_none(train, val, seed):
+    rng = random.Random(seed)
+    noisy = [train(i) + 0.2 * rng.gauss(0, 1) for i in range(300)]
+    found = replay(Overfit(), long(noisy, lambda i: val(i) + 0.02 * rng.gauss(0, 1)))
+    assert [f for f in found if f.severity != "info"] == []
+
+
+def test_other_spellings_of_validation_are_heard():
+    renamed = [r._replace(phase="valid") if r.source == "log" else r for r in history(FALLING, (4, 3, 2.5, 2.6, 3.1, 3.3, 3.6))]  # fmt: skip
+    assert codes(renamed) == ["overfit"]

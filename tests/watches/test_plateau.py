@@ -216,3 +216,47 @@ def test_validation_losses_far_apart_are_judged_in_steps(every, seed):
     assert replay(Plateau(phase="val"), healthy) == []
     (found,) = replay(Plateau(phase="val"), stuck)
     assert 6000 < found.step <= 16_000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_that_rises_is_no_plateau_until_it_stays(seed):
+    rising = [1 + min(i, 1500) / 300 + e for i, e in enumerate(noise(sd=0.2, seed=seed))]
+    found = replay(Plateau(patience=100), series(loss=rising))
+    assert [f.code for f in found] == ["loss-plateau"]
+    assert found[0].step > 1500
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_that_has_fallen_to_nearly_nothing_is_an_info_however_early(seed):
+    plan = Record("plan/steps", STEPS, 0, source="step")
+    values = [2 * math.exp(-i / 60) + 0.02 * math.exp(e) for i, e in enumerate(noise(sd=0.1, seed=seed))]
+    found = replay(Plateau(), [plan, *series(loss=values)])
+    assert [f.severity for f in found] == ["info"]
+    assert "0.011 of its start is left" in found[0].message
+    shifted = replay(Plateau(), [plan, *series(loss=[v - 1 for v in values])])
+    assert [f.severity for f in shifted] == ["warning"]  # below zero a share of the loss means nothing
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("level", [1.6, -0.4])
+def test_loss_that_never_left_its_start_is_a_warning_even_late_in_the_run(level, seed):
+    plan = Record("plan/steps", 400, 0, source="step")
+    values = [level + 0.05 * e for e in noise(400, seed=seed)]
+    lr = [0.1] * 150 + [0.03] * 250  # the window begins anew, so that the verdict comes late
+    late = [f for f in replay(Plateau(), [plan, *series(loss=values, lr=lr)]) if f.step > 200]
+    assert all(f.severity == "warning" and "hardly left its start" in f.message for f in late)
+    assert [f.step for f in replay(Plateau(), [plan, *series(loss=values)])]
+
+
+def test_loss_of_one_of_several_optimizers_is_no_measure_of_progress():
+    game = Record("plan/optimizers", 2.0, 0, source="step")
+    found = replay(Plateau(patience=100), [game, *series(loss=[0.69 + 0.1 * e for e in noise()])])
+    assert [f.severity for f in found] == ["info"]
+    assert "Several optimizers step" in found[0].message
+
+
+def test_nothing_is_judged_while_the_learning_rate_warms_up():
+    warm_up = [min(1.0, (i + 1) / 1000) for i in range(STEPS)]
+    values = [3 - 2 * min(1.0, max(0, i - 900) / 1500) + 0.1 * e for i, e in enumerate(noise())]
+    assert replay(Plateau(patience=100), series(loss=values[:1000], lr=warm_up[:1000])) == []
+    assert replay(Plateau(patience=100), series(loss=values[:1000], lr=[1.0] * 1000)) != []

@@ -21,13 +21,19 @@ MOST = 1000
 """Classes that are counted; a vocabulary is no set of classes."""
 
 
+BARE = ("logits", "log_probs")
+"""Names that stand for scores of classes also where no targets are given."""
+
+
 @dataclass(frozen=True)
 class Classes:
     """How often each class is predicted, is the target, and is predicted rightly, from tensors given to `observe` or `step`.
 
     **Records**, per observed step, as histograms with one bin per class (of width 1, from 0): `classes/predicted`,
-    `classes/target`, `classes/right`. Only where there is one label per item: scores of shape (items, classes) and integer targets of shape
-    (items,). Targets outside of the classes (an ignored index) are left out.
+    `classes/target`, `classes/right`, for scores of shape (items, classes) and integer targets of shape (items,). Of sequences and images, scores
+    (items, ..., classes) or (items, classes, ...) and targets (items, ...), the same as `tokens/predicted` and so on: their classes are often a
+    vocabulary. Targets outside of the classes (an ignored index) are left out. Where no targets fit (CTC), of what is called `logits` or
+    `log_probs`, with the classes last, `tokens/predicted` alone.
 
     **Cost:** one `argmax` and three sums over the scores on observed steps. Never waits for the device.
 
@@ -44,7 +50,7 @@ class Classes:
         [1.0, 1.0, 0.0]
     """
 
-    outputs: tuple[str, ...] = ("logits", "outputs", "output", "scores", "predictions")
+    outputs: tuple[str, ...] = ("logits", "log_probs", "outputs", "output", "scores", "predictions")
     targets: tuple[str, ...] = ("targets", "target", "labels", "label", "y")
     every: int | None = None
 
@@ -71,33 +77,60 @@ class _Counting:
 
     def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:
         """See `Attachment`."""
-        scores = next((given[name] for name in self.spec.outputs if name in given), None)
+        if not self._armed:
+            return Readings(())
+        name = next((name for name in self.spec.outputs if name in given), None)
         labels = next((given[name] for name in self.spec.targets if name in given), None)
-        if not self._armed or scores is None or labels is None or not _fit(scores, labels):
+        if name is None:
             return Readings(())
         with torch.no_grad():
-            classes = scores.shape[1]
-            answers = scores.detach().argmax(1)
-            valid = (labels >= 0) & (labels < classes)
-            place = labels.clamp(0, classes - 1).long()
-            edges = tuple(float(i) for i in range(classes + 1))
-            counts = {
-                "predicted": _count(answers, valid, classes),
-                "target": _count(place, valid, classes),
-                "right": _count(place, valid & (answers == place), classes),
-            }
-        return {Key(f"classes/{name}", edges=edges): count for name, count in counts.items()}
+            scores = given[name].detach()
+            axis = None if labels is None else _axis(scores, labels)
+            if labels is not None and axis is not None:
+                return _counts(scores.movedim(axis, -1), labels)
+            if name in BARE and scores.dim() in (2, 3) and 2 <= scores.shape[-1] <= MOST:
+                answers = scores.argmax(-1)
+                every = torch.ones_like(answers, dtype=torch.bool)
+                counts = _count(answers, every, scores.shape[-1])
+                return {Key("tokens/predicted", edges=_edges(scores.shape[-1])): counts}
+        return Readings(())
 
     def detach(self) -> None:
         """See `Attachment`."""
         self._armed = False
 
 
-def _fit(scores: Tensor, labels: Tensor) -> bool:
+def _axis(scores: Tensor, labels: Tensor) -> int | None:
+    """The axis of the classes, None where labels do not belong to scores."""
     whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype is not torch.bool
-    return whole and scores.dim() == 2 and 2 <= scores.shape[1] <= MOST and labels.shape == scores.shape[:1]
+    if not whole or scores.dim() != labels.dim() + 1 or labels.dim() == 0:
+        return None
+    # of (items, length, length) nobody can tell: language models put the vocabulary last
+    for axis in (-1, 1):
+        others = scores.shape[:-1] if axis == -1 else (*scores.shape[:1], *scores.shape[2:])
+        if others == labels.shape and 2 <= scores.shape[axis] <= MOST:
+            return axis
+    return None
+
+
+def _counts(scores: Tensor, labels: Tensor) -> Mapping[Key, Tensor]:
+    classes = scores.shape[-1]
+    answers = scores.argmax(-1)
+    valid = (labels >= 0) & (labels < classes)
+    place = labels.clamp(0, classes - 1).long()
+    counts = {
+        "predicted": _count(answers, valid, classes),
+        "target": _count(place, valid, classes),
+        "right": _count(place, valid & (answers == place), classes),
+    }
+    group = "classes" if labels.dim() == 1 else "tokens"
+    return {Key(f"{group}/{name}", edges=_edges(classes)): count for name, count in counts.items()}
+
+
+def _edges(classes: int) -> tuple[float, ...]:
+    return tuple(float(i) for i in range(classes + 1))
 
 
 def _count(places: Tensor, counted: Tensor, classes: int) -> Tensor:
     # bincount would ask the device how many bins it needs
-    return torch.zeros(classes, device=places.device).scatter_add_(0, places, counted.float())
+    return torch.zeros(classes, device=places.device).scatter_add_(0, places.flatten(), counted.flatten().float())

@@ -1,8 +1,9 @@
-"""`ClassHealth`: a classifier that answers with one class, and rare classes that it never learns."""
+"""`ClassHealth`: a classifier that answers with one class, rare classes that it never learns, targets of one class."""
 
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from math import log
 from typing import TYPE_CHECKING
 
 from stethoscope._record import Finding, Histogram
@@ -19,6 +20,16 @@ KEEP = 10
 """Observed steps whose counts are added up."""
 
 TIMES, SPAN = 5, 50  # observed steps in a row, and steps that they span: every network begins with one answer
+SHARE, UNPLANNED = (
+    0.1,
+    1000,
+)  # of the planned run that they span at least; a long run has a long warm-up. Steps without a plan
+YOUNG = 0.25  # share of the planned run within which a rare class may still be learnt
+HALF, ENDLESS = 0.5, 5000  # share of the run, steps without a plan: CTC answers with blanks alone for long at first
+FEWEST = 8  # items of a batch that says anything about the order of the data: of four one class is chance
+ONE = 0.9  # share of a batch: by chance less than once in a million batches of two balanced classes
+CHANCE = 1e-9  # that so many items of one class come in a row by themselves
+CONSTANT = 500  # items of one class, all of them: of a class with one item in a hundred some would have come
 
 
 @dataclass(frozen=True)
@@ -28,9 +39,15 @@ class ClassHealth:
     **What it decides**, from the counts of the last ten observed steps in training, `items` of them at least:
 
     - `prediction-collapse`: one class gets `collapsed` of the answers, though at most half of the items are of it, for five observed steps
-      in a row and 50 steps: every network begins like that.
-    - `class-imbalance`: a class is `imbalance` times rarer than the most frequent one, with `rare` items at least, and less than
-      `recalled` of them are recognised, while more than half of all items are.
+      in a row that span 50 steps and a tenth of the planned run, the learning rate's warm-up left out: every
+      network begins like that. Without targets: every single answer is one class, for half of the planned run (5000 steps without a plan).
+    - `class-imbalance`: a class, or all classes but the most frequent one together, is `imbalance` times rarer than the most frequent one,
+      with `rare` items at least, and less than `recalled` of them are recognised, while more than half of all items are; not in the first
+      quarter of a planned run. Or the batches themselves, of eight items at least, five observed ones in a row that span 50 steps, are of one
+      class each (nine tenths): another one from time to time (data in order); or of one class alone that was not alone before (more items in
+      a row than chance gives once in 1e9, by its share before), or 500 items from the start.
+
+    Of sequences and images (`tokens/...`), rare classes are none of its business.
 
     **Cost:** host only, O(classes) per observed step. **Needs:** `probes.Classes`: `step(loss=loss, logits=..., targets=...)`.
 
@@ -66,34 +83,106 @@ class ClassHealth:
 
     def init(self) -> State:
         """Nothing counted."""
-        return {"held": {}, "counts": []}
+        return {"held": {}, "counts": [], "plan": None, "lr": None, "usual": [], "single": [], "alone": [0, 0.0, 0.0]}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
-        now = {
-            r.name: list(r.value.counts)
-            for r in records
-            if r.phase == "train" and r.name.startswith("classes/") and isinstance(r.value, Histogram)
-        }
-        if len(now) < 3:
+        now: dict[str, list[float]] = {}
+        rate = state["lr"]
+        for r in records:
+            if r.phase != "train":
+                continue
+            if r.name == "plan/steps" and isinstance(r.value, (int, float)):
+                state = {**state, "plan": float(r.value)}
+            elif r.name == "lr" and isinstance(r.value, (int, float)):
+                rate = float(r.value)
+            elif r.name.startswith(("classes/", "tokens/")) and isinstance(r.value, Histogram):
+                now[r.name] = list(r.value.counts)
+        if not now:
             return state, ()
-        latest = [now["classes/predicted"], now["classes/target"], now["classes/right"]]
+        group = next(iter(now)).partition("/")[0]
+        step, plan = records[0].step, state["plan"]
+        warms_up = rate is not None and state["lr"] is not None and rate > state["lr"]
+        state = {**state, "lr": rate}
+        judging = Judging(state["held"], step, TIMES, SPAN)
+        if len(now) < 3:
+            self._answers(judging, now[f"{group}/predicted"], HALF * plan if plan else ENDLESS)
+            return {**state, "held": judging.held}, judging.findings
+        latest = [now[f"{group}/predicted"], now[f"{group}/target"], now[f"{group}/right"]]
         same = [each for each in state["counts"] if len(each[0]) == len(latest[0])]
         counts = [*same, latest][-KEEP:]
         answers, targets, right = (
             [sum(column) for column in zip(*rows, strict=True)] for rows in zip(*counts, strict=True)
         )
-        judging = Judging(state["held"], records[0].step, TIMES, SPAN)
+        state = self._batches(judging, state, latest[1])
         total = sum(targets)
         if total >= self.items:
-            self._collapse(judging, answers, targets, total)
-            self._imbalance(judging, targets, right, total)
-        return {"held": judging.held, "counts": counts}, judging.findings
+            judging.steps = max(SPAN, int(SHARE * (plan or 0)))
+            self._collapse(judging, answers, targets, total, warms_up=warms_up)
+            if group == "classes" and not (plan and step < YOUNG * plan):
+                self._imbalance(judging, targets, right, total)
+        return {**state, "held": judging.held, "counts": counts}, judging.findings
 
-    def _collapse(self, judging: Judging, answers: list[float], targets: list[float], total: float) -> None:
+    @staticmethod
+    def _answers(judging: Judging, answers: list[float], span: float) -> None:
+        """Judge answers whose targets are not known."""
+        most, total = max(answers), sum(answers)
+        judging.steps = int(span)
+        if judging.model("prediction-collapse", total > 0 and most == total):
+            judging.tell(
+                Finding(
+                    "prediction-collapse",
+                    "warning",
+                    f"Every answer of the last {span:,.0f} steps is class {answers.index(most)}.",
+                    "Of a CTC model that is the blank: look at the bias of the last layer, the learning rate, and whether labels fit their "
+                    "inputs and are shorter than the output.",
+                ),
+                values={"class": answers.index(most), "share": 1.0},
+            )
+
+    @staticmethod
+    def _batches(judging: Judging, state: State, targets: list[float]) -> State:
+        """Judge which classes come together in a batch."""
+        total = sum(targets)
+        if total < FEWEST:
+            return state
+        first = targets.index(max(targets))
+        one = targets[first] >= ONE * total
+        classes = sorted({*state["single"], first}) if one else []
+        shares = [count / total for count in targets]
+        usual = state["usual"] if len(state["usual"]) == len(shares) else []
+        which, alone, before = state[
+            "alone"
+        ]  # items of one class in a row, and its share before them; 1 where there was nothing
+        if targets[first] < total:
+            alone = 0.0
+        elif alone and which == first:
+            alone += total
+        else:
+            which, alone, before = first, total, usual[first] if usual else 1.0
+        ordered = len(classes) > 1
+        became = alone > 0 and before < 1 and alone * log(max(before, 1e-3)) < log(CHANCE)
+        constant = alone >= CONSTANT and before == 1
+        if judging.model("class-imbalance/batches", ordered or became or constant):
+            if ordered:
+                said = f"Each batch is of one class, {len(classes)} of them in turn so far: the data come in order."
+                advice = "Shuffle: shuffle=True in the DataLoader, a sampler, or a buffer for data that are streamed."
+            else:
+                said = f"All batches{' of late' if became else ''} are of class {first}."
+                advice = "Print the targets of one batch: a padding or default label, a filter, or a file that is missing half of its classes."
+            judging.tell(
+                Finding("class-imbalance", "warning", said, advice),
+                values={"class": first, "share": targets[first] / total, "classes": len(classes)},
+            )
+        usual = [0.9 * old + 0.1 * new for old, new in zip(usual, shares, strict=True)] if usual else shares
+        return {**state, "single": classes, "alone": [which, alone, before], "usual": usual}
+
+    def _collapse(
+        self, judging: Judging, answers: list[float], targets: list[float], total: float, *, warms_up: bool
+    ) -> None:
         most = max(range(len(answers)), key=answers.__getitem__)
         share, meant = answers[most] / total, targets[most] / total
-        if judging.model("prediction-collapse", share >= self.collapsed and meant <= 0.5):
+        if judging.model("prediction-collapse", share >= self.collapsed and meant <= 0.5 and not warms_up):
             judging.tell(
                 Finding(
                     "prediction-collapse",
@@ -106,21 +195,26 @@ class ClassHealth:
 
     def _imbalance(self, judging: Judging, targets: list[float], right: list[float], total: float) -> None:
         most, works = max(targets), sum(right) > 0.5 * total
-        hits = [
-            str(i)
-            for i, (count, hit) in enumerate(zip(targets, right, strict=True))
-            if works and count >= self.rare and self.imbalance * count <= most and hit < self.recalled * count
-        ]
-        news = judging.hold("class-imbalance", hits, [str(i) for i in range(len(targets))], times=3)
-        if news:
-            first = int(news[0])
-            judging.tell(
-                Finding(
-                    "class-imbalance",
-                    "warning",
-                    f"Class {first} is {most / targets[first]:.0f} times rarer than the most frequent one, and {right[first] / targets[first]:.0%} "
-                    f"of it is recognised, where {sum(right) / total:.0%} of all items are.",
-                    "Weigh the loss or draw rare classes more often, and watch a balanced metric; look at the sampler.",
-                ),
-                values={"class": first, "count": targets[first], "most": most, "recall": right[first] / targets[first]},
-            )
+
+        def missed(count: float, hit: float) -> bool:
+            return works and count >= self.rare and self.imbalance * count <= most and hit < self.recalled * count
+
+        each = [(str(i), count, hit) for i, (count, hit) in enumerate(zip(targets, right, strict=True))]
+        # of many rare classes, each may have too few items to be judged alone
+        others = ("", total - most, sum(right) - right[targets.index(most)])
+        told = [name for name, count, hit in [others, *each] if missed(count, hit)]
+        news = judging.hold("class-imbalance", told, ["", *(name for name, _, _ in each)], times=3)
+        if not news:
+            return
+        name, count, hit = next(row for row in [*each, others] if row[0] == news[-1])
+        which = f"Class {name} is" if name else "All classes but the most frequent one are, together,"
+        judging.tell(
+            Finding(
+                "class-imbalance",
+                "warning",
+                f"{which} {most / count:.0f} times rarer than the most frequent one, and {hit / count:.0%} "
+                f"of it is recognised, where {sum(right) / total:.0%} of all items are.",
+                "Weigh the loss or draw rare classes more often, and watch a balanced metric; look at the sampler.",
+            ),
+            values={"class": int(name) if name else -1, "count": count, "most": most, "recall": hit / count},
+        )

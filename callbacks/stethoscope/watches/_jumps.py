@@ -49,7 +49,8 @@ class Jumps:
     more than 5 within 1000 steps are a warning. *Diverged*: the median lies above its best by more than
     `25 % of drop + 2 sd` for 50 steps, or three values in a row are NaN or Inf. *+80 dB*: three values in a row within
     0.05 of 80, which is what an SI-SDR loss with eps 1e-8 returns for a zero output or a silent target. Differences
-    only, never ratios: negative losses are fine.
+    only, never ratios: negative losses are fine. Where several optimizers step, a climb is an info: in a game of two, the loss of one
+    player climbs while the other wins.
     **Findings:** `loss-spike`, `loss-diverged`, `loss-at-80-db`. **Cost:** host only, one sort of 51 numbers per step.
     **Needs:** no probe.
 
@@ -96,10 +97,14 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             "bad_since": None,
             "bad": 0,
             "ceiling": 0,
+            "optimizers": 1,
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the records of one step."""
+        for record in records:
+            if record.name == "plan/optimizers" and isinstance(record.value, (int, float)):
+                state = {**state, "optimizers": record.value}
         for record in records:
             if record.name == self.name and record.phase == self.phase and isinstance(record.value, (int, float)):
                 if state["last"] is not None and record.step <= state["last"]:
@@ -208,7 +213,8 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             "Go back to the best checkpoint and lower the learning rate or clip gradients. If data, loss or curriculum "
             "changed by plan there, name the step in schedule."
         )
-        return [Jump(code="loss-diverged", severity="warning", message=message, advice=advice, evidence=numbers)]
+        severity: Severity = "info" if state["optimizers"] > 1 else "warning"
+        return [Jump(code="loss-diverged", severity=severity, message=message, advice=advice, evidence=numbers)]
 
 
 def _level(values: Sequence[float]) -> tuple[float, float, float]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 LEARN = 2
 """Dictionaries of a phase that a key must have been in, without a gap, before its absence is worth a finding."""
+ONCE = 5
+"""Steps of a phase outside of training without a key that only its first dictionary had, while nothing else differs: a
+metric of every fifth evaluation is absent from four in a row."""
 STREAK = 100
 """Values in a row that must be None, or exactly 0.0 for an accuracy. A batch of 8 items of 1000 classes has none
 right 99 % of the time by chance, but hardly a hundred in a row once anything is learned."""
@@ -109,6 +112,8 @@ class _Dictionary:
         self.old = state["phases"].get(plan.phase) or {"n": 0, "keys": {}, "shapes": [], "active": []}
         self.keys: dict[str, dict[str, Any]] = dict(self.old["keys"])
         self.after = {**self.old, "n": self.old["n"] + 1, "keys": self.keys, "step": records[0].step}
+        # steps at which the phase was logged: as many as dictionaries where each says all of one evaluation
+        self.after["rounds"] = self.old.get("rounds", 0) + (records[0].step != self.old.get("step"))
         self.fresh = False
         self.problems: dict[str, Callable[[], Finding]] = {}
         first = records[0]
@@ -182,6 +187,9 @@ class _Dictionary:
         elif entry["zeros"]:
             self._change(slot.bare, zeros=0)
         if slot.field is None:
+            if slot.rate and not 0.0 <= value <= 100.0 and value - value == 0.0:
+                rule = "an accuracy lies between 0 and 1, or 0 and 100 %"
+                self._say("metric-range", slot.bare, findings.out_of_range, slot.raw, value, rule, "")
             if value - value != 0.0:
                 self._say("metric-nonfinite", slot.bare, findings.nonfinite, slot.raw, value)
             return
@@ -280,7 +288,11 @@ class _Dictionary:
             gaps = True
             entry = self._change(bare, absent=entry["absent"] + 1, missed=entry["missed"] + 1)
             count = seen(entry, self.after)
-            if count < LEARN or self.contract.find(entry["raw"], self.plan.phase) is not None:
+            if self.contract.find(entry["raw"], self.plan.phase) is not None:
+                continue
+            if count < LEARN:
+                if companion and self._only_first(bare, entry, count):
+                    self._say("metric-vanished", bare, findings.vanished, entry["raw"], count, entry["absent"])
                 continue
             if (
                 f"metric-missing|{bare}" in self.old["active"]
@@ -306,6 +318,12 @@ class _Dictionary:
                 self._say("metric-unexpected", renamed, again, renamed, entry["raw"], ())
         if gaps != self.old.get("gaps", False):
             self.after["gaps"] = gaps
+
+    def _only_first(self, bare: str, entry: dict[str, Any], count: int) -> bool:
+        """Whether the first dictionary of a phase had a key, all later ones are alike, and none of them has it."""
+        whole = self.after["rounds"] == self.after["n"] and len(self.after["shapes"]) == 2
+        alone = count == 1 and not entry["since"] and entry["absent"] >= ONCE
+        return whole and alone and self.plan.phase != "train" and not names.bookkeeping(bare)
 
     def _close(self) -> tuple[State, list[Finding]]:
         phase, active, said = self.plan.phase, self.old["active"], self.state["said"]

@@ -27,9 +27,10 @@ UNPLANNED = 1000  # steps of patience where the length of the run is unknown
 SHORTEST = 20  # steps of patience in a planned run
 LR_CHANGE = 2.0  # factor
 HUGE = 1e100  # left out as infinite: squares of it would overflow, and no float32 is as large
-LEFT = (
-    0.5  # share of the planned run that must be ahead for a warning: later, converged runs are as common as stuck ones
-)
+LEFT = 0.5  # share of the planned run ahead for a warning: later, converged runs are as common as stuck ones
+LEARNT = 0.1  # share of a positive loss: less was hardly learnt at all, and of the rest less is hardly left
+NEVER = 3.0  # standard deviations of one step: what a loss that may be negative must fall by to have fallen
+RISING_RATE = 1.05  # factor since the window began: a warm-up is under way
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Plateau:
     **What it decides:** the loss gains less than `min_improvement` per `patience` steps: a line is fitted to robust
     block means over the last `max(patience, half the run)`, and the upper confidence bound of its gain lies below
     `min_improvement` three blocks in a row; where the last half alone is undecided, the whole run is asked. Between "improving" and "stalled" there is "undecided", which says
-    nothing. A learning rate that changes by a factor of two and a planned step of `schedule` start the window anew.
-    Adding a constant to the loss or scaling it changes nothing (unless `min_improvement` is given in its units), so
+    nothing, and so does a loss that rises: that is `Jumps`' business. A learning rate that changes by a factor of two and a planned step of `schedule` start the window anew,
+    and while it still warms up (the first half of a planned run at most) nothing is judged. Adding a constant to the loss or scaling it changes nothing (unless `min_improvement` is given in its units), so
     negative losses are fine; NaN and missing steps are left out.
     **Finding:** `loss-plateau`; a warning, but info where at most half of the planned run or a step of `schedule` lies
-    ahead: a converged run is as flat as a stuck one. **Cost:** host only, O(1) time and memory per step.
+    ahead: a converged run is as flat as a stuck one. Info, too, where several optimizers step (in a game of two the loss of one
+    is no measure of progress) or where a loss that was never below zero has fallen to a tenth of its start. Where it has hardly
+    fallen at all (less than a tenth; 3 standard deviations of one step if it may be negative), it is a warning at any time. **Cost:** host only, O(1) time and memory per step.
     **Needs:** no probe.
 
     Args:
@@ -108,6 +111,9 @@ class Plateau:
             "lr_began": None,
             "flat": 0,
             "stalled": None,
+            "start": [],
+            "low": None,
+            "optimizers": 1,
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -116,6 +122,8 @@ class Plateau:
             if record.name == "plan/steps" and isinstance(record.value, (int, float)):
                 if record.value > 0 and record.value != state["plan"]:  # a resumed run says it again
                     state = {**state, "plan": record.value, "series": None}
+            elif record.name == "plan/optimizers" and isinstance(record.value, (int, float)):
+                state = {**state, "optimizers": record.value}
             elif record.name == "lr" and isinstance(record.value, (int, float)) and math.isfinite(record.value):
                 state = {**state, "lr": record.value}
         for record in records:
@@ -135,7 +143,9 @@ class Plateau:
             jump = 0.886 * abs(value - state["previous"])
             noise = jump if noise is None else noise + 0.02 * (min(jump, 5 * noise + 1e-12) - noise)
         series, closed = _trend.push(state["series"], step, value)
-        state = {**state, "last": step, "previous": value, "noise": noise, "series": series}
+        low = value if state["low"] is None else min(value, state["low"])
+        start = state["start"] if len(state["start"]) == 3 else [*state["start"], value]
+        state = {**state, "last": step, "previous": value, "noise": noise, "series": series, "low": low, "start": start}
         return self._judge(state, step) if closed else (state, ())
 
     def _restart(self, state: State, step: int) -> State:
@@ -185,10 +195,12 @@ class Plateau:
             # Undecided: a run that has been flat ever since the restart shows it sooner over all of its blocks.
             seen = blocks
             high = -_trend.trend(seen, self.confidence).low * patience
-        flat = state["flat"] + 1 if high < enough + rounding else 0
+        rises = high < -(enough + rounding)
+        flat = state["flat"] + 1 if high < enough + rounding and not rises and not self._warms_up(state, step) else 0
         if flat < CONFIRM:
             return {**state, "flat": flat}, ()
-        state = {**state, "flat": 0, "stalled": sum(value for _, value in seen) / len(seen)}
+        mean = sum(value for _, value in seen) / len(seen)
+        state = {**state, "flat": 0, "stalled": mean}
         numbers = {
             "gain": gain,
             "upper_bound": high,
@@ -201,6 +213,12 @@ class Plateau:
             "lr": state["lr"],
         }
         return state, (self._finding(state, step, numbers),)
+
+    def _warms_up(self, state: State, step: int) -> bool:
+        """Whether the learning rate has risen since the window began, not later than in the first half of the run."""
+        rate, before, plan = state["lr"], state["lr_began"], state["plan"]
+        early = plan is None or step + 1 <= LEFT * plan
+        return bool(early and rate is not None and before is not None and rate > RISING_RATE * before)
 
     def _left(self, recent: Sequence[Sequence[float]], level: float, patience: int, enough: float) -> bool:
         """Whether the last patience lies clearly below the level of the alarm and gains enough by itself.
@@ -230,12 +248,29 @@ class Plateau:
             "If it should be lower: change the learning rate, check that every parameter gets gradients and is owned by "
             "the optimizer, and look at the outputs. If this is as good as expected, stop here."
         )
+        first = sorted(state["start"])[len(state["start"]) // 2]
+        positive = state["low"] > 0  # only then is a share of the loss the same in any unit
+        mean = state["stalled"]
+        left_over = mean / first if positive else 1.0
+        never = abs(first - mean) < (LEARNT * first if positive else NEVER * numbers["noise"])
+        soft = True
         if ahead is not None:
             message += f" A planned change lies ahead, at step {ahead}."
             advice = "Wait for the planned change, or bring it forward."
+        elif state["optimizers"] > 1:
+            message += (
+                " Several optimizers step: where they play against each other, this loss is no measure of progress."
+            )
+        elif left_over <= LEARNT:
+            message += f" {left_over:.2g} of its start is left: it may simply have converged."
+        elif never:
+            soft = False
+            message += f" It has hardly left its start, {show(first)}."
         elif left is not None and left <= LEFT:
             message += f" {left:.0%} of the run is left: it may simply have converged.".replace("%", " %")
-        soft = ahead is not None or (left is not None and left <= LEFT)
+        else:
+            soft = False
+        numbers |= {"start": first}
         return Finding(
             "loss-plateau", "info" if soft else "warning", message, advice, step, phase=self.phase, evidence=numbers
         )

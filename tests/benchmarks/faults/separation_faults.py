@@ -52,6 +52,7 @@ def second_mask_closed(t: Training) -> None:
     "stalled-optimisation",
     "loss-plateau",
     "update-ratio-low",
+    "scheduler-ends-early",
     step=100,
     then=(*STUCK, "parameter-unchanged"),
 )

@@ -1,0 +1,97 @@
+"""`LearningRate`: a schedule that is over long before the run is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
+
+from stethoscope._record import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stethoscope._protocols import Probe, State
+    from stethoscope._record import Record
+
+LEAST = 20  # steps: a cosine that is restarted comes close to zero for a few
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Reports a learning rate that has gone to nothing while much of the planned run is left.
+
+    **What it decides:** the largest learning rate of all parameter groups lies at or below `nothing` times its peak for 20 steps
+    and `hold` of the planned run in a row, and at least `left` of the run is still to come. A group that is frozen by a
+    rate of zero is fine while others learn, and so is a rate that rises again.
+    **Finding:** `scheduler-ends-early`. **Cost:** host only, O(1) per step. **Needs:** no probe; `planned_steps`.
+
+    Args:
+        nothing: share of the peak. Three cuts to a tenth each are usual, four are not.
+        hold: share of the planned steps.
+        left: share of the planned steps.
+
+    Raises:
+        ValueError: a number outside of (0, 1).
+
+    Examples:
+        >>> from stethoscope import Record
+        >>> from stethoscope.testing import replay, series
+        >>> plan = Record("plan/steps", 1000, 0, source="step")
+        >>> found = replay(LearningRate(), [plan, *series(lr=[0.1] * 100 + [0.0] * 200)])
+        >>> print(found[0].message)
+        The learning rate is 0 since step 100, 0 % of its peak of 0.1, and 85 % of the run is left.
+    """
+
+    _: KW_ONLY
+    nothing: float = 1e-4
+    hold: float = 0.05
+    left: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("nothing", "hold", "left"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in (0, 1), not {getattr(self, name)!r}.")
+
+    @property
+    def needs(self) -> tuple[Probe, ...]:
+        """No probe."""
+        return ()
+
+    def init(self) -> State:
+        """No learning rate seen."""
+        return {"plan": None, "peak": 0.0, "since": None, "told": False}
+
+    def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
+        """Take in the records of one step."""
+        rates = []
+        for record in records:
+            value = record.value
+            if record.source != "step" or not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            if record.name == "plan/steps":
+                state = {**state, "plan": float(value)}
+            elif record.name.partition("/")[0] == "lr":
+                rates.append(float(value))
+        if not rates:
+            return state, ()
+        rate, step, plan = max(rates), records[0].step, state["plan"]
+        peak = max(state["peak"], rate)
+        if not plan or rate > self.nothing * peak or peak == 0:
+            return {**state, "peak": peak, "since": None, "told": False}, ()
+        since = step if state["since"] is None else state["since"]
+        state = {**state, "peak": peak, "since": since}
+        remains = 1 - (step + 1) / plan
+        if state["told"] or step - since < max(LEAST, self.hold * plan) or remains < self.left:
+            return state, ()
+        finding = Finding(
+            "scheduler-ends-early",
+            "warning",
+            f"The learning rate is {rate:.3g} since step {since}, {100 * rate / peak:.2g} % of its peak of {peak:.3g}, "
+            f"and {100 * remains:.0f} % of the run is left.",
+            "Compare the length of the schedule with the run: is it in epochs and stepped per step, or are gradients accumulated? "
+            "If the run should end here, stop it.",
+            step,
+            evidence={"lr": rate, "peak": peak, "since": since, "left": remains},
+        )
+        return {**state, "told": True}, (finding,)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import lr_scheduler as schedules
+
+from stethoscope import Monitor, Record
+from stethoscope.testing import replay, series
+from stethoscope.watches import LearningRate
+
+STEPS = 400
+
+
+def run(schedule, groups=1, steps=STEPS, planned=STEPS):
+    """A real optimizer under a schedule; returns what was found."""
+    layers = [nn.Linear(2, 2) for _ in range(groups)]
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.SGD([{"params": layer.parameters(), "lr": 0.1} for layer in layers])
+    scheduler = schedule(optimizer)
+    with Monitor(model, optimizer, watches=[LearningRate()], every=1000, planned_steps=planned) as monitor:
+        for _ in range(steps):
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            monitor.step()
+    return [f for f in monitor.findings if f.severity != "info"]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(lambda o: schedules.StepLR(o, 30, 0.1), id="steps for epochs"),
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda i: 0.5 + 0.5 * math.cos(math.pi * min(1.0, i / 40))), id="cosine of epochs"),
+        pytest.param(lambda o: schedules.PolynomialLR(o, 100), id="linear to zero"),
+        pytest.param(lambda o: schedules.ExponentialLR(o, 0.9), id="per step"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_is_over_before_the_run(schedule):
+    (found,) = run(schedule)
+    assert found.code == "scheduler-ends-early"
+    assert found.step < 0.75 * STEPS
+    assert run(schedule, planned=None) == []
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(lambda o: None, id="constant"),
+        pytest.param(lambda o: schedules.CosineAnnealingLR(o, STEPS), id="cosine"),
+        pytest.param(lambda o: schedules.CosineAnnealingWarmRestarts(o, 50), id="restarts"),
+        pytest.param(lambda o: schedules.OneCycleLR(o, 0.5, total_steps=STEPS + 1), id="one cycle"),
+        pytest.param(lambda o: schedules.MultiStepLR(o, [120, 200, 300], 0.1), id="three cuts"),
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda i: min(1.0, i / 150)), id="long warm-up from zero"),
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda i: min(1.0, 4 * (1 - i / STEPS))), id="stable, then decay"),
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda i: (i + 1) ** -0.5), id="inverse square root"),
+    ],
+)
+def test_usual_schedules_are_fine(schedule):
+    assert run(schedule) == []
+
+
+def test_a_group_that_is_frozen_by_its_rate_is_fine_while_others_learn():
+    assert run(lambda o: schedules.LambdaLR(o, [lambda i: float(i < 50), lambda i: 1.0]), groups=2) == []
+
+
+def test_a_rate_that_is_given_to_step_goes_before_the_optimizers():
+    plan = Record("plan/steps", 1000, 0, source="step")
+    found = replay(LearningRate(), [plan, *series(lr=[0.1] * 200 + [0.0] * 100 + [0.1] * 100 + [0.0] * 100)])
+    assert [f.step for f in found] == [250, 450]
+
+
+@given(st.lists(st.floats() | st.none(), max_size=50))
+def test_whatever_comes_is_survived(rates):
+    replay(LearningRate(), [Record("plan/steps", 100, 0, source="step"), *series(lr=rates)])
+
+
+@pytest.mark.parametrize("wrong", [{"nothing": 0}, {"hold": 1.0}, {"left": -1}])
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LearningRate(**wrong)
