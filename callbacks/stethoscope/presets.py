@@ -13,6 +13,7 @@ from stethoscope.watches import (
     GradientHealth,
     InputDrift,
     Jumps,
+    LossInput,
     MetricSchema,
     NonFinite,
     OutputCollapse,
@@ -71,7 +72,7 @@ def full() -> Preset:
         True
     """
     base = separation()
-    health = (ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
+    health = (LossInput(), ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
     return _marked(
         (*base["probes"], Inputs()), (*health, *base["watches"], ClassHealth(), Overfit(), InputDrift(), MetricSchema())
     )
