@@ -137,7 +137,8 @@ class GradientHealth:
         cut = _cut_off(roles, found["activation/rms"])
         modules = dict.fromkeys(cut, _Module(0.0, 0.0)) | _by_module(gradients, found["parameter/norm"])
         lossless = any(r.name == "loss" and r.source == "step" and r.value == 0.0 for r in records)
-        look.zero(modules, lossless=lossless)
+        if modules:
+            look.zero(modules, lossless=lossless)
         steep = look.depth(modules)
         total, size = _norm(gradients), _norm(found["parameter/norm"])
         look.time(gradients.get("", total), total / size if size > 0 else 0.0)
