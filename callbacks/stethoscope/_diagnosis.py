@@ -230,7 +230,10 @@ RULES: tuple[Rule, ...] = (
     Rule(code="nonfinite-gradient", explains=("nonfinite-optimizer", "nonfinite-parameter", "loss-diverged")),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
     # Why a loss does not move, from the most specific reason to the least.
-    Rule(code="gradient-zero", explains=("module-unused", "update-ratio-low", "loss-plateau", "stalled-from-start")),
+    Rule(
+        code="gradient-zero",
+        explains=("module-unused", "update-ratio-low", "parameter-unchanged", "loss-plateau", "stalled-from-start"),
+    ),
     Rule(
         code="gradient-clipping",
         explains=("update-ratio-low", "prediction-collapse", "loss-plateau", "stalled-from-start"),

@@ -170,7 +170,7 @@ def test_clipping_shows_under_a_scaler_also_where_scaled_gradients_are_clipped()
     assert scaled(mlp(), 1.0, unscale=False) == ["gradient-clipping"]
 
 
-@pytest.mark.parametrize(("role", "said"), [(1.0, []), (4.0, ["gradient-vanishing"])])
+@pytest.mark.parametrize(("role", "said"), [(1.0, []), (4.0, ["gradient-imbalance"])])
 def test_gradients_that_no_optimizer_holds_add_up_and_do_not_count(role, said):
     norms = {"a.w": 1e-4, "b.w": 1e-4, "c.w": 1e-4, "d.w": 1e-4, "head.w": 30.0}  # zero_grad() leaves those of the head
     stream = [

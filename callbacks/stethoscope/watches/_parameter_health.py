@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 ROUNDING = 1e-5
 SETTLED = 1e-3  # share of the largest learning rate so far
 WILD = 100.0  # gain of a single weight that no scheme of initialisation has: a deviation of 1 at 10,000 inputs
+OUTLYING = 20.0  # gain of a single weight, and its factor over the median: ten times what saturates a tanh
+SLOW = 5  # observed steps in a row: as many as clipping takes, which is often the cause
 FEWEST = 2  # weights that a verdict on an initialisation needs
 
 
@@ -113,6 +115,7 @@ class ParameterHealth:
             "parameter/held",
             "parameter/gain",
             "parameter/copies",
+            "parameter/constant",
             "gradient/norm",
             "optimizer/steps",
             "optimizer/nonfinite",
@@ -125,7 +128,7 @@ class ParameterHealth:
         judging = Judging(state["held"], records[0].step, self.observations, self.steps)
         look = _Look(self, {**state, "ran": ran}, judging, found)
         if found["parameter/gain"]:
-            look.gains(found["parameter/gain"])
+            look.gains(found["parameter/gain"], found["parameter/constant"])
         if found["parameter/copies"]:
             look.copies(found["parameter/copies"])
         if found["optimizer/steps"].get("", 1.0) > 0:
@@ -136,6 +139,8 @@ class ParameterHealth:
             moving = not rates or max(rates.values()) > SETTLED * top
             roles.unchanged(judging, found, ran, look.untrained(), moving=moving)
             look.ratios(rates)
+        else:
+            roles.unstepped(judging, found)
         roles.changed(judging, found)
         look.drift()
         return {**look.state, "held": judging.held}, judging.findings
@@ -156,12 +161,28 @@ class _Look:
         self.state["untrained"] = names
         return names
 
-    def gains(self, gains: Values) -> None:
-        if self.state["gains"] or len(gains) < FEWEST:
+    def gains(self, gains: Values, constant: Values) -> None:
+        if self.state["gains"]:
             return
         self.state["gains"] = True
+        # the units of the last layer part at the first step: each has a target of its own
+        alike = [name for name, flag in constant.items() if flag and name != list(gains)[-1]]
+        if alike:
+            self.judging.tell(
+                Finding(
+                    "poor-initialisation",
+                    "warning",
+                    f"All values of {listing(alike)} are equal: the units begin as copies of one another, and compute one feature.",
+                    "Initialise with random weights: kaiming_normal_, xavier_uniform_ (constant_ is for biases).",
+                    module=owner(alike[0]),
+                ),
+                alike,
+            )
+        if len(gains) < FEWEST:
+            return
         watch = self.watch
-        wild = [name for name, gain in gains.items() if gain > WILD]
+        usual = sorted(gains.values())[len(gains) // 2]
+        wild = [name for name, gain in gains.items() if gain > WILD or gain > OUTLYING * max(1.0, usual)]
         for what, hit in (
             ("large", [name for name, gain in gains.items() if gain > watch.gain_high]),
             ("small", [name for name, gain in gains.items() if 0 < gain < watch.gain_low]),
@@ -238,7 +259,9 @@ class _Look:
         highest = self.watch.highest
         far = [module for module, value in ratio.items() if value > highest]
         wide = everything > highest or (len(modules) > 1 and 2 * len(far) > len(modules))
-        sudden = everything > self.watch.sudden
+        # norms and biases begin near one or zero, and weigh much in the whole of a small model
+        torn = [module for module, value in ratio.items() if value > self.watch.sudden]
+        sudden = everything > self.watch.sudden or (len(modules) > 2 and 2 * len(torn) > len(modules))
         if self.judging.model("update-ratio-high", wide, times=1 if sudden else None):
             named = sorted(far, key=lambda module: -ratio[module])
             self.judging.tell(
@@ -259,7 +282,7 @@ class _Look:
         rising = rates and not rate <= before
         small = everything < self.watch.lowest and not self.state["moved"] and not rising
         self.state["moved"] |= everything >= self.watch.lowest
-        if self.judging.model("update-ratio-low", small):
+        if self.judging.model("update-ratio-low", small, times=SLOW):
             self.judging.tell(
                 Finding(
                     "update-ratio-low",

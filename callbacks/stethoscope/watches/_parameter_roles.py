@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -73,10 +74,11 @@ def unchanged(
 
 
 def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str]) -> None:
-    alive = {re.sub(r"\d+", "*", name) for name, role in roles.items() if role == TRAINED}
-    quiet = [name for name in idle if owner(name) in ran or re.sub(r"\d+", "*", name) in alive]
-    for code, hits in (("module-unused", [n for n in idle if n not in set(quiet)]), ("module-unused-quiet", quiet)):
-        news = judging.hold(code, hits, roles)
+    alive = {_kind(name) for name, role in roles.items() if role == TRAINED}
+    dropped = set(_dropped([name for name in idle if owner(name) in ran and _kind(name) in alive], roles, ran))
+    quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped}
+    for code, hits in (("module-unused", [n for n in idle if n not in quiet]), ("module-unused-quiet", quiet)):
+        news = judging.hold(code, [name for name in idle if name in hits], roles)
         if not news:
             continue
         modules = list(dict.fromkeys(owner(name) for name in news))
@@ -86,10 +88,51 @@ def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[
                 "module-unused",
                 "warning" if code == "module-unused" else "info",
                 f"{len(news)} parameters of {listing(modules)} are in the optimizer, but never get a gradient and never change: {why}.",
-                "Call the module in forward(), or remove it; DistributedDataParallel would stop here (find_unused_parameters).",
+                "Use what the module returns, or remove it; DistributedDataParallel would stop here (find_unused_parameters)."
+                if owner(news[0]) in ran
+                else "Call the module in forward(), or remove it; DistributedDataParallel would stop here (find_unused_parameters).",
                 module=modules[0],
             ),
             news,
+        )
+
+
+def _dropped(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[str]:
+    """Those that lie in the middle of a stack, others of their kind being trained: what follows cannot have got their results.
+
+    Heads beside each other, of which only some are used, have nothing of another kind after them.
+    """
+    trained = {owner(name) for name, role in roles.items() if role == TRAINED}
+    return [
+        name
+        for name in names
+        if any(each in trained and _stack(each) != _stack(owner(name)) for each in ran[ran.index(owner(name)) :])
+    ]
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _stack(module: str) -> str:
+    """A module's name up to its first number: layers of one stack, heads of one list."""
+    return re.split(r"\d", module, maxsplit=1)[0]
+
+
+def unstepped(judging: Judging, found: Mapping[str, Values]) -> None:
+    """Judge a step in which no optimizer has stepped: gradients arrive, and nothing changes."""
+    still, gradients = found["parameter/unchanged"], found["gradient/norm"]
+    # a scaler leaves out steps with gradients that are not finite
+    arrive = bool(gradients) and all(math.isfinite(norm) for norm in gradients.values()) and any(gradients.values())
+    if judging.model("parameter-unchanged-unstepped", arrive and bool(still) and all(still.values())):
+        judging.tell(
+            Finding(
+                "parameter-unchanged",
+                "error",
+                f"Gradients arrive (norm {gradients.get('', math.nan):.3g}), but no optimizer steps and none of {len(still)} parameters changes.",
+                "Call optimizer.step() after backward(), and monitor.step() once per optimizer step.",
+            ),
+            values={"norm": gradients.get("", 0.0)},
         )
 
 
