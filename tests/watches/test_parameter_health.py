@@ -294,7 +294,7 @@ def test_updates_by_hand_are_steps_as_well():
             loss.backward()
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter -= 0.01 * parameter.grad
+                    parameter.sub_(parameter.grad, alpha=0.01)
             monitor.step(loss=loss)
     assert [str(f) for f in monitor.findings if f.severity != "info"] == []
 
@@ -321,6 +321,26 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("dropped", [0, 2, 3])
 def test_a_layer_of_a_stack_whose_result_is_dropped_is_told(dropped):
     assert train(Residual(dropped)) == [("module-unused", "warning", f"blocks.{dropped}.0")]
+
+
+def test_what_the_last_layer_has_no_use_for_is_an_aside():
+    class Tcn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.blocks = nn.ModuleList(
+                nn.ModuleDict({"shared": nn.Linear(16, 16), "residual": nn.Linear(16, 16), "skip": nn.Linear(16, 16)})
+                for _ in range(3)
+            )
+
+        def forward(self, x):
+            x, out = self.inner(x), 0.0
+            for block in self.blocks:
+                y = block["shared"](x).relu()
+                x, out = x + block["residual"](y), out + block["skip"](y)
+            return self.head(out)
+
+    assert train(Tcn()) == [("module-unused", "info", "blocks.2.residual")]
 
 
 def test_a_pooler_that_nobody_asks_is_an_aside():

@@ -46,7 +46,8 @@ class GradientHealth:
     - `gradient-exploding` (over time): the norm of all gradients is `growth` times the median of up to 20 earlier ones and
       `large` times that of the weights, twice in a row.
     - `gradient-zero`: exactly zero, or none at all, in a module that runs. Only info where it looks like an expert that
-      is not chosen: modules before it and others of its name get gradients.
+      is not chosen: modules before it and others of its name get gradients, and all of them are given the same, or it nothing. An error
+      where gradients arrive, but are gone when the optimizer steps and leaves all as it is.
     - `gradient-imbalance`: one module's gradient lies `imbalance` times above the median of all modules, absolutely and relatively.
     - `gradient-clipping`: the optimizer gets less than `clipped_share` of the norm in all of the last five observed steps.
     - `gradient-accumulation`: gradients of the step before were not zeroed.
@@ -183,12 +184,10 @@ class _Look:
         """Judge whether what backward has brought is gone when the optimizer steps: it is handed zeros, or nothing."""
         roles, still = found["parameter/role"], found["parameter/unchanged"]
         stepped = [name for name in arrived if roles.get(name) in (IDLE, TRAINED)]
-        gone = bool(stepped) and all(
-            # an optimizer may throw gradients away once it has used them
-            still.get(name) == 1.0 if roles[name] == IDLE else applied.get(name, math.nan) == 0
-            for name in stepped
-        )
-        if self.judging.model("gradient-zero-lost", gone):
+        gone = bool(stepped) and all(roles[name] == IDLE or applied.get(name) == 0 for name in stepped)
+        # an optimizer may throw gradients away once it has used them
+        unused = gone and all(still.get(name) == 1.0 for name in stepped)
+        if self.judging.model("gradient-zero-lost", unused):
             self.judging.tell(
                 Finding(
                     "gradient-zero",

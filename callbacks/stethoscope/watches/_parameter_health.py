@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 ROUNDING = 1e-5
 SETTLED = 1e-3  # share of the largest learning rate so far
 WILD = 100.0  # gain of a single weight that no scheme of initialisation has: a deviation of 1 at 10,000 inputs
-OUTLYING = 20.0  # gain of a single weight, and its factor over the median: ten times what saturates a tanh
+OUTLYING = (
+    40.0  # the same, and its factor over the median; a table of deviation 1 that is tied to an output has 32 at 1024
+)
 SLOW = 5  # observed steps in a row: as many as clipping takes, which is often the cause
 FEWEST = 2  # weights that a verdict on an initialisation needs
 
@@ -34,16 +36,18 @@ class ParameterHealth:
     a module's own parameters, since a bias near zero moves by its own size and means no harm:
 
     - `update-ratio-high`: above `highest` in half of the modules or in the model as a whole; once is enough above `sudden`.
-    - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising.
-    - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero; or the
-      parameter requires a gradient, and no optimizer holds it: info where that is most of the model (meant, it seems).
+    - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising, in five
+      observed steps.
+    - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero, or although gradients
+      arrive, since no optimizer has ever stepped; or the parameter requires a gradient, and no optimizer holds it: info where that is most of the model (meant, it seems).
     - `parameter-changed`: a frozen parameter changes. A warning, but info where it looks like a moving average of a trained one.
     - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
-      or above 100 in one.
+      or above 100 in one (40, where that is 40 times the median); a layer's weight of two outputs or more, not the last one, of
+      which all values are equal.
     - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.
     - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less.
-    - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module runs, or looks
-      like an expert that is not chosen.
+    - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module looks like an expert
+      that is not chosen, or runs, unless others of its stack are trained and something of another kind after it is, too.
     - `model-in-eval`: the optimizer steps while the model, with all of its BatchNorm and dropout, is in eval mode.
     - `nonfinite-optimizer`: what the optimizer keeps for a parameter holds NaN or Inf.
 

@@ -100,23 +100,30 @@ def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[
 def _dropped(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[str]:
     """Those that lie in the middle of a stack, others of their kind being trained: what follows cannot have got their results.
 
-    Heads beside each other, of which only some are used, have nothing of another kind after them.
+    Heads beside each other, of which only some are used, have nothing of another stack after them. The last layer of a stack may have a
+    part of which nothing is left to use (the residual convolution of a TCN), while the rest of it is trained.
     """
     trained = {owner(name) for name, role in roles.items() if role == TRAINED}
-    return [
-        name
-        for name in names
-        if any(each in trained and _stack(each) != _stack(owner(name)) for each in ran[ran.index(owner(name)) :])
-    ]
+    alive = {_element(each) for each in trained}
+    found = []
+    for name in names:
+        module = owner(name)
+        later = [each for each in ran[ran.index(module) + 1 :] if each in trained]
+        used_after = any(_kind(_element(each)) != _kind(_element(module)) for each in later)
+        middle = any(_kind(each) == _kind(module) for each in later)
+        if used_after and (middle or _element(module) not in alive):
+            found.append(name)
+    return found
 
 
 def _kind(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _stack(module: str) -> str:
-    """A module's name up to its first number: layers of one stack, heads of one list."""
-    return re.split(r"\d", module, maxsplit=1)[0]
+def _element(module: str) -> str:
+    """The layer of a stack, or head of a list, that a module belongs to: its name up to the first part with a number."""
+    found = re.match(r"(?:.*?\.)??[^.]*\d[^.]*", module)
+    return found.group() if found else module
 
 
 def unstepped(judging: Judging, found: Mapping[str, Values]) -> None:
@@ -124,12 +131,13 @@ def unstepped(judging: Judging, found: Mapping[str, Values]) -> None:
     still, gradients = found["parameter/unchanged"], found["gradient/norm"]
     # a scaler leaves out steps with gradients that are not finite
     arrive = bool(gradients) and all(math.isfinite(norm) for norm in gradients.values()) and any(gradients.values())
-    if judging.model("parameter-unchanged-unstepped", arrive and bool(still) and all(still.values())):
+    never = set(found["parameter/role"].values()) <= {FROZEN, UNHELD}
+    if judging.model("parameter-unchanged-unstepped", arrive and never and bool(still) and all(still.values())):
         judging.tell(
             Finding(
                 "parameter-unchanged",
                 "error",
-                f"Gradients arrive (norm {gradients.get('', math.nan):.3g}), but no optimizer steps and none of {len(still)} parameters changes.",
+                f"Gradients arrive (norm {gradients.get('', math.nan):.3g}), but no optimizer has ever stepped, and none of {len(still)} parameters changes.",
                 "Call optimizer.step() after backward(), and monitor.step() once per optimizer step.",
             ),
             values={"norm": gradients.get("", 0.0)},
