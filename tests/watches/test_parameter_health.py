@@ -356,3 +356,21 @@ def test_heads_of_which_only_one_is_used_are_an_aside():
         return [head(x) for head in model["heads"]][1]
 
     assert train(model, forward=forward) == [("module-unused", "info", "heads.0")]
+
+
+def test_a_minimum_that_is_reached_is_no_fault():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1.0, max_iter=10)
+    x = torch.randn(64, 8)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        return loss
+
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=5, strict=True) as monitor:
+        for _ in range(60):
+            monitor.step(loss=optimizer.step(closure))
+    assert [str(f) for f in monitor.findings if f.severity != "info"] == []

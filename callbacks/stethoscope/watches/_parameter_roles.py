@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 FROZEN, UNHELD, RESTING, IDLE, TRAINED = range(5)
 """What `parameter/role` says, see `probes.Optimizers`."""
 
+FAINT = 1e-5
+"""Gradient over weight of which a rate of 0.01 leaves 1e-7, what float32 rounds away; LBFGS stops there by itself."""
+
 Values: TypeAlias = "dict[str, float]"
 """One number per parameter or module."""
 
@@ -26,7 +29,7 @@ def unchanged(
 ) -> None:
     """Judge what the step should have moved and has not; `moving` says that a learning rate is above zero."""
     roles, still = found["parameter/role"], found["parameter/unchanged"]
-    gradients = found["gradient/norm"]
+    gradients, norms = found["gradient/norm"], found["parameter/norm"]
     if not still:
         return
     same = [name for name in roles if still.get(name) == 1.0]
@@ -35,7 +38,10 @@ def unchanged(
     stuck = [
         name
         for name in same
-        if moving and roles[name] == TRAINED and gradients.get(name, 1.0) > 0 and owner(name) not in alive
+        if moving
+        and roles[name] == TRAINED
+        and gradients.get(name, math.inf) > FAINT * norms.get(name, 0.0)
+        and owner(name) not in alive
     ]
     unheld = [name for name in same if roles[name] == UNHELD]
     # what is left out at random, or is an expert, has had a gradient before and will have one again
