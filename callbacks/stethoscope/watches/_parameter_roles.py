@@ -18,7 +18,7 @@ FROZEN, UNHELD, RESTING, IDLE, TRAINED = range(5)
 """What `parameter/role` says, see `probes.Optimizers`."""
 
 FAINT = 1e-5
-"""Gradient over weight of which a rate of 0.01 leaves 1e-7, what float32 rounds away; LBFGS stops there by itself."""
+"""Gradient over the weights of its module of which a rate of 0.01 leaves 1e-7, what float32 rounds away; LBFGS stops there by itself."""
 
 Values: TypeAlias = "dict[str, float]"
 """One number per parameter or module."""
@@ -32,6 +32,9 @@ def unchanged(
     gradients, norms = found["gradient/norm"], found["parameter/norm"]
     if not still:
         return
+    sizes: dict[str, float] = {}
+    for name, norm in norms.items():
+        sizes[owner(name)] = math.hypot(sizes.get(owner(name), 0.0), norm)
     same = [name for name in roles if still.get(name) == 1.0]
     # whole modules: a bias before a BatchNorm has no gradient but rounding, and rounds away
     alive = {owner(name) for name, role in roles.items() if role == TRAINED and still.get(name) == 0.0}
@@ -40,7 +43,7 @@ def unchanged(
         for name in same
         if moving
         and roles[name] == TRAINED
-        and gradients.get(name, math.inf) > FAINT * norms.get(name, 0.0)
+        and gradients.get(name, math.inf) > FAINT * sizes.get(owner(name), 0.0)
         and owner(name) not in alive
     ]
     unheld = [name for name in same if roles[name] == UNHELD]
