@@ -32,6 +32,7 @@ GIVEN = {name: torch.randn(4, 2, 800) for name in ("estimates", "references")} |
     "batch": torch.randn(4, 800),
     "logits": torch.randn(4, 3),
     "targets": torch.tensor([0, 1, 2, 1]),
+    "loss": nn.functional.cross_entropy(torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 1])),
 }
 
 

@@ -134,6 +134,11 @@ BLOWN_UP = (*NOT_FINITE, "output-nonfinite", "loss-diverged", "loss-spike", "wei
 NO_SIGNAL = ("gradient-vanishing", "gradient-zero", "gradient-imbalance", "feature-constant", "prediction-collapse")
 
 RULES: tuple[Rule, ...] = (
+    # What the loss is made of: no other number of the run means what it should.
+    Rule(
+        code="loss-input-mismatch",
+        explains=("activation-saturated", *NO_SIGNAL, "update-ratio-low", "loss-diverged", "loss-plateau"),
+    ),
     # What a run begins with, then steps that are too large: they spoil what is measured after them.
     Rule(
         code="poor-initialisation",
@@ -225,7 +230,10 @@ RULES: tuple[Rule, ...] = (
     Rule(code="nonfinite-gradient", explains=("nonfinite-optimizer", "nonfinite-parameter", "loss-diverged")),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
     # Why a loss does not move, from the most specific reason to the least.
-    Rule(code="gradient-zero", explains=("module-unused", "update-ratio-low", "loss-plateau", "stalled-from-start")),
+    Rule(
+        code="gradient-zero",
+        explains=("module-unused", "update-ratio-low", "parameter-unchanged", "loss-plateau", "stalled-from-start"),
+    ),
     Rule(
         code="scheduler-ends-early",
         explains=(

@@ -14,6 +14,7 @@ from stethoscope.watches import (
     InputDrift,
     Jumps,
     LearningRate,
+    LossInput,
     MetricSchema,
     NonFinite,
     OutputCollapse,
@@ -72,7 +73,7 @@ def full() -> Preset:
         True
     """
     base = separation()
-    health = (ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
+    health = (LossInput(), ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
     return _marked(
         (*base["probes"], Inputs()),
         (*health, *base["watches"], LearningRate(), ClassHealth(), Overfit(), InputDrift(), MetricSchema()),

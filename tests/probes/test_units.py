@@ -163,3 +163,29 @@ def test_nothing_waits_for_the_device():
         nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.Tanh(), nn.Flatten(), nn.Linear(144, 6), nn.Softmax(-1)
     )
     assert_no_sync(probes.Units(), nn.Sequential(model, nn.LayerNorm(6)), torch.randn(4, 3, 20))
+
+
+@pytest.mark.parametrize(("function", "kind"), [(torch.tanh, "saturated"), (torch.sigmoid, "certain")])
+def test_functional_activations_are_saturated_in_what_the_next_layer_is_given(function, kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+            with torch.no_grad():
+                self.a.weight[:2] *= 1e4
+
+        def forward(self, x):
+            return self.b(function(self.a(x)))
+
+    found = read(Net(), torch.randn(256, 6))
+    assert found[f"input_{kind}_fraction", "b"] == 0.25
+    assert (f"input_{kind}_fraction", "a") not in found
+
+
+def test_what_only_passes_zeros_on_is_not_said_to_be_dead():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].bias[:4] -= 100
+    found = read(model, torch.randn(64, 6))
+    assert {module for name, module in found if name == "dead_fraction"} == {"0", "1", "4"}
+    assert found["dead_fraction", "1"] == 0.5

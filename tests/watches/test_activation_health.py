@@ -184,3 +184,20 @@ def test_whatever_comes_in_the_state_is_json(records):
         state, _ = watch.update(state, [record])
     state, _ = watch.update(state, records)
     json.dumps(state, allow_nan=False)
+
+
+def test_a_functional_tanh_with_weights_too_large_is_saturated():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+    torch.manual_seed(0)
+    model = Net()
+    assert train(model) == []
+    with torch.no_grad():
+        model.b.weight.mul_(300)
+    assert train(model)[0] == ("activation-saturated", "c")

@@ -170,7 +170,7 @@ def test_clipping_shows_under_a_scaler_also_where_scaled_gradients_are_clipped()
     assert scaled(mlp(), 1.0, unscale=False) == ["gradient-clipping"]
 
 
-@pytest.mark.parametrize(("role", "said"), [(1.0, []), (4.0, ["gradient-vanishing"])])
+@pytest.mark.parametrize(("role", "said"), [(1.0, []), (4.0, ["gradient-imbalance"])])
 def test_gradients_that_no_optimizer_holds_add_up_and_do_not_count(role, said):
     norms = {"a.w": 1e-4, "b.w": 1e-4, "c.w": 1e-4, "d.w": 1e-4, "head.w": 30.0}  # zero_grad() leaves those of the head
     stream = [
@@ -219,3 +219,65 @@ def test_whatever_comes_in_the_state_is_json(records):
 def test_a_healthy_training_is_silent(make):
     model = mlp()
     assert train(model, optimizer=make(model.parameters(), lr=1e-3), steps=100, clip=1.0) == []
+
+
+class Residual(nn.Module):
+    """Blocks one after the other; the result of one is multiplied by `factor`."""
+
+    def __init__(self, at, factor=0.0):
+        super().__init__()
+        self.at, self.factor = at, factor
+        self.inner, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+        self.scale = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        x = self.inner(x)
+        for i, block in enumerate(self.blocks):
+            x = x + (self.scale[i] if self.at is None else self.factor if i == self.at else 1.0) * block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_block_that_is_multiplied_by_zero_is_no_expert_at_rest(at):
+    torch.manual_seed(0)
+    assert ("gradient-zero", "warning", f"blocks.{at}.0") in train(Residual(at))
+
+
+def test_branches_that_begin_at_zero_are_fine():
+    torch.manual_seed(0)
+    assert [each for each in train(Residual(None), optimizer=None) if each[1] != "info"] == []
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_gradients_that_are_zeroed_between_backward_and_step_are_told_once(to_none):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = train(model, optimizer=optimizer, after=lambda _: optimizer.zero_grad(set_to_none=to_none))
+    assert found == [("gradient-zero", "error", "")]
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_an_optimizer_that_throws_gradients_away_after_their_use_is_fine(to_none):
+    class Thrifty(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.zero_grad(set_to_none=to_none)
+
+    model = mlp()
+    assert train(model, optimizer=Thrifty(model.parameters(), lr=0.01)) == []
+
+
+def test_one_module_far_above_others_that_are_well_is_imbalance_and_no_trend():
+    model = mlp(depth=5)
+    last = model[-1].weight
+    last.register_hook(lambda gradient: 1e6 * gradient)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    assert train(model, optimizer=optimizer) == [("gradient-imbalance", "warning", "10")]
+
+
+def test_gradients_of_a_model_that_no_optimizer_holds_are_not_zero():
+    model = mlp()
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.01)
+    assert [each for each in train(model, optimizer=optimizer) if each[0] == "gradient-zero"] == []

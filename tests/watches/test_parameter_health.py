@@ -125,7 +125,8 @@ def test_usual_initialisations_are_fine(init):
 
 
 def test_equal_weights_stay_equal_where_they_share_a_gradient():
-    assert train(mlp(init=lambda w: nn.init.constant_(w, 0.05)))[0] == ("units-symmetric", "warning", "0")
+    found = train(mlp(init=lambda w: nn.init.constant_(w, 0.05)))
+    assert found[:2] == [("poor-initialisation", "warning", "0"), ("units-symmetric", "warning", "0")]
     last = mlp()
     nn.init.constant_(last[-1].weight, 0.05)
     assert train(last) == []
@@ -238,3 +239,138 @@ def test_what_is_left_out_at_random_or_not_chosen_for_a_while_is_not_unused():
 
     found = train(model, forward=layer_drop, steps=400)
     assert len([code for code, *_ in found if code == "module-unused"]) <= 1
+
+
+def test_one_weight_of_one_value_is_told_at_the_first_step():
+    model = mlp()
+    nn.init.constant_(model[2].weight, 0.05)
+    assert train(model)[0] == ("poor-initialisation", "warning", "2")
+
+
+def test_values_that_are_alike_on_purpose_are_not():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.gates = mlp(), nn.Parameter(torch.ones(2, 4))
+            self.smooth = nn.Conv1d(1, 1, 3, padding=1)
+            nn.init.constant_(self.smooth.weight, 1 / 3)  # one output has nothing to be a copy of
+            self.frozen = nn.Linear(4, 4).requires_grad_(False)
+            nn.init.constant_(self.frozen.weight, 0.1)
+
+        def forward(self, x):
+            x = self.smooth(self.inner(x)[:, None])[:, 0]
+            return x * self.gates.sum(0) + self.frozen(x)
+
+    assert train(Gated()) == []
+
+
+def test_one_weight_far_above_all_others_is_told():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.mul_(100)
+    assert train(model)[0] == ("poor-initialisation", "warning", "2")
+    model = mlp(init=lambda w: nn.init.normal_(w, std=0.5))  # a gain of 3, all alike
+    assert "poor-initialisation" not in [code for code, _, _ in train(model)]
+
+
+def test_an_optimizer_that_is_never_stepped_is_told():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=5, strict=True) as monitor:
+        for _ in range(30):
+            loss = model(torch.randn(16, 8)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            monitor.step(loss=loss)
+    assert [(f.code, f.severity) for f in monitor.findings] == [("parameter-unchanged", "error")]
+
+
+def test_updates_by_hand_are_steps_as_well():
+    model = mlp()
+    with Monitor(model, watches=[ParameterHealth()], every=5, strict=True) as monitor:
+        for _ in range(30):
+            model.zero_grad()
+            loss = model(torch.randn(16, 8)).square().mean()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(parameter.grad, alpha=0.01)
+            monitor.step(loss=loss)
+    assert [str(f) for f in monitor.findings if f.severity != "info"] == []
+
+
+class Residual(nn.Module):
+    """Four blocks, one of which does not reach the output."""
+
+    def __init__(self, dropped, pooler=False):
+        super().__init__()
+        self.dropped, self.inner, self.head = dropped, nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+        self.pooler = nn.Linear(16, 16) if pooler else None
+
+    def forward(self, x):
+        x = self.inner(x)
+        for i, block in enumerate(self.blocks):
+            y = block(x)
+            x = x if i == self.dropped else x + y
+        if self.pooler is not None:
+            self.pooler(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("dropped", [0, 2, 3])
+def test_a_layer_of_a_stack_whose_result_is_dropped_is_told(dropped):
+    assert train(Residual(dropped)) == [("module-unused", "warning", f"blocks.{dropped}.0")]
+
+
+def test_what_the_last_layer_has_no_use_for_is_an_aside():
+    class Tcn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.blocks = nn.ModuleList(
+                nn.ModuleDict({"shared": nn.Linear(16, 16), "residual": nn.Linear(16, 16), "skip": nn.Linear(16, 16)})
+                for _ in range(3)
+            )
+
+        def forward(self, x):
+            x, out = self.inner(x), 0.0
+            for block in self.blocks:
+                y = block["shared"](x).relu()
+                x, out = x + block["residual"](y), out + block["skip"](y)
+            return self.head(out)
+
+    assert train(Tcn()) == [("module-unused", "info", "blocks.2.residual")]
+
+
+def test_a_pooler_that_nobody_asks_is_an_aside():
+    assert train(Residual(None, pooler=True)) == [("module-unused", "info", "pooler")]
+
+
+def test_heads_of_which_only_one_is_used_are_an_aside():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": mlp(), "heads": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))})
+
+    def forward(x):
+        x = model["body"](x)
+        return [head(x) for head in model["heads"]][1]
+
+    assert train(model, forward=forward) == [("module-unused", "info", "heads.0")]
+
+
+def test_a_minimum_that_is_reached_is_no_fault():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1.0, max_iter=10)
+    x = torch.randn(64, 8)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        return loss
+
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=5, strict=True) as monitor:
+        for _ in range(60):
+            monitor.step(loss=optimizer.step(closure))
+    assert "parameter-unchanged" not in [f.code for f in monitor.findings]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Losses:
-    """Collects losses, without waiting for the device.
+    """Collects losses, without waiting for the device, until the step is over with the graphs that say what they were made of.
 
     The loss of a step is the *sum* of what backward was called on: that is what the optimizer's gradient belongs to. So a loss
     that the script divides by the number of accumulated batches is their mean, and the two losses of a discriminator are
@@ -38,18 +38,19 @@ class Losses:
         self._wrap(GradScaler, "step", self._scaled_step)
 
     def take(self) -> Tensor | None:
-        """Return the loss of the step that is over; optimizers that step one after the other share it."""
+        """Return the loss of the step that is over, with its graph; optimizers that step one after the other share its value."""
         self._taken = True
         self._unscaled.clear()
-        return self.peek()
+        loss = self.peek()
+        self._pending = [] if loss is None else [loss.detach()]
+        return loss
 
     def peek(self) -> Tensor | None:
         """Return the loss of the step under way, on its device; None where backward was not called."""
         if len(self._pending) > 1:
-            with torch.no_grad():
-                device = self._pending[0].device
-                alike = [each.reshape(()).float() for each in self._pending if each.device == device]
-                self._pending = [torch.stack(alike).sum()]
+            device = self._pending[0].device
+            alike = [each.reshape(()).float() for each in self._pending if each.device == device]
+            self._pending = [torch.stack(alike).sum()]
         return self._pending[0] if self._pending else None
 
     def close(self) -> None:
@@ -83,7 +84,7 @@ class Losses:
         def scale(scaler: GradScaler, outputs: Any) -> Any:
             scaled = original(scaler, outputs)
             if isinstance(scaled, Tensor) and isinstance(outputs, Tensor):
-                self._unscaled[id(scaled)] = weakref.ref(scaled), outputs.detach()
+                self._unscaled[id(scaled)] = weakref.ref(scaled), outputs
             return scaled
 
         return scale
@@ -106,4 +107,4 @@ class Losses:
         elif self.stepping and self._pending:
             return
         scaled = self._unscaled.get(id(loss))
-        self._pending.append(scaled[1] if scaled and scaled[0]() is loss else loss.detach())
+        self._pending.append(scaled[1] if scaled and scaled[0]() is loss else loss)

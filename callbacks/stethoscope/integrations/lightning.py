@@ -176,10 +176,9 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         self._at_work().observe(batch=batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep the loss, without waiting for the device."""
+        """Keep the loss with its graph, without waiting for the device: what the graph has saved goes with backward."""
         if loss.numel() != 1:
             return
-        loss = loss.detach()
         self._at_work().observe(loss=loss)  # for the guard, which decides before the optimizer writes
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:

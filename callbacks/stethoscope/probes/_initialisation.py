@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 LOOKS = 5
 """Observed steps that are looked at."""
 
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd  # noqa: SLF001  # only its base knows
+_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,  # noqa: SLF001
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 _ALIKE = 1e-5  # relative: units that start as copies and get the same gradient stay within rounding
 
 
@@ -31,9 +40,10 @@ class Initialisation:
     convolutions and their like; no embeddings but those that are tied to one):
     `parameter/gain` = ||W|| / sqrt(outputs), the factor by which white inputs grow in rms (1 for Xavier, 1.41 for Kaiming, 0.58
     for PyTorch's default); `parameter/copies`, the share of outputs in [0, 1] whose weights, not all zero, are those of
-    another output.
+    another output; `parameter/constant`, 1 where all values of a layer's weight are one number other than zero (left out elsewhere). Weights that
+    are frozen are left out.
 
-    **Cost:** two reads of each weight on five steps, then nothing. Never waits for the device.
+    **Cost:** three reads of each weight on five steps, then nothing. Never waits for the device.
 
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.
@@ -64,9 +74,7 @@ class _Weights:
             id(p) for each in model.modules() if not isinstance(each, tables) for p in each.parameters(recurse=False)
         }
         self._weights = [
-            (name, isinstance(owner, nn.modules.conv._ConvTransposeNd), parameter)  # noqa: SLF001  # only its base knows
-            for name, owner, parameter in named_parameters(model)
-            if id(parameter) in used
+            (name, owner, parameter) for name, owner, parameter in named_parameters(model) if id(parameter) in used
         ]
         self._looks = 0
         self._columns: list[Columns] = []
@@ -85,24 +93,27 @@ class _Weights:
         self._looks += 1
         places: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
         with torch.no_grad():
-            for name, transposed, parameter in self._weights:
-                weight = _by_output(parameter, transposed=transposed)
-                if weight is not None:
+            for name, owner, parameter in self._weights:
+                weight = _by_output(parameter, transposed=isinstance(owner, _TRANSPOSED))
+                if weight is not None and parameter.requires_grad:
                     rows = weight.flatten(1)
                     # kernels that see one channel each may be equal and still compute different things
                     copies = _copies(rows) if weight.shape[1] > 1 else rows.new_zeros(())
-                    numbers = torch.stack((torch.linalg.vector_norm(rows) / len(rows) ** 0.5, copies))
+                    constant = _constant(rows) if min(weight.shape[:2]) > 1 else rows.new_zeros(())
+                    if not isinstance(owner, _LAYERS):
+                        # gains and masks of other modules begin at one, and are no weights
+                        copies, constant = copies * (1 - constant), torch.zeros_like(constant)
+                    numbers = torch.stack((torch.linalg.vector_norm(rows) / len(rows) ** 0.5, copies, constant))
                     names, found = places.setdefault((numbers.device, numbers.dtype), ([], []))
                     names.append(name)
                     found.append(numbers)
-            return [
-                Columns(
-                    [Key(f"parameter/{kind}", name) for name in names for kind in ("gain", "copies")],
-                    torch.cat(found),
-                    range(2 * len(names)),
-                )
-                for names, found in places.values()
-            ]
+            columns = []
+            for names, found in places.values():
+                numbers = torch.stack(found)
+                for i, kind in enumerate(("gain", "copies", "constant")):
+                    keys = [Key(f"parameter/{kind}", name) for name in names]
+                    columns.append(Columns(keys, numbers[:, i], range(len(names)), sparse=kind == "constant"))
+            return columns
 
     def detach(self) -> None:
         """See `Attachment`."""
@@ -117,6 +128,12 @@ def _by_output(parameter: nn.Parameter, *, transposed: bool) -> Tensor | None:
         return None
     value = stats.measurable(parameter.transpose(0, 1) if transposed else parameter)
     return None if value is None or not value.numel() else value
+
+
+def _constant(rows: Tensor) -> Tensor:
+    """1 where all values are one number other than zero."""
+    low, high = rows.aminmax()
+    return ((low == high) & (high != 0)).to(rows.dtype)
 
 
 def _copies(rows: Tensor) -> Tensor:

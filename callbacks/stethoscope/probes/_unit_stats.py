@@ -28,6 +28,18 @@ NOWHERE_FLAT = (
     nn.LeakyReLU,
     nn.PReLU,
 )
+PASSING_ON = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.modules.dropout._DropoutNd,  # noqa: SLF001
+    nn.modules.pooling._MaxPoolNd,  # noqa: SLF001
+    nn.modules.pooling._AvgPoolNd,  # noqa: SLF001
+    nn.modules.pooling._AdaptiveAvgPoolNd,  # noqa: SLF001
+    nn.modules.pooling._AdaptiveMaxPoolNd,  # noqa: SLF001
+)
+"""What makes no zeros of its own for all items: units that are dead were so before."""
+
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _OUT = ("out_proj", "o_proj", "c_proj", "to_out", "out", "proj", "wo")
 _FAINT = 1e-3
@@ -55,14 +67,16 @@ def ranges(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def saturation(module: nn.Module, y: Tensor, axis: int) -> Tensor | None:
     """Share of units with 90 % of their values in the flat ends, 0-d; None for other modules."""
-    if isinstance(module, nn.Tanh):
-        flat = y.abs() > 0.99
-    elif isinstance(module, nn.Sigmoid):
-        flat = (y < 0.01) | (y > 0.99)
-    elif isinstance(module, nn.Softmax) and module.dim is not None and y.shape[module.dim] > 1:
+    if isinstance(module, (nn.Tanh, nn.Sigmoid)):
+        return flat_units(y, axis, signed=isinstance(module, nn.Tanh))
+    if isinstance(module, nn.Softmax) and module.dim is not None and y.shape[module.dim] > 1:
         return (y.amax(module.dim) > 0.999).to(y.dtype).mean()
-    else:
-        return None
+    return None
+
+
+def flat_units(y: Tensor, axis: int, *, signed: bool) -> Tensor:
+    """Share of units with 90 % of their values in the flat ends of a tanh (`signed`) or a sigmoid, 0-d."""
+    flat = y.abs() > 0.99 if signed else (y < 0.01) | (y > 0.99)
     others = [i for i in range(y.dim()) if i != axis % y.dim()]
     return (flat.to(y.dtype).mean(others) > 0.9).to(y.dtype).mean()
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from stethoscope._protocols import Attachment, Probe
 
+_FUNCTIONS = {"TanhBackward0": "saturated", "SigmoidBackward0": "certain"}
+"""Operations of autograd by which a functional activation is recognised, and what is said of it."""
+
 IN_A_ROW = 3
 """Observed steps in which a unit must have been dead to count."""
 
@@ -42,6 +45,7 @@ class Units:
       the same for each item. Left out where everything is zero.
     - `unit/saturated_fraction`: units with 90 % of their values in the flat ends of a tanh (|y| > .99); `unit/certain_fraction`: the same of a
       sigmoid (y < .01, y > .99), and of a softmax the rows whose largest value exceeds .999. Left out of the last module that runs.
+      Of a functional one right before a `Linear` or convolution: `unit/input_saturated_fraction`, `unit/input_certain_fraction`, of that module.
     - `unit/starved_fraction`: groups that a normalisation gets with a variance below its own eps, though not all zero.
     - `unit/dead_heads`: attention heads that contribute less than a thousandth of the largest one.
     - `unit/headroom_bits`, `unit/floor_bits`, of float16: octaves from the largest absolute value to overflow, and down to the
@@ -155,7 +159,11 @@ class UnitHooks:
             elif isinstance(site.module, units.WEIGHTED) and (x is not self._last or site.heads):
                 given = _readable(x, trained=True)
                 if given is not None:
-                    self._range(site, "input", given, units.channel_axis(site.module, given) or -1)
+                    axis = units.channel_axis(site.module, given) or -1
+                    self._range(site, "input", given, axis)
+                    made = _FUNCTIONS.get(x.grad_fn.name() if x.grad_fn is not None else "")
+                    if made is not None:
+                        self._keep(site, f"input {made}", units.flat_units(given, axis, signed=made == "saturated"))
 
     def after(self, site: _Site, output: object) -> None:
         """A module has run."""
@@ -236,7 +244,8 @@ class UnitHooks:
             quiet = site.quiet.get(which)
             quiet = dead.int() if quiet is None or quiet.shape != dead.shape else (quiet + 1) * dead
             site.quiet[which] = quiet
-            found.append((f"{prefix}dead_fraction", (quiet >= IN_A_ROW).to(low.dtype).mean()))
+            if which == "input" or not isinstance(site.module, units.PASSING_ON):
+                found.append((f"{prefix}dead_fraction", (quiet >= IN_A_ROW).to(low.dtype).mean()))
             if which == "input":
                 if site.heads and len(low) % site.heads == 0:
                     found.append(("dead_heads", units.dead((high - low).view(site.heads, -1).amax(1))))
@@ -252,6 +261,9 @@ class UnitHooks:
         if "saturated" in now and site not in self._outputs:
             kind = "saturated" if isinstance(site.module, nn.Tanh) else "certain"
             found.append((f"{kind}_fraction", now["saturated"]))
+        found += [
+            (f"input_{made}_fraction", now[f"input {made}"]) for made in _FUNCTIONS.values() if f"input {made}" in now
+        ]
         if "starved" in now:
             found.append(("starved_fraction", now["starved"]))
         if "largest" in now:

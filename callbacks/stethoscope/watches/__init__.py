@@ -7,6 +7,7 @@ from stethoscope.watches._gradient_health import GradientHealth as GradientHealt
 from stethoscope.watches._inputdrift import InputDrift as InputDrift
 from stethoscope.watches._jumps import Jumps as Jumps
 from stethoscope.watches._learning_rate import LearningRate as LearningRate
+from stethoscope.watches._loss_input import LossInput as LossInput
 from stethoscope.watches._metric_field import Field as Field
 from stethoscope.watches._metric_monitors import unknown_monitors as unknown_monitors
 from stethoscope.watches._metric_ranks import names_by_rank as names_by_rank

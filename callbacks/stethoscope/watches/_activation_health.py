@@ -85,7 +85,7 @@ class ActivationHealth:
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"held": {}, "levels": {}, "looks": 0, "flat": []}
+        return {"held": {}, "levels": {}, "looks": 0, "flat": [], "flat inputs": []}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
@@ -97,6 +97,7 @@ class ActivationHealth:
         look = _Look(self, {**state, "looks": state["looks"] + 1}, judging)
         look.dead(unit["dead_fraction"], unit["input_dead_fraction"])
         look.saturated(unit["saturated_fraction"], unit["certain_fraction"])
+        look.saturated(unit["input_saturated_fraction"], unit["input_certain_fraction"], before=True)
         look.constant(unit["batch_spread"], unit["constant_fraction"])
         look.scale(_leaves(found["activation/rms"]), _leaves(found["activation/input_rms"]))
         look.starved(unit["starved_fraction"])
@@ -110,6 +111,8 @@ UNITS = (
     "input_dead_fraction",
     "saturated_fraction",
     "certain_fraction",
+    "input_saturated_fraction",
+    "input_certain_fraction",
     "batch_spread",
     "constant_fraction",
     "starved_fraction",
@@ -149,19 +152,22 @@ class _Look:
                     shares,
                 )
 
-    def saturated(self, flat: Mapping[str, float], certain: Mapping[str, float]) -> None:
+    def saturated(self, flat: Mapping[str, float], certain: Mapping[str, float], *, before: bool = False) -> None:
+        memory = "flat inputs" if before else "flat"
         if self.state["looks"] <= SOON:
             # what is flat before it has learnt anything is not certain, but stuck
-            self.state["flat"] = [name for name, share in certain.items() if share >= self.watch.saturated_share]
-        shares = {**flat, **{name: share for name, share in certain.items() if name in self.state["flat"]}}
-        news = self._share("activation-saturated", shares, self.watch.saturated_share)
+            self.state[memory] = [name for name, share in certain.items() if share >= self.watch.saturated_share]
+        stuck = self.state.get(memory, [])
+        shares = {**flat, **{name: share for name, share in certain.items() if name in stuck}}
+        what = "what is given to " if before else ""
+        news = self._share(f"activation-saturated {what}".strip(), shares, self.watch.saturated_share)
         if news:
             first = news[0]
             self.judging.tell(
                 Finding(
                     "activation-saturated",
                     "warning",
-                    f"{shares[first]:.0%} of {listing(news)} is saturated: in its flat ends hardly any gradient comes through.",
+                    f"{shares[first]:.0%} of {what}{listing(news)} is saturated: in its flat ends hardly any gradient comes through.",
                     "Look at the scale of weights and inputs in front of it (a gain near 1; scores over sqrt(size)), normalise, lower "
                     "the learning rate.",
                     module=first,

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import KW_ONLY, dataclass
-from itertools import chain
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding
 from stethoscope.probes import Activations, Gradients, Optimizers, Parameters
+from stethoscope.watches._gradient_modules import (
+    IDLE,
+    TRAINED,
+    UNHELD,
+    Module,
+    by_module,
+    cut_off,
+    looks_unchosen,
+    norm_of,
+    trend,
+)
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
 if TYPE_CHECKING:
@@ -19,17 +28,9 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Record, Severity
 
-UNHELD, IDLE, TRAINED = 1, 3, 4  # as probes.Optimizers numbers roles
 FEWEST = 4  # modules that a trend over depth needs
 CLIPPED = 5  # observed steps in a row that are clipped hard: the first steps of a run may be, all of them are not
 MEMORY = 20  # observed norms whose median is the level
-
-
-class _Module(NamedTuple):
-    """What is known of one module in one step."""
-
-    gradient: float  # 2-norm over its parameters
-    relative: float  # that over the norm of its weights; 0 where those are zero
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class GradientHealth:
     - `gradient-exploding` (over time): the norm of all gradients is `growth` times the median of up to 20 earlier ones and
       `large` times that of the weights, twice in a row.
     - `gradient-zero`: exactly zero, or none at all, in a module that runs. Only info where it looks like an expert that
-      is not chosen: modules before it and others of its name get gradients.
+      is not chosen: modules before it and others of its name get gradients, and all of them are given the same, or it nothing. An error
+      where gradients arrive, but are gone when the optimizer steps and leaves all as it is.
     - `gradient-imbalance`: one module's gradient lies `imbalance` times above the median of all modules, absolutely and relatively.
     - `gradient-clipping`: the optimizer gets less than `clipped_share` of the norm in all of the last five observed steps.
     - `gradient-accumulation`: gradients of the step before were not zeroed.
@@ -91,9 +93,9 @@ class GradientHealth:
         """Norms of gradients and weights, what optimizers use, and which modules run."""
         return (
             Gradients(),
-            Parameters(statistics=("norm",)),
+            Parameters(statistics=("norm", "unchanged")),
             Optimizers(),
-            Activations(statistics=("rms",), inputs=False),
+            Activations(statistics=("rms",)),
         )
 
     def init(self) -> State:
@@ -111,8 +113,10 @@ class GradientHealth:
             "gradient/carried",
             "parameter/norm",
             "parameter/role",
+            "parameter/unchanged",
             "optimizer/steps",
             "activation/rms",
+            "activation/input_rms",
         )
         gradients = found["gradient/norm"]
         if not gradients:
@@ -134,18 +138,19 @@ class GradientHealth:
         if UNHELD in roles.values():
             # what no optimizer holds, none sets to zero: sums over all steps so far say nothing of this one
             gradients = {name: norm for name, norm in gradients.items() if name and roles.get(name) != UNHELD}
-        cut = _cut_off(roles, found["activation/rms"])
-        modules = dict.fromkeys(cut, _Module(0.0, 0.0)) | _by_module(gradients, found["parameter/norm"])
+        cut = cut_off(roles, found["activation/rms"])
+        modules = dict.fromkeys(cut, Module(0.0, 0.0)) | by_module(gradients, found["parameter/norm"])
         lossless = any(r.name == "loss" and r.source == "step" and r.value == 0.0 for r in records)
-        look.zero(modules, lossless=lossless)
+        if modules:
+            look.zero(modules, found["activation/input_rms"], lossless=lossless)
         steep = look.depth(modules)
-        total, size = _norm(gradients), _norm(found["parameter/norm"])
+        total, size = norm_of(gradients), norm_of(found["parameter/norm"])
         look.time(gradients.get("", total), total / size if size > 0 else 0.0)
         look.imbalance({} if steep else modules)
         applied, scale = found["gradient/applied_norm"], found["gradient/scale"].get("", 1.0)
-        look.clipping(
-            [(scale * applied[name], norm) for name, norm in gradients.items() if name in applied and norm > 0]
-        )
+        lost = look.lost({name: norm for name, norm in gradients.items() if norm > 0}, applied, found)
+        pairs = [(scale * applied[name], norm) for name, norm in gradients.items() if name in applied and norm > 0]
+        look.clipping([] if lost else pairs)
         look.carried(found["gradient/carried"].get("", 0.0))
         return {**look.state, "held": judging.held}, judging.findings
 
@@ -173,7 +178,29 @@ class _Look:
             list(bad),
         )
 
-    def zero(self, modules: Mapping[str, _Module], *, lossless: bool) -> None:
+    def lost(
+        self, arrived: Mapping[str, float], applied: Mapping[str, float], found: Mapping[str, Mapping[str, float]]
+    ) -> bool:
+        """Judge whether what backward has brought is gone when the optimizer steps: it is handed zeros, or nothing."""
+        roles, still = found["parameter/role"], found["parameter/unchanged"]
+        stepped = [name for name in arrived if roles.get(name) in (IDLE, TRAINED)]
+        gone = bool(stepped) and all(roles[name] == IDLE or applied.get(name) == 0 for name in stepped)
+        # an optimizer may throw gradients away once it has used them
+        unused = gone and all(still.get(name) == 1.0 for name in stepped)
+        if self.judging.model("gradient-zero-lost", unused):
+            self.judging.tell(
+                Finding(
+                    "gradient-zero",
+                    "error",
+                    f"backward() brings gradients (norm {norm_of(arrived):.3g}), but the optimizer is handed none of them: they are gone "
+                    "before its step.",
+                    "Look for zero_grad() between backward() and optimizer.step(); it belongs before backward().",
+                ),
+                values={"norm": norm_of(arrived)},
+            )
+        return gone
+
+    def zero(self, modules: Mapping[str, Module], given: Mapping[str, float], *, lossless: bool) -> None:
         zero = {name: 0.0 for name, each in modules.items() if each.gradient == 0}
         if len(zero) == len(modules):
             # a hinge loss of exactly zero has nothing left to teach
@@ -191,7 +218,7 @@ class _Look:
             return
         self.judging.model("gradient-zero-everywhere", False)
         order = list(modules)
-        quiet = {name for name in zero if _looks_unchosen(name, order, zero)}
+        quiet = {name for name in zero if looks_unchosen(name, order, zero, given)}
         for code, hits in (("gradient-zero", zero.keys() - quiet), ("gradient-zero-quiet", quiet)):
             news = self.judging.hold(code, {name: 0.0 for name in order if name in hits}, order)
             if news:
@@ -213,15 +240,20 @@ class _Look:
             news,
         )
 
-    def depth(self, modules: Mapping[str, _Module]) -> bool:
+    def depth(self, modules: Mapping[str, Module]) -> bool:
         """Judge the trend over depth; return whether there is one, which also unbalances single modules."""
         alive = [(name, each.relative) for name, each in modules.items() if each.relative > 0]
-        ratio, early, late = 1.0, alive[:1], alive[-1:]
+        ratio: float = 1.0
+        early: Sequence[tuple[str, float]] = alive[:1]
+        late: Sequence[tuple[str, float]] = alive[-1:]
         if len(alive) >= FEWEST:
-            quarter = len(alive) // 4
-            early, late = alive[:quarter], alive[-quarter:]
-            ratio = max(median(value for _, value in early) / median(value for _, value in late), 1e-300)
-        everything = _norm({name: each.relative for name, each in modules.items()})
+            ratio, early, late = trend(alive)
+            # a module whose gradient dwarfs its own weights, among others that are well, is out of balance, and no trend
+            most = max(alive, key=lambda each: each[1])
+            rest, _, _ = trend([each for each in alive if each is not most])
+            if most[1] > self.watch.large and 1 / self.watch.depth_ratio < rest < self.watch.depth_ratio:
+                ratio = rest
+        everything = norm_of({name: each.relative for name, each in modules.items()})
         faint = 0 < everything < self.watch.smallest and not self.state["moved"]
         self.state["moved"] |= everything >= self.watch.smallest
         low = faint or ratio < 1 / self.watch.depth_ratio
@@ -277,7 +309,7 @@ class _Look:
         if not high:
             self.state["totals"] = [*totals, total][-MEMORY:]
 
-    def imbalance(self, modules: Mapping[str, _Module]) -> None:
+    def imbalance(self, modules: Mapping[str, Module]) -> None:
         alive = {name: each for name, each in modules.items() if each.relative > 0}
         high: dict[str, float] = {}
         if len(alive) >= FEWEST:
@@ -340,38 +372,3 @@ class _Look:
                 ),
                 values={"share": share},
             )
-
-
-def _by_module(gradients: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, _Module]:
-    """Gradients of modules in the order of the forward pass, which is that of their arrival turned round."""
-    names: dict[str, list[str]] = {}
-    for name in reversed([name for name in gradients if name]):
-        names.setdefault(owner(name), []).append(name)
-    found = {}
-    for module, own in names.items():
-        gradient = math.hypot(*(gradients[name] for name in own))
-        weight = math.hypot(*chain([0.0], (weights[name] for name in own if name in weights)))
-        found[module] = _Module(gradient, gradient / weight if weight > 0 and math.isfinite(weight) else 0.0)
-    return found
-
-
-def _cut_off(roles: Mapping[str, float], ran: Mapping[str, float]) -> list[str]:
-    """Modules that ran and got no gradient, up to the first that got one: what comes after it may be a branch without use."""
-    found: list[str] = []
-    for name, role in roles.items():
-        if role == TRAINED:
-            break
-        if role == IDLE and owner(name) in ran:
-            found.append(owner(name))
-    return found
-
-
-def _norm(norms: Mapping[str, float]) -> float:
-    return math.hypot(*(value for name, value in norms.items() if name and math.isfinite(value)), 0.0)
-
-
-def _looks_unchosen(name: str, order: Sequence[str], zero: Mapping[str, float]) -> bool:
-    """Whether modules before it and others of its kind get gradients, as with an expert that no token is sent to."""
-    kind = re.sub(r"\d+", "*", name)
-    alike = any(each not in zero and re.sub(r"\d+", "*", each) == kind for each in order)
-    return alike and any(each not in zero for each in order[: order.index(name)])

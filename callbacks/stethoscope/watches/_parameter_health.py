@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 ROUNDING = 1e-5
 SETTLED = 1e-3  # share of the largest learning rate so far
 WILD = 100.0  # gain of a single weight that no scheme of initialisation has: a deviation of 1 at 10,000 inputs
+OUTLYING = (
+    40.0  # the same, and its factor over the median; a table of deviation 1 that is tied to an output has 32 at 1024
+)
+SLOW = 5  # observed steps in a row: as many as clipping takes, which is often the cause
 FEWEST = 2  # weights that a verdict on an initialisation needs
 
 
@@ -32,16 +36,18 @@ class ParameterHealth:
     a module's own parameters, since a bias near zero moves by its own size and means no harm:
 
     - `update-ratio-high`: above `highest` in half of the modules or in the model as a whole; once is enough above `sudden`.
-    - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising.
-    - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero; or the
-      parameter requires a gradient, and no optimizer holds it: info where that is most of the model (meant, it seems).
+    - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising, in five
+      observed steps.
+    - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero, or although gradients
+      arrive, since no optimizer has ever stepped; or the parameter requires a gradient, and no optimizer holds it: info where that is most of the model (meant, it seems).
     - `parameter-changed`: a frozen parameter changes. A warning, but info where it looks like a moving average of a trained one.
     - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
-      or above 100 in one.
+      or above 100 in one (40, where that is 40 times the median); a layer's weight of two outputs or more, not the last one, of
+      which all values are equal.
     - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.
     - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less.
-    - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module runs, or looks
-      like an expert that is not chosen.
+    - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module looks like an expert
+      that is not chosen, or runs, unless others of its stack are trained and something of another kind after it is, too.
     - `model-in-eval`: the optimizer steps while the model, with all of its BatchNorm and dropout, is in eval mode.
     - `nonfinite-optimizer`: what the optimizer keeps for a parameter holds NaN or Inf.
 
@@ -113,6 +119,7 @@ class ParameterHealth:
             "parameter/held",
             "parameter/gain",
             "parameter/copies",
+            "parameter/constant",
             "gradient/norm",
             "optimizer/steps",
             "optimizer/nonfinite",
@@ -125,7 +132,7 @@ class ParameterHealth:
         judging = Judging(state["held"], records[0].step, self.observations, self.steps)
         look = _Look(self, {**state, "ran": ran}, judging, found)
         if found["parameter/gain"]:
-            look.gains(found["parameter/gain"])
+            look.gains(found["parameter/gain"], found["parameter/constant"])
         if found["parameter/copies"]:
             look.copies(found["parameter/copies"])
         if found["optimizer/steps"].get("", 1.0) > 0:
@@ -136,6 +143,8 @@ class ParameterHealth:
             moving = not rates or max(rates.values()) > SETTLED * top
             roles.unchanged(judging, found, ran, look.untrained(), moving=moving)
             look.ratios(rates)
+        else:
+            roles.unstepped(judging, found)
         roles.changed(judging, found)
         look.drift()
         return {**look.state, "held": judging.held}, judging.findings
@@ -156,12 +165,28 @@ class _Look:
         self.state["untrained"] = names
         return names
 
-    def gains(self, gains: Values) -> None:
-        if self.state["gains"] or len(gains) < FEWEST:
+    def gains(self, gains: Values, constant: Values) -> None:
+        if self.state["gains"]:
             return
         self.state["gains"] = True
+        # the units of the last layer part at the first step: each has a target of its own
+        alike = [name for name, flag in constant.items() if flag and name != list(gains)[-1]]
+        if alike:
+            self.judging.tell(
+                Finding(
+                    "poor-initialisation",
+                    "warning",
+                    f"All values of {listing(alike)} are equal: the units begin as copies of one another, and compute one feature.",
+                    "Initialise with random weights: kaiming_normal_, xavier_uniform_ (constant_ is for biases).",
+                    module=owner(alike[0]),
+                ),
+                alike,
+            )
+        if len(gains) < FEWEST:
+            return
         watch = self.watch
-        wild = [name for name, gain in gains.items() if gain > WILD]
+        usual = sorted(gains.values())[len(gains) // 2]
+        wild = [name for name, gain in gains.items() if gain > WILD or gain > OUTLYING * max(1.0, usual)]
         for what, hit in (
             ("large", [name for name, gain in gains.items() if gain > watch.gain_high]),
             ("small", [name for name, gain in gains.items() if 0 < gain < watch.gain_low]),
@@ -238,7 +263,9 @@ class _Look:
         highest = self.watch.highest
         far = [module for module, value in ratio.items() if value > highest]
         wide = everything > highest or (len(modules) > 1 and 2 * len(far) > len(modules))
-        sudden = everything > self.watch.sudden
+        # norms and biases begin near one or zero, and weigh much in the whole of a small model
+        torn = [module for module, value in ratio.items() if value > self.watch.sudden]
+        sudden = everything > self.watch.sudden or (len(modules) > 2 and 2 * len(torn) > len(modules))
         if self.judging.model("update-ratio-high", wide, times=1 if sudden else None):
             named = sorted(far, key=lambda module: -ratio[module])
             self.judging.tell(
@@ -259,7 +286,7 @@ class _Look:
         rising = rates and not rate <= before
         small = everything < self.watch.lowest and not self.state["moved"] and not rising
         self.state["moved"] |= everything >= self.watch.lowest
-        if self.judging.model("update-ratio-low", small):
+        if self.judging.model("update-ratio-low", small, times=SLOW):
             self.judging.tell(
                 Finding(
                     "update-ratio-low",

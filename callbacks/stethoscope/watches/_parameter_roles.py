@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 FROZEN, UNHELD, RESTING, IDLE, TRAINED = range(5)
 """What `parameter/role` says, see `probes.Optimizers`."""
 
+FAINT = 1e-5
+"""Gradient over the weights of its module of which a rate of 0.01 leaves 1e-7, what float32 rounds away; LBFGS stops there by itself."""
+
 Values: TypeAlias = "dict[str, float]"
 """One number per parameter or module."""
 
@@ -25,16 +29,22 @@ def unchanged(
 ) -> None:
     """Judge what the step should have moved and has not; `moving` says that a learning rate is above zero."""
     roles, still = found["parameter/role"], found["parameter/unchanged"]
-    gradients = found["gradient/norm"]
+    gradients, norms = found["gradient/norm"], found["parameter/norm"]
     if not still:
         return
+    sizes: dict[str, float] = {}
+    for name, norm in norms.items():
+        sizes[owner(name)] = math.hypot(sizes.get(owner(name), 0.0), norm)
     same = [name for name in roles if still.get(name) == 1.0]
     # whole modules: a bias before a BatchNorm has no gradient but rounding, and rounds away
     alive = {owner(name) for name, role in roles.items() if role == TRAINED and still.get(name) == 0.0}
     stuck = [
         name
         for name in same
-        if moving and roles[name] == TRAINED and gradients.get(name, 1.0) > 0 and owner(name) not in alive
+        if moving
+        and roles[name] == TRAINED
+        and gradients.get(name, math.inf) > FAINT * sizes.get(owner(name), 0.0)
+        and owner(name) not in alive
     ]
     unheld = [name for name in same if roles[name] == UNHELD]
     # what is left out at random, or is an expert, has had a gradient before and will have one again
@@ -73,10 +83,11 @@ def unchanged(
 
 
 def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str]) -> None:
-    alive = {re.sub(r"\d+", "*", name) for name, role in roles.items() if role == TRAINED}
-    quiet = [name for name in idle if owner(name) in ran or re.sub(r"\d+", "*", name) in alive]
-    for code, hits in (("module-unused", [n for n in idle if n not in set(quiet)]), ("module-unused-quiet", quiet)):
-        news = judging.hold(code, hits, roles)
+    alive = {_kind(name) for name, role in roles.items() if role == TRAINED}
+    dropped = set(_dropped([name for name in idle if owner(name) in ran and _kind(name) in alive], roles, ran))
+    quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped}
+    for code, hits in (("module-unused", [n for n in idle if n not in quiet]), ("module-unused-quiet", quiet)):
+        news = judging.hold(code, [name for name in idle if name in hits], roles)
         if not news:
             continue
         modules = list(dict.fromkeys(owner(name) for name in news))
@@ -86,10 +97,59 @@ def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[
                 "module-unused",
                 "warning" if code == "module-unused" else "info",
                 f"{len(news)} parameters of {listing(modules)} are in the optimizer, but never get a gradient and never change: {why}.",
-                "Call the module in forward(), or remove it; DistributedDataParallel would stop here (find_unused_parameters).",
+                "Use what the module returns, or remove it; DistributedDataParallel would stop here (find_unused_parameters)."
+                if owner(news[0]) in ran
+                else "Call the module in forward(), or remove it; DistributedDataParallel would stop here (find_unused_parameters).",
                 module=modules[0],
             ),
             news,
+        )
+
+
+def _dropped(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[str]:
+    """Those that lie in the middle of a stack, others of their kind being trained: what follows cannot have got their results.
+
+    Heads beside each other, of which only some are used, have nothing of another stack after them. The last layer of a stack may have a
+    part of which nothing is left to use (the residual convolution of a TCN), while the rest of it is trained.
+    """
+    trained = {owner(name) for name, role in roles.items() if role == TRAINED}
+    alive = {_element(each) for each in trained}
+    found = []
+    for name in names:
+        module = owner(name)
+        later = [each for each in ran[ran.index(module) + 1 :] if each in trained]
+        used_after = any(_kind(_element(each)) != _kind(_element(module)) for each in later)
+        middle = any(_kind(each) == _kind(module) for each in later)
+        if used_after and (middle or _element(module) not in alive):
+            found.append(name)
+    return found
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _element(module: str) -> str:
+    """The layer of a stack, or head of a list, that a module belongs to: its name up to the first part with a number."""
+    found = re.match(r"(?:.*?\.)??[^.]*\d[^.]*", module)
+    return found.group() if found else module
+
+
+def unstepped(judging: Judging, found: Mapping[str, Values]) -> None:
+    """Judge a step in which no optimizer has stepped: gradients arrive, and nothing changes."""
+    still, gradients = found["parameter/unchanged"], found["gradient/norm"]
+    # a scaler leaves out steps with gradients that are not finite
+    arrive = bool(gradients) and all(math.isfinite(norm) for norm in gradients.values()) and any(gradients.values())
+    never = set(found["parameter/role"].values()) <= {FROZEN, UNHELD}
+    if judging.model("parameter-unchanged-unstepped", arrive and never and bool(still) and all(still.values())):
+        judging.tell(
+            Finding(
+                "parameter-unchanged",
+                "error",
+                f"Gradients arrive (norm {gradients.get('', math.nan):.3g}), but no optimizer has ever stepped, and none of {len(still)} parameters changes.",
+                "Call optimizer.step() after backward(), and monitor.step() once per optimizer step.",
+            ),
+            values={"norm": gradients.get("", 0.0)},
         )
 
 

@@ -70,7 +70,7 @@ def corrupt_picture(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "activation-saturated", "gradient-vanishing", "loss-plateau", "stalled-optimisation", modules=("head",), step=60)  # fmt: skip
+@fault(classifier, "loss-input-mismatch", "activation-saturated", "gradient-vanishing", "loss-plateau", "stalled-optimisation", modules=("head",))  # fmt: skip
 def softmax_twice(t: Training) -> None:
     """The model ends in a softmax, and the loss has another one. Humbatova: wrong loss for the last layer."""
     t.model.head = nn.Sequential(t.model.head, nn.Softmax(-1))
