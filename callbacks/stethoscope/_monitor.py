@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # what torch.optim uses, since torch.compiler.disable loads the compiler
 
 from stethoscope._delivery import Delivery
+from stethoscope._dropped import weakly, when_dropped
 from stethoscope._guard import Guard
 from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise
@@ -142,8 +143,10 @@ class Monitor:
         self._delivery = Delivery(chosen, [*resolved, *self._ranks.sinks()], on_finding, self._run.rank, self._notes)
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
+        when_dropped(self, hooked := [self._probing.detach])
         self._probing.arm(self._step, self._phase)
         self._guard = self._new_guard(guard, replay) if guard else None
+        hooked += [self._guard.detach] if self._guard else []
 
     @property
     def findings(self) -> list[Finding]:
@@ -286,7 +289,10 @@ class Monitor:
         self._delivery.flush(self._run)
 
     def close(self) -> None:
-        """Remove all hooks, deliver everything, close the sinks. May be called twice."""
+        """Remove all hooks, deliver everything, close the sinks. May be called twice.
+
+        A monitor that is dropped without it takes its hooks along, but what it has not delivered is lost.
+        """
         if self._closed:
             return
         self._closed = True
@@ -328,7 +334,7 @@ class Monitor:
 
     def _new_guard(self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None) -> Guard:
         keep = self._incidents.keep
-        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, self._deliver)
+        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, weakly(self._deliver))
 
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:
