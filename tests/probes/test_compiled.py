@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import shutil
+import threading
 from collections import Counter
 
 import pytest
@@ -340,6 +341,89 @@ def test_two_monitors_share_the_stance():
     two.close()
     assert torch._dynamo.eval_frame._stance.stance == "default"
     one.close()
+
+
+def test_a_monitor_that_is_left_open_does_not_keep_others_from_running_compiled(monkeypatch):
+    monkeypatch.setattr("stethoscope.probes._compiled.PATIENCE", 5)
+    broken = Monitor(Net(), probes=[Activations()], every=10)  # a traceback may hold it
+    model, memory = Net(), sinks.Memory()
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    stances = []
+    with Monitor(model, probes=[Activations()], every=3, sinks=[memory], strict=True) as monitor:
+        for _ in range(12):
+            call(torch.randn(4, 8))
+            stances.append(torch._dynamo.eval_frame._stance.stance)
+            monitor.step()
+        broken.step()
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"  # of step 12
+        for _ in range(9):
+            broken.model(torch.randn(4, 8))
+            broken.step()
+    # at work again
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    broken.close()
+    assert stances == ["force_eager"] * 7 + ["default"] * 2 + ["force_eager"] + ["default"] * 2
+    (finding,) = [each for each in memory.findings if each.code == "monitor-left-open"]
+    assert finding.severity == "warning"
+
+
+def test_monitors_of_models_that_are_trained_in_turn_wait_for_one_another():
+    one, two = Monitor(Net(), probes=[Activations()], every=1), Monitor(Net(), probes=[Activations()], every=1)
+    torch.compile(one.model, backend="eager")(torch.randn(4, 8))
+    with one, two:
+        for step in range(60):
+            one.step()
+            assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+            if step % 20 == 0:
+                two.step()
+    assert not [each for each in (*one.findings, *two.findings) if each.code == "monitor-left-open"]
+
+
+def test_a_monitor_on_another_thread_than_the_training_is_told():
+    model = Net()
+    monitor = Monitor(model, **presets.first_aid(), every=1)
+
+    def training():
+        for _ in range(3):
+            model(torch.randn(4, 8)).sum().backward()
+            monitor.step()
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    monitor.close()
+    told = [each for each in monitor.findings if each.evidence.get("probe") == "Activations"]
+    assert told
+    assert {(each.code, each.severity) for each in told} == {("probe-read-nothing", "warning")}
+    assert "on the thread that trains" in told[0].advice
+
+
+def test_a_monitor_made_on_the_thread_that_trains_reads_there():
+    memory = sinks.Memory()
+    arguments = {**presets.first_aid(), "every": 3, "sinks": [memory]}
+    thread = threading.Thread(target=train, args=("wrapper", "aot_eager"), kwargs=arguments)
+    thread.start()
+    thread.join()
+    assert {r.step for r in memory.records if r.name == "activation/rms"} >= {0, 3, 6}
+
+
+def test_a_validation_without_the_compiler_compiles_nothing_again():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    graphs = []
+    with Monitor(model, optimizer, **presets.first_aid(), every=3, strict=True) as monitor:
+        for _ in range(9):
+            call(torch.randn(4, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step()
+            model.eval()
+            with monitor.phase("val"), torch.no_grad():
+                model(torch.randn(4, 8))  # as Hugging Face's Trainer does
+            model.train()
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [0] + [1] * 8
 
 
 def test_a_monitor_that_nobody_closes_takes_its_stance_along():

@@ -17,8 +17,14 @@ from stethoscope._record import Finding
 if TYPE_CHECKING:
     from torch import nn
 
-_lookers: set[int] = set()
-"""Ids, so that a monitor that is dropped without `close` does not live on in here."""
+PATIENCE = 100
+"""Steps that other monitors may end, a GAN's discriminator for one, before the wish of one that ends none does not count."""
+
+_lookers: dict[int, int] = {}
+"""Ids, so that a monitor that is dropped without `close` does not live on in here, and the turn in which each has asked."""
+_turn = [0]
+_untold: list[int] = []
+"""Forgotten wishes: nobody is told before it is known that anything is compiled, which it is not while all runs eagerly."""
 _ours: list[Any] = []
 """The stance that we have set, if any."""
 
@@ -42,11 +48,11 @@ class Eagerly:
         """
         if not on or (phases is None and phase != "train"):
             self.release()
-        elif id(self) not in _lookers and "torch._dynamo" in sys.modules:
+        elif "torch._dynamo" in sys.modules:
             self._used = True
-            _lookers.add(id(self))
-            if not _ours:
+            if not _lookers:
                 _ours.append(torch.compiler.set_stance("force_eager"))
+            _lookers[id(self)] = _turn[0]
 
     def release(self) -> None:
         """Ask for it no longer."""
@@ -70,9 +76,31 @@ class Eagerly:
         ]
 
 
+def next_turn() -> list[Finding]:
+    """A step of some monitor has ended. A wish that has outlived a hundred of them is forgotten, and that is said."""
+    _turn[0] += 1
+    for looker in [looker for looker, turn in _lookers.items() if _turn[0] - turn > PATIENCE]:
+        _release(looker)
+        _untold.append(looker)
+    if not _untold or not anything_compiled():
+        return []
+    _untold.clear()
+    return [
+        Finding(
+            "monitor-left-open",
+            "warning",
+            f"A monitor that has ended no step while others ended {PATIENCE} had all steps run without torch.compile, since the one under "
+            "way was to be observed. From here on they run compiled again.",
+            "Close what is not used any more: monitor.close(), or `with Monitor(...) as monitor:` around the loop. In a notebook "
+            "the traceback of an interrupted cell may hold it. Its next step() sets it to work again.",
+            evidence={"steps": PATIENCE},
+        )
+    ]
+
+
 def _release(looker: int) -> None:
     if looker in _lookers:
-        _lookers.remove(looker)
+        del _lookers[looker]
         if not _lookers:
             _restore()
 
