@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from stethoscope._inventory import Inventory
 from stethoscope._overhead import Pace
 from stethoscope._parts import Notes, from_preset, mark_preset, severity_for
 from stethoscope._record import Finding, Record
@@ -59,7 +60,7 @@ class Probing:
         self, model: nn.Module, probes: Sequence[Probe], every: int, notes: Notes, overhead: float | None = None
     ) -> None:
         self._model, self._notes, self._every = model, notes, every
-        self._thread = get_ident()
+        self._thread, self._inventory = get_ident(), Inventory(model)
         self._attached: list[_Attached] = []
         try:
             for probe in probes:
@@ -109,7 +110,7 @@ class Probing:
 
     def lap(self, step: int) -> None:
         """Close a step: look at what it took, where there is a limit."""
-        self._notes.pending += next_turn()
+        self._notes.pending += [*next_turn(), *self._inventory.compare(step)]
         if self._pace is not None:
             self._pace.lap(step)
 
