@@ -41,7 +41,7 @@ class Monitor:
 
     Call `step` once per optimizer step, at its end. All else is optional. Nothing in here changes weights, gradients,
     outputs or random numbers; an exception inside of a probe, watch or sink becomes a finding and switches that part
-    off. Works on the thread that created it.
+    off. Works on the thread that created it. Dropped without `close`, it takes its hooks along.
 
     Args:
         model: any module, also inside of DDP, FSDP or `torch.compile` wrappers.
@@ -89,6 +89,7 @@ class Monitor:
         []
     """
 
+    @_disable_dynamo
     def __init__(
         self,
         model: nn.Module,
@@ -145,8 +146,11 @@ class Monitor:
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
         when_dropped(self, hooked := [self._probing.detach])
         self._probing.arm(self._step, self._phase)
-        self._guard = self._new_guard(guard, replay) if guard else None
-        hooked += [self._guard.detach] if self._guard else []
+        self._guard: Guard | None = None
+        if guard:
+            keep, deliver = self._incidents.keep, weakly(self._deliver)
+            self._guard = Guard(self.model, self._optimizers, guard, replay, keep, self._notes, deliver)
+            hooked.append(self._guard.detach)
 
     @property
     def findings(self) -> list[Finding]:
@@ -288,11 +292,9 @@ class Monitor:
         self._deliver(wait=True)
         self._delivery.flush(self._run)
 
+    @_disable_dynamo
     def close(self) -> None:
-        """Remove all hooks, deliver everything, close the sinks. May be called twice.
-
-        A monitor that is dropped without it takes its hooks along, but what it has not delivered is lost.
-        """
+        """Remove all hooks, deliver everything, close the sinks. May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -331,10 +333,6 @@ class Monitor:
         self._heartbeat.beat()
         if self._closed:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
-
-    def _new_guard(self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None) -> Guard:
-        keep = self._incidents.keep
-        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, weakly(self._deliver))
 
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:

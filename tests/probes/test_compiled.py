@@ -407,6 +407,70 @@ def test_a_monitor_made_on_the_thread_that_trains_reads_there():
     assert {r.step for r in memory.records if r.name == "activation/rms"} >= {0, 3, 6}
 
 
+def test_another_threads_compiled_call_ends_under_the_stance_under_which_it_began():
+    """With fullgraph=True, torch raises where a call has begun eagerly and finds at its end that nothing was compiled."""
+    inside, ended = threading.Event(), threading.Event()
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            if not torch.compiler.is_compiling():
+                inside.set()
+                ended.wait(10)
+            return y
+
+    other, errors = torch.compile(Slow(8, 4), backend="aot_eager", fullgraph=True), []
+
+    def serving():
+        try:
+            other(torch.randn(4, 8))
+        except RuntimeError as error:
+            errors.append(error)
+
+    model = Net()
+    with Monitor(model, probes=[Activations()], every=3, strict=True) as monitor:
+        thread = threading.Thread(target=serving)
+        thread.start()
+        inside.wait(10)
+        model(torch.randn(4, 8))
+        monitor.step()
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+        ended.set()
+        thread.join()
+        monitor.step()
+        assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert not errors
+
+
+def test_a_stance_that_could_not_be_given_back_at_the_end_is_given_back_by_the_collector(monkeypatch):
+    busy = [True]
+    monkeypatch.setattr("stethoscope.probes._compiled.under_way", lambda *_, **__: busy[0])
+    Monitor(Net(), probes=[Activations()], strict=True).close()
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    busy.clear()
+    busy.append(False)
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_monitor_may_be_made_used_and_closed_inside_of_compiled_code():
+    model = Net()
+
+    @torch.compile(backend="aot_eager")
+    def whole(x):
+        with Monitor(model, probes=[Activations()], every=1, strict=True) as monitor:
+            for _ in range(2):
+                model(x).sum().backward()
+                monitor.step()
+        return monitor
+
+    monitor = whole(torch.randn(4, 8))
+    (finding,) = [each for each in monitor.findings if each.severity != "info"]
+    assert finding.code == "probe-read-nothing"  # a call that has begun compiled is compiled to its end
+    assert "torch.compile" in finding.advice
+
+
 def test_a_validation_without_the_compiler_compiles_nothing_again():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
-from weakref import finalize
 
 import torch
 
+from stethoscope._dropped import later, under_way
 from stethoscope._record import Finding
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ class Eagerly:
     def __init__(self, probe: str) -> None:
         self._probe = probe
         self._used, self._said = False, False
-        finalize(self, _release, id(self)).atexit = False
 
     def set(self, on: bool, phases: tuple[str, ...] | None, phase: str) -> None:
         """Ask for it, or no longer; nothing happens where nothing has loaded the compiler.
@@ -50,9 +49,9 @@ class Eagerly:
             self.release()
         elif "torch._dynamo" in sys.modules:
             self._used = True
-            if not _lookers:
-                _ours.append(torch.compiler.set_stance("force_eager"))
             _lookers[id(self)] = _turn[0]
+            if not _ours:
+                _ours.append(torch.compiler.set_stance("force_eager"))
 
     def release(self) -> None:
         """Ask for it no longer."""
@@ -82,6 +81,7 @@ def next_turn() -> list[Finding]:
     for looker in [looker for looker, turn in _lookers.items() if _turn[0] - turn > PATIENCE]:
         _release(looker)
         _untold.append(looker)
+    _give_back()
     if not _untold or not anything_compiled():
         return []
     _untold.clear()
@@ -99,13 +99,18 @@ def next_turn() -> list[Finding]:
 
 
 def _release(looker: int) -> None:
-    if looker in _lookers:
-        del _lookers[looker]
-        if not _lookers:
-            _restore()
+    _lookers.pop(looker, None)
+    _give_back()
 
 
-def _restore() -> None:
+def _give_back() -> None:
+    """Put back the stance that was there before ours, when nobody wants ours any more."""
+    if _lookers or not _ours:
+        return
+    # a compiled call must end as it began: with fullgraph=True torch raises otherwise
+    if under_way(("torch._dynamo.eval_frame",), here=False):
+        later(_give_back)
+        return
     stance = _ours.pop()
     # a block of the user's that began under ours puts it back at its end: it is to mean then what held before ours
     vars(stance.stance).update(vars(stance.prev))
