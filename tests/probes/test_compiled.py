@@ -186,6 +186,19 @@ def test_what_inductor_trains_differs_by_rounding_where_steps_are_observed_and_n
     assert torch.equal(state, left_state)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_dropout_under_inductor_differs_by_rounding_alone_where_its_random_numbers_are_eagers():
+    with torch._inductor.config.patch(fallback_random=True):
+        _, weights, state, _ = train("wrapper", "inductor")
+        _, seen, seen_state, _ = train("wrapper", "inductor", **presets.first_aid(), every=3)
+    assert torch.allclose(weights, seen, rtol=1e-5, atol=1e-6)
+    assert torch.equal(state, seen_state)
+    _, weights, _, _ = train("wrapper", "inductor")
+    _, seen, _, _ = train("wrapper", "inductor", **presets.first_aid(), every=3)
+    assert not torch.allclose(weights, seen, rtol=1e-5, atol=1e-6)  # what the option is for
+
+
 def test_a_phase_is_read_eagerly_where_it_is_named_and_left_compiled_where_it_is_not():
     for phases, read in ((None, False), (("train", "val"), True)):
         memory = sinks.Memory()
