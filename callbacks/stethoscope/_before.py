@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from stethoscope._randomness import RandomState, random_state
 from stethoscope._tree import has_no_forward, size_of, tensors
@@ -167,7 +168,7 @@ class Before:
         source: list[Tensor] = []
         for i, (owner, name) in enumerate(self._owners):
             buffer = owner.get(name)
-            if buffer is None:
+            if buffer is None or is_lazy(buffer):
                 continue
             kept = self._kept.get(i)
             if kept is None or kept[0] is not buffer:

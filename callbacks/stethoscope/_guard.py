@@ -283,7 +283,9 @@ def _bad_gradients(owned: Sequence[Tensor], loss: Tensor | None) -> tuple[float 
     gradients = [_dense(each.grad) for each in owned if each.grad is not None]
     looked: list[Tensor] = []
     if gradients:
-        looked += torch._foreach_norm(gradients, 2, dtype=torch.float32)  # noqa: SLF001 - what clip_grad_norm_ uses
+        # half precision would overflow in its own squares, and double cannot be narrowed
+        wide = torch.float64 if any(each.dtype is torch.float64 for each in gradients) else torch.float32
+        looked += torch._foreach_norm(gradients, 2, dtype=wide)  # noqa: SLF001 - what clip_grad_norm_ uses
     if loss is not None and loss.numel() == 1:
         looked.append(loss.detach().reshape(()).float())
     if not looked:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # what torch.optim uses, since torch.compiler.disable loads the compiler
 
 from stethoscope._delivery import Delivery
+from stethoscope._dropped import weakly, when_dropped
 from stethoscope._guard import Guard
 from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise
@@ -40,7 +41,7 @@ class Monitor:
 
     Call `step` once per optimizer step, at its end. All else is optional. Nothing in here changes weights, gradients,
     outputs or random numbers; an exception inside of a probe, watch or sink becomes a finding and switches that part
-    off. Works on the thread that created it.
+    off. Works on the thread that created it. Dropped without `close`, it takes its hooks along.
 
     Args:
         model: any module, also inside of DDP, FSDP or `torch.compile` wrappers.
@@ -88,6 +89,7 @@ class Monitor:
         []
     """
 
+    @_disable_dynamo
     def __init__(
         self,
         model: nn.Module,
@@ -142,8 +144,13 @@ class Monitor:
         self._delivery = Delivery(chosen, [*resolved, *self._ranks.sinks()], on_finding, self._run.rank, self._notes)
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
+        when_dropped(self, hooked := [self._probing.detach])
         self._probing.arm(self._step, self._phase)
-        self._guard = self._new_guard(guard, replay) if guard else None
+        self._guard: Guard | None = None
+        if guard:
+            keep, deliver = self._incidents.keep, weakly(self._deliver)
+            self._guard = Guard(self.model, self._optimizers, guard, replay, keep, self._notes, deliver)
+            hooked.append(self._guard.detach)
 
     @property
     def findings(self) -> list[Finding]:
@@ -288,6 +295,7 @@ class Monitor:
         self._deliver(wait=True)
         self._delivery.flush(self._run)
 
+    @_disable_dynamo
     def close(self) -> None:
         """Remove all hooks, deliver everything, close the sinks. May be called twice."""
         if self._closed:
@@ -328,10 +336,6 @@ class Monitor:
         self._heartbeat.beat()
         if self._closed:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
-
-    def _new_guard(self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None) -> Guard:
-        keep = self._incidents.keep
-        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, self._deliver)
 
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:

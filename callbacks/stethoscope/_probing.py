@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, is_dataclass, replace
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from stethoscope._inventory import Inventory
 from stethoscope._overhead import Pace
 from stethoscope._parts import Notes, from_preset, mark_preset, severity_for
 from stethoscope._record import Finding, Record
 from stethoscope._transfer import Part
-from stethoscope.probes._compiled import anything_compiled
+from stethoscope.probes._compiled import anything_compiled, next_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +60,7 @@ class Probing:
         self, model: nn.Module, probes: Sequence[Probe], every: int, notes: Notes, overhead: float | None = None
     ) -> None:
         self._model, self._notes, self._every = model, notes, every
+        self._thread, self._inventory = get_ident(), Inventory(model)
         self._attached: list[_Attached] = []
         try:
             for probe in probes:
@@ -107,6 +110,7 @@ class Probing:
 
     def lap(self, step: int) -> None:
         """Close a step: look at what it took, where there is a limit."""
+        self._notes.pending += [*next_turn(), *self._inventory.compare(step)]
         if self._pace is not None:
             self._pace.lap(step)
 
@@ -163,7 +167,7 @@ class Probing:
         self._notes.pending.append(
             Finding(
                 "probe-read-nothing",
-                severity_for(attached.probe),
+                severity_for(attached.probe) if get_ident() == self._thread else "warning",
                 f"{name} has read nothing in step {step}.",
                 self._advice(),
                 step,
@@ -173,6 +177,11 @@ class Probing:
 
     def _advice(self) -> str:
         """What may be done about a probe that has read nothing."""
+        if get_ident() != self._thread:
+            return (
+                "Create the monitor on the thread that trains: step() is called on another one than the one that has created "
+                "it, and what modules do there is not read."
+            )
         if not self._model.training:
             return (
                 "Call model.train() before training: the model is in eval mode, and outside of phase blocks only training "

@@ -1,8 +1,8 @@
 """What observing a compiled training costs: ratios of process time per step with and without, both compiled.
 
-    python tests/benchmarks/bench_compile.py [--pairs 30] [--models transformer tcn tiny] [--backend inductor]
+    python tests/benchmarks/bench_compile.py [--pairs 30] [--models transformer tcn tiny] [--backend inductor] [--presets first_aid full]
 
-`presets.first_aid()` at every=50 is worked out from the two kinds of steps: the observed one runs eagerly, the 49 others run
+A preset at every=50 is worked out from the two kinds of steps: the observed one runs eagerly, the 49 others run
 compiled. Also prints the graphs that were compiled, with and without the monitor, and the graph breaks.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from contextlib import contextmanager
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,13 +22,13 @@ from stethoscope import Monitor, presets
 
 
 @contextmanager
-def compiled(make, backend: str, every: int | None):
+def compiled(make, backend: str, preset: str, every: int | None):
     """A loop whose model is compiled, observed or not, past its first steps."""
     torch._dynamo.reset()
     counters.clear()
     loop = Loop(make)
     if every:
-        loop.monitor = Monitor(loop.model, loop.optimizer, **presets.first_aid(), every=every)
+        loop.monitor = Monitor(loop.model, loop.optimizer, **getattr(presets, preset)(), every=every)
     loop.model = torch.compile(loop.model, backend=backend, fullgraph=True)
     for _ in range(4):
         loop.step()
@@ -43,9 +44,9 @@ def once(loop: Loop, repeats: int) -> float:
         return timed(loop, repeats)
 
 
-def ratio(make, backend: str, every: int, pairs: int) -> tuple[float, float, float, int]:
+def ratio(make, backend: str, preset: str, every: int, pairs: int) -> tuple[float, float, float, int]:
     """Median ratio, its lower 95 % bound, the plain step in milliseconds, and graphs compiled with the monitor."""
-    with compiled(make, backend, None) as bare, compiled(make, backend, every) as seen:
+    with compiled(make, backend, preset, None) as bare, compiled(make, backend, preset, every) as seen:
         graphs = counters["stats"]["unique_graphs"]
         repeats = max(1, round(0.03 / once(bare, 2)))
         ratios, plain = [], []
@@ -66,19 +67,23 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--backend", default="inductor")
+    parser.add_argument(
+        "--presets", nargs="+", default=["first_aid", "full"], choices=["first_aid", "separation", "full"]
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in arguments.models:
-        print(f"\n{name}")
+    for name, preset in product(arguments.models, arguments.presets):
+        print(f"\n{name}, {preset}()")
         kinds = {}
         for label, every in (("other steps, compiled", NEVER), ("observed step, eager", 1)):
-            median, low, step, graphs = kinds[every] = ratio(MODELS[name], arguments.backend, every, arguments.pairs)
+            kinds[every] = ratio(MODELS[name], arguments.backend, preset, every, arguments.pairs)
+            median, low, step, graphs = kinds[every]
             print(
                 f"  {label:30s} {median:6.3f}   (at least {low:.3f}; plain step {step:.1f} ms; {graphs} graphs)",
                 flush=True,
             )
         both = [(kinds[1][i] + 49 * kinds[NEVER][i]) / 50 for i in range(2)]
-        print(f"  {'first_aid() at every=50':30s} {both[0]:6.3f}   (at least {both[1]:.3f})", flush=True)
+        print(f"  {f'{preset}() at every=50':30s} {both[0]:6.3f}   (at least {both[1]:.3f})", flush=True)
 
 
 if __name__ == "__main__":

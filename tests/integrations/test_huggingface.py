@@ -1,3 +1,5 @@
+import contextlib
+import gc
 import json
 import math
 from pathlib import Path
@@ -281,3 +283,22 @@ def test_a_healthy_language_model_has_nothing_to_say(tmp_path):
     callback = MonitorTrainerCallback("full", every=2, sinks=str(tmp_path / "run")).attach(made)
     made.train()
     assert [each for each in callback.monitor.findings if each.severity != "info"] == []
+
+
+def test_a_trainer_that_fails_and_is_dropped_without_closing_leaves_nothing(tmp_path):
+    backward, model = torch.autograd.backward, Net()
+
+    class Fails(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise OSError("no space left")
+
+    def training():
+        made = trainer(tmp_path, model, MonitorTrainerCallback(sinks=sinks.Memory(), every=2), Fails())
+        made.train()
+
+    with contextlib.suppress(OSError):
+        training()
+    gc.collect()
+    assert torch.autograd.backward is backward
+    assert not hooks(model)

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import shutil
+import threading
 from collections import Counter
 
 import pytest
@@ -185,6 +186,19 @@ def test_what_inductor_trains_differs_by_rounding_where_steps_are_observed_and_n
     assert torch.equal(state, left_state)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_dropout_under_inductor_differs_by_rounding_alone_where_its_random_numbers_are_eagers():
+    with torch._inductor.config.patch(fallback_random=True):
+        _, weights, state, _ = train("wrapper", "inductor")
+        _, seen, seen_state, _ = train("wrapper", "inductor", **presets.first_aid(), every=3)
+    assert torch.allclose(weights, seen, rtol=1e-5, atol=1e-6)
+    assert torch.equal(state, seen_state)
+    _, weights, _, _ = train("wrapper", "inductor")
+    _, seen, _, _ = train("wrapper", "inductor", **presets.first_aid(), every=3)
+    assert not torch.allclose(weights, seen, rtol=1e-5, atol=1e-6)  # what the option is for
+
+
 def test_a_phase_is_read_eagerly_where_it_is_named_and_left_compiled_where_it_is_not():
     for phases, read in ((None, False), (("train", "val"), True)):
         memory = sinks.Memory()
@@ -340,6 +354,153 @@ def test_two_monitors_share_the_stance():
     two.close()
     assert torch._dynamo.eval_frame._stance.stance == "default"
     one.close()
+
+
+def test_a_monitor_that_is_left_open_does_not_keep_others_from_running_compiled(monkeypatch):
+    monkeypatch.setattr("stethoscope.probes._compiled.PATIENCE", 5)
+    broken = Monitor(Net(), probes=[Activations()], every=10)  # a traceback may hold it
+    model, memory = Net(), sinks.Memory()
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    stances = []
+    with Monitor(model, probes=[Activations()], every=3, sinks=[memory], strict=True) as monitor:
+        for _ in range(12):
+            call(torch.randn(4, 8))
+            stances.append(torch._dynamo.eval_frame._stance.stance)
+            monitor.step()
+        broken.step()
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"  # of step 12
+        for _ in range(9):
+            broken.model(torch.randn(4, 8))
+            broken.step()
+    # at work again
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    broken.close()
+    assert stances == ["force_eager"] * 7 + ["default"] * 2 + ["force_eager"] + ["default"] * 2
+    (finding,) = [each for each in memory.findings if each.code == "monitor-left-open"]
+    assert finding.severity == "warning"
+
+
+def test_monitors_of_models_that_are_trained_in_turn_wait_for_one_another():
+    one, two = Monitor(Net(), probes=[Activations()], every=1), Monitor(Net(), probes=[Activations()], every=1)
+    torch.compile(one.model, backend="eager")(torch.randn(4, 8))
+    with one, two:
+        for step in range(60):
+            one.step()
+            assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+            if step % 20 == 0:
+                two.step()
+    assert not [each for each in (*one.findings, *two.findings) if each.code == "monitor-left-open"]
+
+
+def test_a_monitor_on_another_thread_than_the_training_is_told():
+    model = Net()
+    monitor = Monitor(model, **presets.first_aid(), every=1)
+
+    def training():
+        for _ in range(3):
+            model(torch.randn(4, 8)).sum().backward()
+            monitor.step()
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    thread.join()
+    monitor.close()
+    told = [each for each in monitor.findings if each.evidence.get("probe") == "Activations"]
+    assert told
+    assert {(each.code, each.severity) for each in told} == {("probe-read-nothing", "warning")}
+    assert "on the thread that trains" in told[0].advice
+
+
+def test_a_monitor_made_on_the_thread_that_trains_reads_there():
+    memory = sinks.Memory()
+    arguments = {**presets.first_aid(), "every": 3, "sinks": [memory]}
+    thread = threading.Thread(target=train, args=("wrapper", "aot_eager"), kwargs=arguments)
+    thread.start()
+    thread.join()
+    assert {r.step for r in memory.records if r.name == "activation/rms"} >= {0, 3, 6}
+
+
+def test_another_threads_compiled_call_ends_under_the_stance_under_which_it_began():
+    """With fullgraph=True, torch raises where a call has begun eagerly and finds at its end that nothing was compiled."""
+    inside, ended = threading.Event(), threading.Event()
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            if not torch.compiler.is_compiling():
+                inside.set()
+                ended.wait(10)
+            return y
+
+    other, errors = torch.compile(Slow(8, 4), backend="aot_eager", fullgraph=True), []
+
+    def serving():
+        try:
+            other(torch.randn(4, 8))
+        except RuntimeError as error:
+            errors.append(error)
+
+    model = Net()
+    with Monitor(model, probes=[Activations()], every=3, strict=True) as monitor:
+        thread = threading.Thread(target=serving)
+        thread.start()
+        inside.wait(10)
+        model(torch.randn(4, 8))
+        monitor.step()
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+        ended.set()
+        thread.join()
+        monitor.step()
+        assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert not errors
+
+
+def test_a_stance_that_could_not_be_given_back_at_the_end_is_given_back_by_the_collector(monkeypatch):
+    busy = [True]
+    monkeypatch.setattr("stethoscope.probes._compiled.under_way", lambda *_, **__: busy[0])
+    Monitor(Net(), probes=[Activations()], strict=True).close()
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    busy.clear()
+    busy.append(False)
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_monitor_may_be_made_used_and_closed_inside_of_compiled_code():
+    model = Net()
+
+    @torch.compile(backend="aot_eager")
+    def whole(x):
+        with Monitor(model, probes=[Activations()], every=1, strict=True) as monitor:
+            for _ in range(2):
+                model(x).sum().backward()
+                monitor.step()
+        return monitor
+
+    monitor = whole(torch.randn(4, 8))
+    (finding,) = [each for each in monitor.findings if each.severity != "info"]
+    assert finding.code == "probe-read-nothing"  # a call that has begun compiled is compiled to its end
+    assert "torch.compile" in finding.advice
+
+
+def test_a_validation_without_the_compiler_compiles_nothing_again():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    graphs = []
+    with Monitor(model, optimizer, **presets.first_aid(), every=3, strict=True) as monitor:
+        for _ in range(9):
+            call(torch.randn(4, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step()
+            model.eval()
+            with monitor.phase("val"), torch.no_grad():
+                model(torch.randn(4, 8))  # as Hugging Face's Trainer does
+            model.train()
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [0] + [1] * 8
 
 
 def test_a_monitor_that_nobody_closes_takes_its_stance_along():

@@ -263,3 +263,63 @@ def test_a_model_that_is_traced_while_it_is_observed_gives_the_code_that_it_give
             monitor.step()
             assert torch.jit.trace(model, x).code == alone  # as SummaryWriter.add_graph does
         assert not [each for each in monitor.findings if each.severity != "info"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_guard_looks_at_gradients_of_any_precision(dtype):
+    model = net().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, guard="skip", strict=True) as monitor:
+        for step in range(3):
+            before = copy.deepcopy(model.state_dict())
+            x = torch.ones(4, 6, dtype=dtype)
+            loss = model(x * torch.inf if step == 1 else x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step()
+            same = [torch.equal(before[name], value) for name, value in model.state_dict().items()]
+            assert all(same) is (step == 1)
+    assert [each.severity for each in monitor.findings if each.severity != "info"] == ["error"]
+
+
+def test_lazy_modules_get_their_shape_while_they_are_observed_and_guarded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(2))
+    optimizer, memory = torch.optim.SGD(model.parameters(), lr=0.1), sinks.Memory()
+    with Monitor(model, optimizer, **presets.full(), every=1, guard="skip", sinks=[memory], strict=True) as monitor:
+        for step in range(4):
+            before = model[1].running_mean.clone() if step else None
+            loss = model(torch.randn(5, 6) * (torch.inf if step == 2 else 1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+            if step == 2:
+                assert torch.equal(model[1].running_mean, before)
+    assert set(values(memory, "parameter/norm", 3)) == {f"{i}.{name}" for i in (0, 1, 3) for name in ("weight", "bias")}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_left_alone_and_it_is_told(layout):
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.out(torch.cat(self.inner(x).unbind()))
+
+    model, memory = Ragged(), sinks.Memory()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, **presets.full(), every=1, guard="skip", sinks=[memory], strict=True) as monitor:
+        for _ in range(3):
+            x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(4, 6)], layout=layout)
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(batch=x, loss=loss)
+    assert values(memory, "activation/rms", 2)["out"] > 0
+    assert {each.module for each in memory.findings if each.evidence.get("kind") == "nested"} >= {"inner"}

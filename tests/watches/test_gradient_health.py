@@ -45,6 +45,19 @@ def test_twelve_sigmoid_layers_vanish_and_three_do_not():
     assert train(mlp(nn.Sigmoid, 3)) == []
 
 
+def test_weights_that_are_moved_by_hand_are_not_told_to_have_no_gradient():
+    model, by_hand = mlp(), type("ByHand", (), {"param_groups": [{"lr": 0.01}]})()
+    by_hand.zero_grad = model.zero_grad
+
+    @torch.no_grad()
+    def step():
+        for each in model.parameters():
+            each.sub_(each.grad, alpha=0.01)
+
+    by_hand.step = step
+    assert train(model, optimizer=by_hand) == []
+
+
 def test_gradients_that_grow_on_their_way_back_explode_over_depth():
     model = mlp(depth=8)
 

@@ -6,10 +6,12 @@ import logging
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 
 from stethoscope._aside import is_aside
+from stethoscope._dropped import when_dropped
 from stethoscope.probes._hook import Hook, takes_hooks
 
 if TYPE_CHECKING:
@@ -39,16 +41,19 @@ class Validation:
     ) -> None:
         self.off = False
         self.running = False
-        self._monitor, self._due, self._container, self._thread = monitor, due, container, get_ident()
+        # weakly, since this is what hooks hold: a monitor that is dropped goes, and they with it
+        self._monitor, self._due, self._container, self._thread = ref(monitor), due, container, get_ident()
         self._phase = ExitStack()
         self._modules = [each for each in dict.fromkeys(modules) if takes_hooks(each)]
         self._handles = [
             each.register_forward_pre_hook(_Entry(self), with_kwargs=True, prepend=True) for each in self._modules
         ]
+        when_dropped(monitor, [self.abandon])
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called: in a validation or not?"""
-        if self.off or get_ident() != self._thread or is_aside():
+        monitor = self._monitor()
+        if self.off or monitor is None or get_ident() != self._thread or is_aside():
             return
         if self._container is not None:
             self._container.training = module.training
@@ -58,7 +63,7 @@ class Validation:
                 self.leave()
         elif validating and not self.running and self._due():
             with telling(module, args, kwargs):
-                self._phase.enter_context(self._monitor.phase("val"))
+                self._phase.enter_context(monitor.phase("val"))
             self.running = True
 
     def leave(self) -> None:

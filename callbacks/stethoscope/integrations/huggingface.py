@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from stethoscope import sinks as _sinks
+from stethoscope._dropped import when_dropped
 from stethoscope._monitor import Monitor
 from stethoscope.integrations import _monitored
 from stethoscope.integrations._loss import Losses
@@ -147,6 +148,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         if state.global_step:
             monitor.load_state_dict(self._saved or {**monitor.state_dict(), "step": state.global_step})
         self.monitor, self._losses, self._validation = monitor, Losses(), Validation(monitor, [model])
+        when_dropped(monitor, [self._losses.close])
         self._logged, self._judged, self._saved = set(), False, {}
 
     def on_train_end(

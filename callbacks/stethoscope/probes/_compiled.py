@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
-from weakref import finalize
 
 import torch
 
+from stethoscope._dropped import later, under_way
 from stethoscope._record import Finding
 
 if TYPE_CHECKING:
     from torch import nn
 
-_lookers: set[int] = set()
-"""Ids, so that a monitor that is dropped without `close` does not live on in here."""
+PATIENCE = 100
+"""Steps that other monitors may end, a GAN's discriminator for one, before the wish of one that ends none does not count."""
+
+_lookers: dict[int, int] = {}
+"""Ids, so that a monitor that is dropped without `close` does not live on in here, and the turn in which each has asked."""
+_turn = [0]
+_untold: list[int] = []
+"""Forgotten wishes: nobody is told before it is known that anything is compiled, which it is not while all runs eagerly."""
 _ours: list[Any] = []
 """The stance that we have set, if any."""
 
@@ -29,7 +35,6 @@ class Eagerly:
     def __init__(self, probe: str) -> None:
         self._probe = probe
         self._used, self._said = False, False
-        finalize(self, _release, id(self)).atexit = False
 
     def set(self, on: bool, phases: tuple[str, ...] | None, phase: str) -> None:
         """Ask for it, or no longer; nothing happens where nothing has loaded the compiler.
@@ -42,9 +47,9 @@ class Eagerly:
         """
         if not on or (phases is None and phase != "train"):
             self.release()
-        elif id(self) not in _lookers and "torch._dynamo" in sys.modules:
+        elif "torch._dynamo" in sys.modules:
             self._used = True
-            _lookers.add(id(self))
+            _lookers[id(self)] = _turn[0]
             if not _ours:
                 _ours.append(torch.compiler.set_stance("force_eager"))
 
@@ -70,14 +75,42 @@ class Eagerly:
         ]
 
 
+def next_turn() -> list[Finding]:
+    """A step of some monitor has ended. A wish that has outlived a hundred of them is forgotten, and that is said."""
+    _turn[0] += 1
+    for looker in [looker for looker, turn in _lookers.items() if _turn[0] - turn > PATIENCE]:
+        _release(looker)
+        _untold.append(looker)
+    _give_back()
+    if not _untold or not anything_compiled():
+        return []
+    _untold.clear()
+    return [
+        Finding(
+            "monitor-left-open",
+            "warning",
+            f"A monitor that has ended no step while others ended {PATIENCE} had all steps run without torch.compile, since the one under "
+            "way was to be observed. From here on they run compiled again.",
+            "Close what is not used any more: monitor.close(), or `with Monitor(...) as monitor:` around the loop. In a notebook "
+            "the traceback of an interrupted cell may hold it. Its next step() sets it to work again.",
+            evidence={"steps": PATIENCE},
+        )
+    ]
+
+
 def _release(looker: int) -> None:
-    if looker in _lookers:
-        _lookers.remove(looker)
-        if not _lookers:
-            _restore()
+    _lookers.pop(looker, None)
+    _give_back()
 
 
-def _restore() -> None:
+def _give_back() -> None:
+    """Put back the stance that was there before ours, when nobody wants ours any more."""
+    if _lookers or not _ours:
+        return
+    # a compiled call must end as it began: with fullgraph=True torch raises otherwise
+    if under_way(("torch._dynamo.eval_frame",), here=False):
+        later(_give_back)
+        return
     stance = _ours.pop()
     # a block of the user's that began under ours puts it back at its end: it is to mean then what held before ours
     vars(stance.stance).update(vars(stance.prev))

@@ -153,7 +153,10 @@ class ParameterReader:
 
     def enter(self, module: nn.Module) -> None:
         """The step's first forward pass begins: see which weights are bad before anything else is."""
-        if self._armed and self._flags is None and torch._C._current_graph_task_id() == -1:  # noqa: SLF001
+        waits = (
+            self._armed and self._training and self._flags is None
+        )  # a validation's pass tells nothing of training's
+        if waits and torch._C._current_graph_task_id() == -1:  # noqa: SLF001
             self._flags = []
             if module is self.model:
                 self._unhook_all()  # most models are called as a whole, and a hook on each part is not free

@@ -279,7 +279,14 @@ class UnitHooks:
 
 def _readable(x: Tensor, *, trained: bool) -> Tensor | None:
     """The first items of what can be measured: at least two items; where `trained`, only what a gradient flows through."""
-    if not x.is_floating_point() or x.dim() < 2 or x.shape[0] < 2 or not x.numel() or (trained and not x.requires_grad):
+    if (
+        x.is_nested
+        or not x.is_floating_point()
+        or x.dim() < 2
+        or x.shape[0] < 2
+        or not x.numel()
+        or (trained and not x.requires_grad)
+    ):
         return None
     items = max(2, units.VALUES * x.shape[0] // x.numel())
     return stats.measurable(x.detach()[:items])

@@ -202,7 +202,7 @@ class _Look:
 
     def zero(self, modules: Mapping[str, Module], given: Mapping[str, float], *, lossless: bool) -> None:
         zero = {name: 0.0 for name, each in modules.items() if each.gradient == 0}
-        if len(zero) == len(modules):
+        if modules and len(zero) == len(modules):  # none where no optimizer of torch holds any parameter
             # a hinge loss of exactly zero has nothing left to teach
             if self.judging.model("gradient-zero-everywhere", not lossless):
                 self.judging.tell(

@@ -1,0 +1,74 @@
+"""A monitor that is dropped without `close` takes its hooks along, at a moment when torch is not at work with them."""
+
+from __future__ import annotations
+
+import sys
+from threading import get_ident
+from typing import TYPE_CHECKING
+from weakref import WeakMethod, finalize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Sequence
+
+_CALLERS = {"torch.nn.modules.module", "torch.optim.optimizer", "torch._dynamo.eval_frame"}
+"""Who calls hooks, going through a dictionary meanwhile and asking late how a hook is to be called; and who calls what is
+compiled, and does not expect another stance at its end than at its beginning."""
+
+
+class _Cycle:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def when_dropped(owner: object, leave: Sequence[Callable[[], None]]) -> None:
+    """Call all of `leave` soon after `owner` is gone; not at the end of the process.
+
+    The collector may come at any allocation, so also between two hooks of one module; then it is asked to come again.
+
+    Args:
+        owner: what is dropped.
+        leave: must not hold `owner`. May grow.
+    """
+    finalize(owner, _leave, leave).atexit = False
+
+
+def later(call: Callable[[], None]) -> None:
+    """Call `call` when the collector comes next and torch is not at work."""
+    when_dropped(_Cycle(), [call])
+
+
+def weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Return a call of `method` that does not keep its object alive, and does nothing when that is gone."""
+    reference = WeakMethod(method)
+
+    def call() -> None:
+        bound = reference()
+        if bound is not None:
+            bound()
+
+    return call
+
+
+def _leave(leave: Sequence[Callable[[], None]]) -> None:
+    if under_way(_CALLERS, here=True):
+        when_dropped(_Cycle(), leave)
+        return
+    for each in leave:
+        each()
+
+
+def under_way(modules: Container[str], *, here: bool) -> bool:
+    """Whether another thread, or `here` this one too, is in code of one of these modules or in what it has called."""
+    # this function's own frame is left out: in a variable of its own it would live on, and with it all that has called it
+    frames = [frame for thread, frame in sys._current_frames().items() if thread != get_ident()]  # noqa: SLF001
+    if here:
+        frames.append(sys._getframe(1))  # noqa: SLF001
+    while frames:
+        frame = frames.pop()
+        if frame.f_globals.get("__name__") in modules:
+            return True
+        if frame.f_back is not None:
+            frames.append(frame.f_back)
+    return False
