@@ -18,7 +18,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
-from stethoscope._pack import Layout
+from stethoscope._message import Layout
 from stethoscope._record import Finding
 
 if TYPE_CHECKING:
