@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stethoscope._randomness import RandomState, random_state
 from stethoscope._tree import has_no_forward, size_of, tensors
@@ -43,6 +44,8 @@ class Before:
         self.calls: list[Call] = []
         self.too_large = 0
         """Calls of this step that were not kept, for the size of their inputs or their number."""
+        self.replicated = False
+        """Whether a call has come through DistributedDataParallel, which may be around the model without our knowing."""
         self._owners = [
             (module._buffers, name)  # noqa: SLF001 - the module's own dictionary, as a buffer may be replaced
             for module in model.modules()
@@ -77,6 +80,7 @@ class Before:
         if self._depth > 1 or self._busy or not module.training or _elsewhere():
             return
         state = None
+        self.replicated |= DistributedDataParallel._active_ddp_module is not None  # noqa: SLF001 - nobody else knows
         if not self._seen:
             self._seen = True
             state = self._begin()

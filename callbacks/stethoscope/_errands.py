@@ -6,7 +6,7 @@ import atexit
 import weakref
 from concurrent.futures import Future
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -16,9 +16,6 @@ _Queue: TypeAlias = "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]"
 
 PARTING_S = 2.0
 """Seconds for which the end of the process waits for errands under way; a thread that wakes up in a dying interpreter aborts it."""
-
-leaving = Event()
-"""The process ends: an errand that repeats itself is to stop."""
 
 
 class Errands:
@@ -68,7 +65,6 @@ def _work(queue: _Queue) -> None:
 
 @atexit.register
 def _end() -> None:
-    leaving.set()
     for thread, queue in list(_at_work.items()):
         queue.put(None)
         thread.join(PARTING_S)

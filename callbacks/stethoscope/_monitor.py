@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # what torch.optim uses, since torch.compiler.disable loads the compiler
 
+from stethoscope._agreement import Agreement
 from stethoscope._delivery import Delivery
 from stethoscope._guard import Guard
 from stethoscope._incidents import Incidents
@@ -23,6 +24,7 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
+from stethoscope._shards import is_flattened
 from stethoscope._stalled import Heartbeat
 from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
@@ -123,8 +125,6 @@ class Monitor:
         self._planned_steps = planned_steps
         self._optimizers = several(optimizer)
         self._run = new_run(self.model, planned_steps, every)
-        if guard and self._run.shards:
-            raise ValueError("guard needs whole gradients; here parameters are split over ranks (FSDP2). Leave it out.")
         self._step = 0  # the step under way
         self._phase = "train"
         self._planned = False  # whether the plan was recorded
@@ -143,7 +143,7 @@ class Monitor:
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
         self._probing.arm(self._step, self._phase)
-        self._guard = self._new_guard(guard, replay) if guard else None
+        self._guard = self._new_guard(guard, replay, model) if guard else None
 
     @property
     def findings(self) -> list[Finding]:
@@ -326,9 +326,18 @@ class Monitor:
         if self._closed:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
 
-    def _new_guard(self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None) -> Guard:
+    def _new_guard(
+        self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None, given: nn.Module
+    ) -> Guard:
+        split = bool(self._run.shards) or is_flattened(given)
+        shared = split or isinstance(given, nn.parallel.DistributedDataParallel)
+        agreement = Agreement(self._run.rank, self._run.world_size, shared=shared, split=split, meet=self._meet)
         keep = self._incidents.keep
-        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, self._deliver)
+        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, self._deliver, agreement)
+
+    def _meet(self) -> Any:
+        self._run = self._ranks.join(self._run)
+        return self._ranks.store
 
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:
@@ -337,7 +346,7 @@ class Monitor:
         except Exception as error:
             self._notes.disabled(self._transfer, "transfer", error)
             self._transfer.send(ready, [part for part in parts if can_be_sent(part)])
-        self._run = self._ranks.join(self._run)
+        self._meet()
         self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:

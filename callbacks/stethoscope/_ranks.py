@@ -47,7 +47,8 @@ class Ranks:
     def __init__(self, run: Run, reduce: bool | None, notes: Notes) -> None:
         self._run, self._notes = run, notes
         self._several = run.world_size > 1
-        self._store: Any = None
+        self.store: Any = None
+        """A part of the process group's store for this monitor alone; None before `join`, or where there is none."""
         self._met = False
         self._reduction: Reduction | None = None
         if self._several and (reduce or (reduce is None and run.shards)):
@@ -72,7 +73,7 @@ class Ranks:
             if run.resumed_from is None:
                 run = replace(run, id=store.compare_set("id", "", run.id).decode())
             store.set_timeout(STORE_TIMEOUT)
-            self._store = store
+            self.store = store
             if self._post is not None:
                 self._post.store = store
             if self._listener is not None:
@@ -101,9 +102,9 @@ class Ranks:
             self._listener.part(own)
 
     def _connect(self) -> Exchange:
-        if self._store is None:
+        if self.store is None:
             raise RuntimeError("torch.distributed had no process group when the training began")
-        return Exchange(_c10d.PrefixStore("reduce", self._store), self._run.rank, self._run.world_size)
+        return Exchange(_c10d.PrefixStore("reduce", self.store), self._run.rank, self._run.world_size)
 
 
 def _meeting_point(rank: int) -> Any:

@@ -11,12 +11,13 @@ import math
 import time
 from collections import deque
 from concurrent import futures
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 import torch
 
+from stethoscope._errands import Errands
 from stethoscope._message import Layout
 from stethoscope._record import JSON, Finding, Severity
 
@@ -32,8 +33,6 @@ WAIT_S = 3.0
 """Seconds for which `flush` and `close` wait for other ranks, and a step's delivery at least; what is given up is not lost."""
 MAX_HELD = 64
 """Deliveries held back for longer than that: with more, the oldest stays per rank. Ranks that share their gradients are one apart."""
-MOST_HELD = 50 * MAX_HELD
-"""Deliveries held back at all, where not even the store answers."""
 GRACE_S = 5.0
 """Seconds for which the store may take to say that a message is off."""
 MAX_LAYOUTS = 16
@@ -48,26 +47,25 @@ _ADVICE = (
 
 
 class _Held(NamedTuple):
-    """A delivery, what to do with its records (None where none is to be combined), and when it came."""
+    """A delivery, when it came, and the one to hand over in its place; None where nothing of it is combined."""
 
     records: list[Record]
-    layout: Layout | None
     since: float
+    settled: futures.Future[list[Record]] | None
 
 
-@dataclass(eq=False)
-class _Message:
-    """What is under way for the oldest delivery."""
+class _Message(NamedTuple):
+    """Numbers of one rank; in the end, of all."""
 
     moment: int
     peaks: torch.Tensor
     sums: torch.Tensor
-    answer: futures.Future[Answer]
-    withdrawn: bool = False
 
 
 class Reduction:
     """Combines the records of all ranks: two sums over all numbers of a delivery at once, one of them a maximum.
+
+    Deliveries are settled one after another on a thread of their own, which may wait for other ranks.
 
     Args:
         run: of this rank.
@@ -81,9 +79,10 @@ class Reduction:
         self._held: deque[_Held] = deque()
         self._layouts: dict[tuple[str, int], Layout] = {}
         self._exchange: Exchange | None = None
-        self._message: _Message | None = None
+        self._errands = Errands("stethoscope-reduce")
         self._room = (0, 0)  # sums and peaks that fit into a message, the same on all ranks
         self._off = False
+        self._late = ""  # why this rank waits no longer, if it does not
         self._said: set[str] = set()
 
     def pass_on(self, arrived: Iterable[list[Record]], *, wait: bool) -> Iterator[list[Record]]:
@@ -95,58 +94,70 @@ class Reduction:
         """
         for records in arrived:
             layout = None if self._off else self._lay_out(records)
-            self._held.append(_Held(records, layout, time.monotonic()))
-        until = time.monotonic() + WAIT_S if wait else -math.inf
-        while self._held:
-            head = self._held[0]
-            if head.layout is None or self._off:
-                yield self._held.popleft().records
-                continue
-            try:
-                message = self._finished(head, head.layout, until)
-            except Exception as error:
-                self._stop(_plain(error))
-                continue
-            if message is None:
-                return
-            self._message = None
-            if not self._together(message, head.records[0].step):
-                yield self._held.popleft().records
-                continue
-            if self._make_room(message):
-                continue  # the same delivery again, on all ranks
-            combined = self._combined(head.records, head.layout, message)
-            if combined is not None:
-                self._held.popleft()
-                yield combined
+            settled = None if layout is None else self._begin(records, layout)
+            self._held.append(_Held(records, time.monotonic(), settled))
+        until = time.monotonic() + WAIT_S if wait else None
+        while self._held and self._ready(self._held[0], until):
+            head = self._held.popleft()
+            yield head.settled.result() if head.settled is not None and head.settled.done() else head.records
+        if self._late and len(self._held) <= MAX_HELD:
+            self._hurry("")
 
-    def _finished(self, head: _Held, layout: Layout, until: float) -> _Message | None:
-        """Get the message of a delivery on its way; return it once it has an answer. Raises what went wrong with it."""
-        if self._exchange is None:
-            self._exchange = self._connect()
-        if self._message is None:
-            self._message = self._send(self._exchange, head.records, layout)
-        message, wait = self._message, until > -math.inf
-        if wait:
-            futures.wait([message.answer], max(until - time.monotonic(), 0))
-        late = wait or (len(self._held) > MAX_HELD and time.monotonic() - head.since > WAIT_S)
-        if late and not message.answer.done() and not message.withdrawn:
-            message.withdrawn = True
-            self._exchange.withdraw()
-        if wait:
-            futures.wait([message.answer], GRACE_S)
-        if not message.answer.done():
-            if wait or len(self._held) > MOST_HELD:
-                raise TimeoutError(
-                    "the store of the process group, or a rank in the middle of a message, does not answer"
-                )
+    def _begin(self, records: list[Record], layout: Layout) -> futures.Future[list[Record]] | None:
+        try:
+            self._exchange = exchange = self._exchange or self._connect()
+        except Exception as error:
+            self._stop(str(error))
             return None
-        message.answer.result()
-        return message
+        return self._errands.run(partial(self._settle, exchange, records, layout))
 
-    def _together(self, message: _Message, step: int) -> bool:
-        """Whether all ranks have sent the message; say why not, if this rank knows."""
-        answer = message.answer.result()
+    def _ready(self, head: _Held, until: float | None) -> bool:
+        """Whether the oldest delivery is settled, or to be handed over as it is. Waits until then, if at all."""
+        settled, age = head.settled, time.monotonic() - head.since
+        if settled is None or self._off:
+            return True
+        if until is not None:
+            futures.wait([settled], max(until - time.monotonic(), 0))
+        elif len(self._held) <= MAX_HELD or age < WAIT_S:
+            return settled.done()
+        if settled.done():
+            return True
+        self._hurry(f"{MAX_HELD} deliveries and {WAIT_S:g} s" if until is None else f"{WAIT_S:g} s")
+        if until is not None:
+            futures.wait([settled], GRACE_S)
+        elif age < WAIT_S + GRACE_S:
+            return settled.done()
+        if not settled.done():
+            self._stop("neither the store of the process group nor a rank in the middle of a message answers")
+        return True
+
+    def _hurry(self, late: str) -> None:
+        self._late = late
+        if self._exchange is not None:
+            self._exchange.hurry(bool(late))
+
+    # -- on a thread of its own --------------------------------------------------------------------------------------
+
+    def _settle(self, exchange: Exchange, records: list[Record], layout: Layout) -> list[Record]:
+        """Return what to hand over: those of all ranks, or this rank's own where others have no such delivery."""
+        try:
+            while not self._off:
+                message = self._pack(records, layout)
+                answer = exchange.send(message.peaks, message.sums)
+                if answer.fate != "together":
+                    self._apart(answer, records[0].step)
+                    return records
+                if self._make_room(message):
+                    continue  # the same delivery again, on all ranks
+                combined = self._combined(records, layout, message)
+                if combined is not None:
+                    return combined
+        except Exception as error:
+            self._stop(_plain(error))
+        return records
+
+    def _apart(self, answer: Answer, step: int) -> None:
+        """Say why a delivery stays per rank, if this rank knows."""
         if answer.fate == "closed":
             self.close()
             self._say(
@@ -155,18 +166,15 @@ class Reduction:
                 f"Another rank has closed its monitor: from step {step} on the records of rank {self._run.rank} are its own. "
                 "Nothing is lost.",
             )
-        elif answer.fate == "apart" and answer.partners < self._run.world_size:
+        elif answer.partners < self._run.world_size:
             self._stop(f"only {answer.partners} of the ranks take part")
-        elif answer.fate == "apart" and message.withdrawn:
-            held = len(self._held) > MAX_HELD
-            limit = f"{MAX_HELD} deliveries and {WAIT_S:g} s" if held else f"{WAIT_S:g} s of flush() or close()"
+        elif self._late:
             self._say(
                 "late",
-                "warning" if held else "info",
-                f"At step {step} another rank was more than {limit} behind: there each rank keeps its own records, and so in "
-                "later steps for which that holds. Nothing is lost; what all have sent in time is combined.",
+                "warning" if "deliveries" in self._late else "info",
+                f"At step {step} another rank was more than {self._late} behind: there each rank keeps its own records, and so "
+                "wherever that happens again. Nothing is lost; what all send in time is combined.",
             )
-        return answer.fate == "together"
 
     def _lay_out(self, records: Sequence[Record]) -> Layout | None:
         """The layout of a delivery, made anew when another kind of delivery comes by; None where nothing is combined."""
@@ -181,7 +189,7 @@ class Reduction:
                 del self._layouts[next(iter(self._layouts))]
         return layout if layout.sums else None
 
-    def _send(self, exchange: Exchange, records: Sequence[Record], layout: Layout) -> _Message:
+    def _pack(self, records: Sequence[Record], layout: Layout) -> _Message:
         # a validation after step 50 and step 50 itself are told apart by the phase
         moment = crc32(records[0].phase.encode()) % 1024 + 1024 * records[0].step
         first = torch.full((_HEAD + self._room[1],), -math.inf, dtype=torch.float64, device="cpu")
@@ -192,7 +200,7 @@ class Reduction:
             sums, peaks = layout.pack(records)
             second[: layout.sums] = torch.from_numpy(sums)
             first[_HEAD : _HEAD + layout.peaks] = torch.from_numpy(peaks)
-        return _Message(moment, first, second, exchange.send(first, second))
+        return _Message(moment, first, second)
 
     def _make_room(self, message: _Message) -> bool:
         """Whether a rank had more to send than fits: all ranks see the same, so all make the same room."""
@@ -258,10 +266,9 @@ class Reduction:
 
     def close(self) -> None:
         """Let go of the other ranks."""
-        self._off, self._message = True, None
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.close()
+        self._off = True
+        if self._exchange is not None:
+            self._exchange.close()
 
 
 def _plain(error: Exception) -> str:

@@ -10,7 +10,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 PREFIX = "shard_"
 """Before a statistic that tells about this rank's part alone."""
@@ -64,3 +64,8 @@ def tiles(x: Tensor, block: tuple[int, int]) -> bool:
     rows = x.shape[0]
     by_rows = all(each.is_replicate() or (each.is_shard() and each.dim == 0) for each in placements)
     return by_rows and rows % block[0] == 0 and ceil(rows / number) % block[0] == 0
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether the older FullyShardedDataParallel is in a model: its parameters are plain tensors, of which each rank has a part."""
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
