@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stethoscope import _gloo
+from stethoscope._shards import is_flattened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
+
+    from torch import nn
+
+    from stethoscope._protocols import Run
 
 TIMEOUT = timedelta(seconds=60)
 """For other ranks to come to a decision. Their gradients have just been averaged together, so they are milliseconds away."""
@@ -24,16 +30,19 @@ class Agreement:
     """Asks all ranks at once, over a connection of its own, and waits for them.
 
     Args:
-        rank: of this process.
-        ranks: how many there are.
-        shared: whether the ranks train one model. Without it each rank decides for itself.
-        split: whether parts of the model's tensors lie on other ranks.
+        model: as the monitor was given it, with its wrappers.
+        run: of this rank.
         meet: returns the store in which the ranks meet, or None.
+
+    Attributes:
+        split: whether parts of the model's tensors lie on other ranks.
+        shared: whether the ranks train one model. Without it each rank decides for itself.
     """
 
-    def __init__(self, rank: int, ranks: int, *, shared: bool, split: bool, meet: Callable[[], Any]) -> None:
-        self.rank, self.shared, self.split = rank, shared and ranks > 1, split
-        self._ranks, self._meet = ranks, meet
+    def __init__(self, model: nn.Module, run: Run, meet: Callable[[], Any]) -> None:
+        self.split = bool(run.shards) or is_flattened(model)
+        self.shared = self.split or isinstance(model, DistributedDataParallel)
+        self._rank, self._ranks, self._meet = run.rank, run.world_size, meet
         self._group: Any = None
 
     def first(self, bad: bool) -> int | None:
@@ -42,14 +51,14 @@ class Agreement:
         Raises:
             RuntimeError: not all ranks have come in time.
         """
-        if not self.shared:
-            return self.rank if bad else None
+        if not self.shared or self._ranks == 1:
+            return self._rank if bad else None
         if self._group is None:
             store = self._meet()
             if store is None:
                 raise RuntimeError("torch.distributed had no process group when the training began")
-            self._group = _gloo.connect(store, "agree", self.rank, self._ranks, TIMEOUT)
-        lowest = torch.tensor([self.rank if bad else self._ranks], device="cpu")
+            self._group = _gloo.connect(store, "agree", self._rank, self._ranks, TIMEOUT)
+        lowest = torch.tensor([self._rank if bad else self._ranks], device="cpu")
         try:
             _gloo.combine(self._group, lowest, dist.ReduceOp.MIN).wait()
         except RuntimeError as error:

@@ -24,7 +24,6 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
-from stethoscope._shards import is_flattened
 from stethoscope._stalled import Heartbeat
 from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
@@ -143,7 +142,7 @@ class Monitor:
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
         self._probing.arm(self._step, self._phase)
-        self._guard = self._new_guard(guard, replay, model) if guard else None
+        self._guard = self._new_guard(guard, replay, Agreement(model, self._run, self._meet)) if guard else None
 
     @property
     def findings(self) -> list[Finding]:
@@ -327,11 +326,8 @@ class Monitor:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
 
     def _new_guard(
-        self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None, given: nn.Module
+        self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None, agreement: Agreement
     ) -> Guard:
-        split = bool(self._run.shards) or is_flattened(given)
-        shared = split or isinstance(given, nn.parallel.DistributedDataParallel)
-        agreement = Agreement(self._run.rank, self._run.world_size, shared=shared, split=split, meet=self._meet)
         keep = self._incidents.keep
         return Guard(self.model, self._optimizers, act, replay, keep, self._notes, self._deliver, agreement)
 
