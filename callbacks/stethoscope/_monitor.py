@@ -24,6 +24,7 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
+from stethoscope._shards import flattened, is_flattened
 from stethoscope._stalled import Heartbeat
 from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
@@ -142,7 +143,13 @@ class Monitor:
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
         self._probing.arm(self._step, self._phase)
-        self._guard = self._new_guard(guard, replay, Agreement(model, self._run, self._meet)) if guard else None
+        self._guard: Guard | None = None
+        if guard:
+            agreement, keep = Agreement(model, self._run, self._meet), self._incidents.keep
+            said = self._notes, self._deliver
+            self._guard = Guard(self.model, self._optimizers, guard, replay, keep, *said, agreement)
+        if is_flattened(model) and not self._run.rank:
+            self._notes.pending.append(flattened())
 
     @property
     def findings(self) -> list[Finding]:
@@ -324,12 +331,6 @@ class Monitor:
         self._heartbeat.beat()
         if self._closed:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
-
-    def _new_guard(
-        self, act: Literal["raise", "skip"], replay: Callable[[Any], Tensor] | None, agreement: Agreement
-    ) -> Guard:
-        keep = self._incidents.keep
-        return Guard(self.model, self._optimizers, act, replay, keep, self._notes, self._deliver, agreement)
 
     def _meet(self) -> Any:
         self._run = self._ranks.join(self._run)
