@@ -45,13 +45,18 @@ class Agreement:
         self._rank, self._ranks, self._meet = run.rank, run.world_size, meet
         self._group: Any = None
 
+    @property
+    def several(self) -> bool:
+        """Whether there are other ranks to ask."""
+        return self.shared and self._ranks > 1
+
     def first(self, bad: bool) -> int | None:
         """Return the lowest rank that says `bad`, the same on all ranks; None where all is well.
 
         Raises:
             RuntimeError: not all ranks have come in time.
         """
-        if not self.shared or self._ranks == 1:
+        if not self.several:
             return self._rank if bad else None
         if self._group is None:
             store = self._meet()

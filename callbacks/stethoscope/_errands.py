@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _Queue: TypeAlias = "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]"
 
 PARTING_S = 2.0
-"""Seconds for which the end of the process waits for errands under way; a thread that wakes up in a dying interpreter aborts it."""
+"""Seconds for which the end of the process waits for errands: a thread that wakes up in a dying interpreter aborts it."""
 
 
 class Errands:
@@ -43,12 +43,12 @@ class Errands:
         if self._thread is None:
             self._thread = Thread(target=_work, args=(self._queue,), name=self._name, daemon=True)
             weakref.finalize(self, self._queue.put, None)
-            _at_work[self._thread] = self._queue
             self._thread.start()
+            _at_work.add(self)
         return errand
 
 
-_at_work: weakref.WeakKeyDictionary[Thread, _Queue] = weakref.WeakKeyDictionary()
+_at_work: weakref.WeakSet[Errands] = weakref.WeakSet()
 
 
 def _work(queue: _Queue) -> None:
@@ -64,7 +64,6 @@ def _work(queue: _Queue) -> None:
 
 
 @atexit.register
-def _end() -> None:
-    for thread, queue in list(_at_work.items()):
-        queue.put(None)
-        thread.join(PARTING_S)
+def _finish() -> None:
+    """Let what is under way end; what closes its monitor later at exit still finds its thread."""
+    wait([each.run(lambda: None) for each in list(_at_work)], PARTING_S)

@@ -71,6 +71,8 @@ class Exchange:
         Raises:
             RuntimeError: the store or a rank is gone.
         """
+        if self._closed:
+            return Answer("closed", self._ranks)
         if self._group is None:
             self._connect()
         store, number = self._connection, self._number + 1

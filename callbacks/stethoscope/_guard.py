@@ -222,7 +222,11 @@ class Guard:
     def _unexplained(self, loss: float | None, bad: list[str], report: NonFiniteReport | None, trouble: str) -> Finding:
         spoilt = report is not None and any(call.spoilt for call in self._before.calls)
         whole = self._replay is not None and bool(self._batches)
-        return unexplained(loss, bad, repeated=report is not None, whole=whole, spoilt=spoilt, trouble=trouble)
+        found = unexplained(loss, bad, repeated=report is not None, whole=whole, spoilt=spoilt, trouble=trouble)
+        if loss is None and self._agreement.several:
+            first = "Gradients were averaged over ranks: look first at what another rank says of this step. "
+            found = replace(found, advice=f"{first}{found.advice}")
+        return found
 
     def _with_incident(self, found: list[Finding], report: NonFiniteReport | None, loss: float | None) -> list[Finding]:
         """Write a bundle where a folder is known, and say in the findings where it is."""

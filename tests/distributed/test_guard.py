@@ -89,6 +89,7 @@ def test_the_guard_decides_alike_on_both_ranks_and_rank_1_names_its_batch(two):
     assert first["weights"] == second["weights"]
     assert all(map(math.isfinite, first["weights"]))
     assert ["nonfinite-input", 1, BAD, ""] in first["found"]
+    assert "look first at what another rank says" in first["advice"][0]  # its own batch was fine
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
