@@ -84,7 +84,7 @@ class Exchange:
             fate = _decide(store, number, "apart")
         while fate is None:
             try:
-                store.wait([f"fate/{number}"], WAIT)
+                store.wait([f"decided/{number}"], WAIT)
             except Exception:
                 # a look at the store raises where it is gone
                 if self._closed or not store.check([f"came/{number}"]):
@@ -92,6 +92,7 @@ class Exchange:
             else:
                 fate = cast("Fate", store.get(f"fate/{number}").decode())
         self._old.append(number)
+        self._closed |= fate == "closed"
         if fate != "together":
             return Answer(fate, int(store.add("partners", 0)))
         works = [_gloo.combine(self._group, largest, dist.ReduceOp.MAX)]
@@ -101,8 +102,8 @@ class Exchange:
             work.wait(TIMEOUT)
         if self._rank == 0:
             for old in self._old[:-1]:  # whoever has come to this message has read the fates of those before
-                store.delete_key(f"came/{old}")
-                store.delete_key(f"fate/{old}")
+                for key in ("came", "fate", "decided"):
+                    store.delete_key(f"{key}/{old}")
         self._old = [number]
         return Answer(fate, self._ranks)
 
@@ -148,4 +149,6 @@ def _close() -> None:
 
 def _decide(store: Any, number: int, fate: Fate) -> Fate:
     """Say what is to become of a message; return what does: the first word counts."""
-    return cast("Fate", store.compare_set(f"fate/{number}", "", fate).decode())
+    decided = cast("Fate", store.compare_set(f"fate/{number}", "", fate).decode())
+    store.set(f"decided/{number}", "")  # not every store wakes those that wait for what compare_set has set
+    return decided

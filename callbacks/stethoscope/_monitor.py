@@ -56,7 +56,8 @@ class Monitor:
         guard: look at the loss (from `observe(loss=loss)`) and at all gradients right before an optimizer writes, at the
             price of one wait for the device per step. If something is not finite, the step is run again to find the culprit;
             then `"raise"` leaves `optimizer.step()` by a `FindingsError`, and `"skip"` takes the gradients away. Weights, buffers
-            and random states are then as before the step, and a sink's folder gets an incident bundle. None never waits.
+            and random states are then as before the step, and a sink's folder gets an incident bundle. Ranks that train one
+            model decide alike. None never waits.
         replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batches from `observe`; else the
             step's outermost calls of the model are repeated.
         on_finding: called with each finding, on this thread, after sinks have it. What it raises propagates out of
@@ -145,9 +146,8 @@ class Monitor:
         self._probing.arm(self._step, self._phase)
         self._guard: Guard | None = None
         if guard:
-            agreement, keep = Agreement(model, self._run, self._meet), self._incidents.keep
-            said = self._notes, self._deliver
-            self._guard = Guard(self.model, self._optimizers, guard, replay, keep, *said, agreement)
+            others = self._incidents.keep, self._notes, self._deliver, Agreement(model, self._run, self._meet)
+            self._guard = Guard(self.model, self._optimizers, guard, replay, *others)
         if is_flattened(model) and not self._run.rank:
             self._notes.pending.append(flattened())
 

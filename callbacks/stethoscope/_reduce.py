@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Run
     from stethoscope._record import Record
 
-WAIT_S = 3.0
+WAIT_S = 5.0
 """Seconds for which `flush` and `close` wait for other ranks, and a step's delivery at least; what is given up is not lost."""
 MAX_HELD = 64
 """Deliveries held back for longer than that: with more, the oldest stays per rank. Ranks that share their gradients are one apart."""

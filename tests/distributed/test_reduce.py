@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from stethoscope import Monitor, presets, probes, sinks
+from stethoscope import Monitor, _reduce, presets, probes, sinks
 
 PROBES = (
     probes.Activations(),
@@ -221,6 +221,57 @@ def test_a_validation_on_rank_0_alone_costs_no_step_of_the_training(two):
     assert max(first["seconds"], second["seconds"]) < 10
 
 
+def late(rank):
+    """Rank 1 is late for step 2, and rank 0 writes a checkpoint meanwhile."""
+    _reduce.WAIT_S, usual = 0.2, _reduce.WAIT_S
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    memory, took = sinks.Memory(), []
+    with Monitor(model, optimizer, probes=[probes.Activations()], sinks=memory, every=1, reduce=True) as monitor:
+        for step in range(6):
+            torch.distributed.barrier()
+            if rank == 1 and step == 2:
+                time.sleep(1)
+            loss = model(torch.randn(4, 7)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            began = time.monotonic()
+            monitor.step(loss=loss)
+            took.append(time.monotonic() - began)
+            if step == 2:
+                monitor.state_dict()
+    _reduce.WAIT_S = usual
+    return outcome(monitor, memory, 0) | {"worst": max(took), "severities": [f.severity for f in monitor.findings]}
+
+
+def test_a_rank_that_is_late_costs_the_steps_that_others_could_not_wait_for(two):
+    first, second = two.run(late)
+    assert first["steps"] == list(range(6))
+    assert 2 in second["steps"]  # its own, as rank 0 has its own there
+    assert 5 not in second["steps"]  # combined again
+    assert [first["losses"], second["losses"]] == [6, 6]
+    assert {*first["severities"], *second["severities"]} <= {"info"}
+    assert max(first["worst"], second["worst"]) < 0.5
+
+
+def one_more(rank):
+    model, memory = net(), sinks.Memory()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, probes=[probes.Activations()], sinks=memory, every=1, reduce=True) as monitor:
+        for _ in loop(rank, monitor, model, optimizer, steps=4 + rank):
+            pass
+    return outcome(monitor, memory, 0) | {"severities": [f.severity for f in monitor.findings]}
+
+
+def test_a_rank_with_one_step_more_keeps_it_and_nobody_is_warned(two):
+    first, second = two.run(one_more)
+    assert first["steps"] == [0, 1, 2, 3]
+    assert second["steps"] == [4]
+    assert first["findings"] == []
+    assert second["severities"] == ["info"]
+
+
 def only_one_has_a_monitor(rank):
     model = sharded()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -241,6 +292,7 @@ def only_one_has_a_monitor(rank):
 def test_a_monitor_on_rank_0_alone_gives_up_on_the_others_and_goes_on(two):
     first, _ = two.run(only_one_has_a_monitor)
     assert [tuple(each) for each in first["findings"]] == [("ranks-not-reduced", 0, "stopped")]
+    assert "only 1 of the ranks take part" in first["said"][0]
     assert first["losses"] == 80
     assert first["seconds"] < 10
 
