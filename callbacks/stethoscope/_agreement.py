@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stethoscope import _gloo
-from stethoscope._shards import is_flattened
+from stethoscope._flattened import is_flattened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo  # what torch.optim uses, since torch
 
 from stethoscope._agreement import Agreement
 from stethoscope._delivery import Delivery
+from stethoscope._flattened import flattened, is_flattened
 from stethoscope._guard import Guard
 from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise
@@ -24,7 +25,6 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
-from stethoscope._shards import flattened, is_flattened
 from stethoscope._stalled import Heartbeat
 from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap

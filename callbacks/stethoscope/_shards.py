@@ -9,10 +9,8 @@ from __future__ import annotations
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from stethoscope._record import Finding
-
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 PREFIX = "shard_"
 """Before a statistic that tells about this rank's part alone."""
@@ -66,21 +64,3 @@ def tiles(x: Tensor, block: tuple[int, int]) -> bool:
     rows = x.shape[0]
     by_rows = all(each.is_replicate() or (each.is_shard() and each.dim == 0) for each in placements)
     return by_rows and rows % block[0] == 0 and ceil(rows / number) % block[0] == 0
-
-
-def is_flattened(model: nn.Module) -> bool:
-    """Whether the older FullyShardedDataParallel is in a model: its parameters are plain tensors, of which each rank has a part."""
-    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-
-
-def flattened() -> Finding:
-    """Return what there is to say about such a model."""
-    return Finding(
-        "flat-shards",
-        "warning",
-        "FullyShardedDataParallel has flattened parameters of this model and split them over ranks: their norms, update ratios and "
-        "densities are those of this rank's part, and gradients are the rank's own, before averaging, or not read.",
-        "Use torch.distributed.fsdp.fully_shard, whose parameters tell where their parts lie: then norms are those of the whole. "
-        "Activations, losses and the guard are not concerned.",
-        evidence={"wrapper": "FullyShardedDataParallel"},
-    )
