@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stethoscope import Record
 from stethoscope._combine import OPERATIONS, WHOLES, add_up, combined, is_lone, operation, terms, with_ratios
-from stethoscope._pack import Layout
+from stethoscope._message import Layout
 from stethoscope._record import Histogram
 
 FLOATS = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=8)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from stethoscope._randomness import RandomState, random_state
@@ -44,6 +45,8 @@ class Before:
         self.calls: list[Call] = []
         self.too_large = 0
         """Calls of this step that were not kept, for the size of their inputs or their number."""
+        self.replicated = False
+        """Whether a call has come through DistributedDataParallel, which may be around the model without our knowing."""
         self._owners = [
             (module._buffers, name)  # noqa: SLF001 - the module's own dictionary, as a buffer may be replaced
             for module in model.modules()
@@ -74,6 +77,9 @@ class Before:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call; the first one of a step begins it."""
+        self.replicated |= DistributedDataParallel._active_ddp_module is not None  # noqa: SLF001 - nobody else knows
+        if _is_redirected(module):
+            return
         self._depth += 1
         if self._depth > 1 or self._busy or not module.training or _elsewhere():
             return
@@ -223,6 +229,11 @@ class _Gradient(Hook):
 def _elsewhere() -> bool:
     """Whether a call cannot be repeated by itself: checkpointing's second forward, or one inside of vmap or grad."""
     return torch._C._current_graph_task_id() != -1 or torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001 - no other way to ask
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether Lightning has put training_step in the place of forward, to lead it through DDP: no call of the model."""
+    return getattr(module.__dict__.get("forward"), "__qualname__", "").startswith("_ForwardRedirection.")
 
 
 def _children(model: nn.Module) -> list[nn.Module]:

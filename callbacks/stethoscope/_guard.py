@@ -13,9 +13,10 @@ from stethoscope._before import MAX_CALLS, Before
 from stethoscope._closures import Closures
 from stethoscope._optimizer import bad_settings, bad_write
 from stethoscope._record import Finding, FindingsError
+from stethoscope._shards import local
 from stethoscope._transfer import fetch
 from stethoscope._tree import plain
-from stethoscope._unexplained import unexplained
+from stethoscope._unexplained import elsewhere, is_elsewhere, unexplained
 from stethoscope.audits._incident import Incident
 from stethoscope.audits._nonfinite_repeat import repeat_batches, repeat_calls
 from stethoscope.audits._nonfinite_run import scalar
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from stethoscope._agreement import Agreement
     from stethoscope._incidents import Kept
     from stethoscope._parts import Notes
     from stethoscope.audits._nonfinite import NonFiniteReport
@@ -43,6 +45,7 @@ class Guard:
         keep: writes an incident bundle where a folder is known, and says what became of it.
         notes: where findings go.
         deliver: sends them on their way.
+        agreement: of several ranks, makes one decision for all.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Guard:
         keep: Callable[[Incident], Kept],
         notes: Notes,
         deliver: Callable[[], None],
+        agreement: Agreement,
     ) -> None:
         self.skipped = 0
         self.idle = 0
@@ -62,7 +66,7 @@ class Guard:
         self._loss: Tensor | None = None
         self._batches: list[Any] = []
         self._model, self._act, self._replay, self._keep = model, act, replay, keep
-        self._notes, self._deliver, self._optimizers = notes, deliver, optimizers
+        self._notes, self._deliver, self._optimizers, self._agreement = notes, deliver, optimizers, agreement
         self._names = {id(each): plain(name) for name, each in model.named_parameters()}
         self._wrote: set[int] = set()  # optimizers whose last write was made from finite gradients
         self._asked = self._bad = self._was_bad = self._was_idle = False
@@ -84,7 +88,7 @@ class Guard:
 
     def _judge(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._asked = True
-        if getattr(optimizer, "grad_scale", None) is not None and self._bad_loss() is None:
+        if getattr(optimizer, "grad_scale", None) is not None and self._first(self._bad_loss() is not None) is None:
             return None  # a fused optimizer under GradScaler: the scaler decides about gradients, on the device
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
@@ -100,9 +104,12 @@ class Guard:
         try:
             value, bad = _bad_gradients(owned, loss)
             known = bad_settings(optimizer) if owned else []
-            if value is None and not bad and not known:
+            where = self._agree(value is not None or bool(bad or known))
+            if where is None:
                 self._wrote.add(id(optimizer))
                 return False
+            if value is None and not bad and not known:
+                known = [elsewhere(where)]
             names = [self._names.get(id(each), "a parameter outside of the model") for each in bad]
         except Exception as error:
             self._notes.disabled(self, "guard", error)
@@ -119,6 +126,20 @@ class Guard:
             raise stop
         return True
 
+    def _agree(self, bad: bool) -> int | None:
+        """Return the lowest rank on which something is not finite; None where nothing is, or where the guard had to go."""
+        self._agreement.shared |= self._before.replicated
+        return self._agreement.first(bad)
+
+    def _first(self, bad: bool) -> int | None:
+        """The same, outside of a look: without the others, the guard goes."""
+        try:
+            return self._agree(bad)
+        except Exception as error:
+            self._notes.disabled(self, "guard", error)
+            self.detach()
+            return None
+
     def _hit(
         self, optimizer: Optimizer, loss: float | None, names: list[str], known: list[Finding]
     ) -> FindingsError | None:
@@ -134,7 +155,7 @@ class Guard:
         self._wrote.discard(id(optimizer))
         first, self._bad = not self._bad, True  # of several optimizers that share a bad step
         self.skipped += first
-        if first and not self._was_bad:
+        if first and not self._was_bad and not is_elsewhere(findings):  # that rank tells rank 0 more
             self._notes.pending += findings
             self._deliver()
         return FindingsError("\n".join(map(str, findings)), tuple(findings)) if self._act == "raise" else None
@@ -152,9 +173,12 @@ class Guard:
         if (self._was_bad or self._bad) and self._act == "skip":
             return []
         report: NonFiniteReport | None = None
-        repeated = not known
+        repeated = not known and not self._agreement.split
+        if not known and not repeated:
+            trouble = "parameters are split over ranks, and running the step again would need all of them at once"
+            known = [self._unexplained(loss, bad, None, trouble)]
         if repeated:
-            with self._before.paused():
+            with self._before.paused(), self._agreement.alone():
                 report, trouble = self._audit()
             known = (
                 list(report.findings) if report and not report.ok else [self._unexplained(loss, bad, report, trouble)]
@@ -198,7 +222,11 @@ class Guard:
     def _unexplained(self, loss: float | None, bad: list[str], report: NonFiniteReport | None, trouble: str) -> Finding:
         spoilt = report is not None and any(call.spoilt for call in self._before.calls)
         whole = self._replay is not None and bool(self._batches)
-        return unexplained(loss, bad, repeated=report is not None, whole=whole, spoilt=spoilt, trouble=trouble)
+        found = unexplained(loss, bad, repeated=report is not None, whole=whole, spoilt=spoilt, trouble=trouble)
+        if loss is None and self._agreement.several:
+            first = "Gradients were averaged over ranks: look first at what another rank says of this step. "
+            found = replace(found, advice=f"{first}{found.advice}")
+        return found
 
     def _with_incident(self, found: list[Finding], report: NonFiniteReport | None, loss: float | None) -> list[Finding]:
         """Write a bundle where a folder is known, and say in the findings where it is."""
@@ -223,9 +251,11 @@ class Guard:
         comes after the loss, and what the forward pass has written into buffers is there.
         """
         idle, error = bool(self._handles) and not self._asked, None
-        if idle and (loss := self._bad_loss()) is not None:
+        loss = self._bad_loss() if idle else None
+        if idle and (where := self._first(loss is not None)) is not None:
+            known = [] if loss is not None else [elsewhere(where)]
             wrote = (each for each in self._optimizers if id(each) in self._wrote)
-            idle, error = False, self._hit(next(wrote, self._optimizers[0]), loss, [], [])
+            idle, error = False, self._hit(next(wrote, self._optimizers[0]), loss, [], known)
         self.idle += idle
         if idle and not self._was_idle:
             self._notes.pending.append(
@@ -280,7 +310,7 @@ def _spoilt(tensor: Tensor) -> bool:
 
 def _bad_gradients(owned: Sequence[Tensor], loss: Tensor | None) -> tuple[float | None, list[Tensor]]:
     """Return the loss if it is not finite, and the parameters whose gradient is not. Waits once, twice on a hit."""
-    gradients = [_dense(each.grad) for each in owned if each.grad is not None]
+    gradients = [_dense(local(each.grad)) for each in owned if each.grad is not None]
     looked: list[Tensor] = []
     if gradients:
         # half precision would overflow in its own squares, and double cannot be narrowed

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # what torch.optim uses, since torch.compiler.disable loads the compiler
 
+from stethoscope._agreement import Agreement
 from stethoscope._delivery import Delivery
 from stethoscope._dropped import weakly, when_dropped
+from stethoscope._flattened import flattened, is_flattened
 from stethoscope._guard import Guard
 from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise
@@ -22,6 +24,7 @@ from stethoscope._probing import Probing, with_needs
 from stethoscope._protocols import Key, Probe, Sink, Watch
 from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
+from stethoscope._resuming import VERSION, backwards, check_state
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, several
 from stethoscope._stalled import Heartbeat
@@ -55,7 +58,8 @@ class Monitor:
         guard: look at the loss (from `observe(loss=loss)`) and at all gradients right before an optimizer writes, at the
             price of one wait for the device per step. If something is not finite, the step is run again to find the culprit;
             then `"raise"` leaves `optimizer.step()` by a `FindingsError`, and `"skip"` takes the gradients away. Weights, buffers
-            and random states are then as before the step, and a sink's folder gets an incident bundle. None never waits.
+            and random states are then as before the step, and a sink's folder gets an incident bundle. Ranks that train one
+            model decide alike. None never waits.
         replay: `fn(batch) -> loss`, for the guard to run a bad step again exactly, with the batches from `observe`; else the
             step's outermost calls of the model are repeated.
         on_finding: called with each finding, on this thread, after sinks have it. What it raises propagates out of
@@ -125,8 +129,6 @@ class Monitor:
         self._planned_steps = planned_steps
         self._optimizers = several(optimizer)
         self._run = new_run(self.model, planned_steps, every)
-        if guard and self._run.shards:
-            raise ValueError("guard needs whole gradients; here parameters are split over ranks (FSDP2). Leave it out.")
         self._step = 0  # the step under way
         self._phase = "train"
         self._planned = False  # whether the plan was recorded
@@ -148,9 +150,12 @@ class Monitor:
         self._probing.arm(self._step, self._phase)
         self._guard: Guard | None = None
         if guard:
-            keep, deliver = self._incidents.keep, weakly(self._deliver)
-            self._guard = Guard(self.model, self._optimizers, guard, replay, keep, self._notes, deliver)
+            agreement = Agreement(model, self._run, weakly(self._meet))
+            others = self._incidents.keep, self._notes, weakly(self._deliver), agreement
+            self._guard = Guard(self.model, self._optimizers, guard, replay, *others)
             hooked.append(self._guard.detach)
+        if is_flattened(model) and not self._run.rank:
+            self._notes.pending.append(flattened())
 
     @property
     def findings(self) -> list[Finding]:
@@ -337,6 +342,10 @@ class Monitor:
         if self._closed:
             raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
 
+    def _meet(self) -> Any:
+        self._run = self._ranks.join(self._run)
+        return self._ranks.store
+
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:
             if ready or parts:
@@ -344,7 +353,7 @@ class Monitor:
         except Exception as error:
             self._notes.disabled(self._transfer, "transfer", error)
             self._transfer.send(ready, [part for part in parts if can_be_sent(part)])
-        self._run = self._ranks.join(self._run)
+        self._meet()
         self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:
@@ -362,7 +371,7 @@ class Monitor:
         All steps before are written by then, so that a run resumed from here misses none.
         """
         self.flush()
-        return {"version": 1, "run": self._run.id, "step": self._step, **self._delivery.state_dict()}
+        return {"version": VERSION, "run": self._run.id, "step": self._step, **self._delivery.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, JSON]) -> None:
         """Go on with an earlier run. Call it before the first step.
@@ -373,22 +382,10 @@ class Monitor:
         Raises:
             ValueError: not such a state.
         """
-        keys = sorted(state) if isinstance(state, Mapping) else None
-        wanted = {"version": int, "run": str, "step": int, "watches": Mapping, "diagnosis": Mapping}
-        right = keys is not None and all(isinstance(state.get(key), kind) for key, kind in wanted.items())
-        if not right or state["version"] != 1:
-            raise ValueError(f"Not a state of this version of Monitor: keys {keys}, of version 1 are {sorted(wanted)}.")
-        step = state["step"]
+        check_state(state)
+        step = int(state["step"])
         if step < self._step:
-            self._notes.pending.append(
-                Finding(
-                    "step-backwards",
-                    "warning",
-                    f"The monitor goes back from step {self._step} to step {step}: steps will appear twice.",
-                    "Load the monitor's state before the first step, or write to a new folder.",
-                    self._notes.step,
-                )
-            )
+            self._notes.pending.append(backwards(self._step, step, self._notes.step))
         self._step, self._notes.step = step, max(step - 1, 0)
         self._run = replace(self._run, id=str(state["run"]), resumed_from=step - 1 if step else None)
         self._delivery.load_state_dict(state)

@@ -1,8 +1,8 @@
 """Records of all ranks become one while the training runs, and no rank ever waits for another.
 
-Numbers cross over on the host, when they have arrived there, through connections of our own (gloo): the training's own
-process groups are not used, so what happens here can neither delay nor confuse them. A delivery is held back until its
-message is complete; what the ranks do not agree on stays with each rank, and is said.
+Numbers cross over on the host, when they have arrived there, through connections of our own: the training's own process groups
+are not used, so what happens here can neither delay nor confuse them. A delivery is held back until its message is complete; what
+the ranks do not agree on stays with each rank, and is said.
 """
 
 from __future__ import annotations
@@ -10,77 +10,80 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from concurrent import futures
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 
-from stethoscope._pack import Layout
-from stethoscope._record import Finding
+from stethoscope._errands import Errands
+from stethoscope._message import Layout
+from stethoscope._record import JSON, Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from stethoscope._exchange import Answer, Exchange
     from stethoscope._parts import Notes
     from stethoscope._protocols import Run
     from stethoscope._record import Record
 
+WAIT_S = 5.0
+"""Seconds for which `flush` and `close` wait for other ranks, and a step's delivery at least; what is given up is not lost."""
 MAX_HELD = 64
-"""Deliveries held back, as many as may be on their way from the device: a rank that is further behind does not come."""
+"""Deliveries held back for longer than that: with more, the oldest stays per rank. Ranks that share their gradients are one apart."""
+GRACE_S = 5.0
+"""Seconds for which the store may take to say that a message is off."""
 MAX_LAYOUTS = 16
 """Kinds of deliveries that are remembered: a few per phase."""
-WAIT_S = 10.0
-"""Seconds for which `flush` and `close` wait for other ranks. Ranks of one training are milliseconds apart."""
-TIMEOUT = timedelta(minutes=10)
-"""For a message: a rank may write a checkpoint meanwhile."""
 _HEAD = 6
 """Of each message: layout, -layout, step, -step, sums wanted, peaks wanted. The largest over ranks tells whether all agree."""
 
+_ADVICE = (
+    "Make a monitor on every rank, with the same arguments, and step it equally often; look at what other ranks have said. "
+    "Monitor(reduce=False) never combines."
+)
 
-@dataclass(eq=False)
-class _Held:
-    """A delivery, and what to do with its records; nothing where none is to be combined."""
+
+class _Held(NamedTuple):
+    """A delivery, when it came, and the one to hand over in its place; None where nothing of it is combined."""
 
     records: list[Record]
-    layout: Layout | None
+    since: float
+    settled: futures.Future[list[Record]] | None
 
 
-@dataclass(eq=False)
-class _Message:
-    """What is under way for the oldest delivery."""
+class _Message(NamedTuple):
+    """Numbers of one rank; in the end, of all."""
 
     moment: int
     peaks: torch.Tensor
     sums: torch.Tensor
-    works: Sequence[Any]
 
 
 class Reduction:
     """Combines the records of all ranks: two sums over all numbers of a delivery at once, one of them a maximum.
 
+    Deliveries are settled one after another on a thread of their own, which may wait for other ranks.
+
     Args:
         run: of this rank.
         everything: combine all records that have an operation; else only those of parts of a whole.
-        connect: makes the connection to the other ranks, and tells whether all of them have; called from the first
-            delivery on that needs it.
+        connect: makes the way to the other ranks; called at the first delivery that needs it.
         notes: where to say what goes wrong.
     """
 
-    def __init__(
-        self, run: Run, everything: bool, connect: tuple[Callable[[], Any], Callable[[], bool]], notes: Notes
-    ) -> None:
-        self._run, self._everything, self._notes = run, everything, notes
-        self._connect, self._all_ready = connect
+    def __init__(self, run: Run, everything: bool, connect: Callable[[], Exchange], notes: Notes) -> None:
+        self._run, self._everything, self._connect, self._notes = run, everything, connect, notes
         self._held: deque[_Held] = deque()
         self._layouts: dict[tuple[str, int], Layout] = {}
-        self._group: Any = None
-        self._ready = False
-        self._message: _Message | None = None
+        self._exchange: Exchange | None = None
+        self._errands = Errands("stethoscope-reduce")
         self._room = (0, 0)  # sums and peaks that fit into a message, the same on all ranks
-        self._off = self._said = False
+        self._off = False
+        self._late = ""  # why this rank waits no longer, if it does not
+        self._said: set[str] = set()
 
     def pass_on(self, arrived: Iterable[list[Record]], *, wait: bool) -> Iterator[list[Record]]:
         """Take deliveries in, and hand them over in the same order once they are complete.
@@ -90,53 +93,88 @@ class Reduction:
             wait: wait for other ranks, but no longer than `WAIT_S`; what is not complete then stays per rank.
         """
         for records in arrived:
-            self._held.append(_Held(records, None if self._off else self._lay_out(records)))
-        until = time.monotonic() + WAIT_S if wait else -math.inf
-        while self._held:
-            head = self._held[0]
-            if head.layout is None or self._off:
-                yield self._held.popleft().records
-                continue
-            try:
-                while not (done := self._done(head)) and time.monotonic() < until:
-                    time.sleep(0.001)
-                if not done:
-                    if not wait and len(self._held) <= MAX_HELD:
-                        return
-                    limit = f"{WAIT_S:g} s" if wait else f"{MAX_HELD} deliveries"
-                    self.stop(f"other ranks have not sent theirs within {limit}")
-                    continue
-            except Exception as error:
-                closed = (
-                    "another rank has closed its monitor or has ended: " if "Connection closed" in str(error) else ""
-                )
-                self.stop(f"{closed}{type(error).__name__}: {error}")
-                continue
-            message, self._message = self._message, None
-            assert message is not None
-            if self._make_room(message):
-                continue  # the same delivery again, on all ranks
-            combined = self._combined(head.records, head.layout, message)
-            if combined is not None:
-                self._held.popleft()
-                yield combined
+            layout = None if self._off else self._lay_out(records)
+            settled = None if layout is None else self._begin(records, layout)
+            self._held.append(_Held(records, time.monotonic(), settled))
+        until = time.monotonic() + WAIT_S if wait else None
+        while self._held and self._ready(self._held[0], until):
+            head = self._held.popleft()
+            yield head.settled.result() if head.settled is not None and head.settled.done() else head.records
+        if self._late and len(self._held) <= MAX_HELD:
+            self._hurry("")
 
-    def _done(self, head: _Held) -> bool:
-        """Get the message of a delivery on its way, and see whether it is complete. Raises what went wrong with it."""
-        if self._group is None:
-            self._group = self._connect()
-        if not self._ready:
-            self._ready = self._all_ready()
-            if not self._ready:
-                return False
-        if self._message is None:
-            assert head.layout is not None
-            self._message = self._send(head.records, head.layout)
-        if not all(work.is_completed() for work in self._message.works):
-            return False
-        for work in self._message.works:
-            work.wait()
+    def _begin(self, records: list[Record], layout: Layout) -> futures.Future[list[Record]] | None:
+        try:
+            self._exchange = exchange = self._exchange or self._connect()
+        except Exception as error:
+            self._stop(str(error))
+            return None
+        return self._errands.run(partial(self._settle, exchange, records, layout))
+
+    def _ready(self, head: _Held, until: float | None) -> bool:
+        """Whether the oldest delivery is settled, or to be handed over as it is. Waits until then, if at all."""
+        settled, age = head.settled, time.monotonic() - head.since
+        if settled is None or self._off:
+            return True
+        if until is not None:
+            futures.wait([settled], max(until - time.monotonic(), 0))
+        elif len(self._held) <= MAX_HELD or age < WAIT_S:
+            return settled.done()
+        if settled.done():
+            return True
+        self._hurry(f"{MAX_HELD} deliveries and {WAIT_S:g} s" if until is None else f"{WAIT_S:g} s")
+        if until is not None:
+            futures.wait([settled], GRACE_S)
+        elif age < WAIT_S + GRACE_S:
+            return settled.done()
+        if not settled.done():
+            self._stop("neither the store of the process group nor a rank in the middle of a message answers")
         return True
+
+    def _hurry(self, late: str) -> None:
+        self._late = late
+        if self._exchange is not None:
+            self._exchange.hurry(bool(late))
+
+    # -- on a thread of its own --------------------------------------------------------------------------------------
+
+    def _settle(self, exchange: Exchange, records: list[Record], layout: Layout) -> list[Record]:
+        """Return what to hand over: those of all ranks, or this rank's own where others have no such delivery."""
+        try:
+            while not self._off:
+                message = self._pack(records, layout)
+                answer = exchange.send(message.peaks, message.sums)
+                if answer.fate != "together":
+                    self._apart(answer, records[0].step)
+                    return records
+                if self._make_room(message):
+                    continue  # the same delivery again, on all ranks
+                combined = self._combined(records, layout, message)
+                if combined is not None:
+                    return combined
+        except Exception as error:
+            self._stop(_plain(error))
+        return records
+
+    def _apart(self, answer: Answer, step: int) -> None:
+        """Say why a delivery stays per rank, if this rank knows."""
+        if answer.fate == "closed":
+            self.close()
+            self._say(
+                "ended",
+                "info",
+                f"Another rank has closed its monitor: from step {step} on the records of rank {self._run.rank} are its own. "
+                "Nothing is lost.",
+            )
+        elif answer.partners < self._run.world_size:
+            self._stop(f"only {answer.partners} of the ranks take part")
+        elif self._late:
+            self._say(
+                "late",
+                "warning" if "deliveries" in self._late else "info",
+                f"At step {step} another rank was more than {self._late} behind: there each rank keeps its own records, and so "
+                "wherever that happens again. Nothing is lost; what all send in time is combined.",
+            )
 
     def _lay_out(self, records: Sequence[Record]) -> Layout | None:
         """The layout of a delivery, made anew when another kind of delivery comes by; None where nothing is combined."""
@@ -151,7 +189,7 @@ class Reduction:
                 del self._layouts[next(iter(self._layouts))]
         return layout if layout.sums else None
 
-    def _send(self, records: Sequence[Record], layout: Layout) -> _Message:
+    def _pack(self, records: Sequence[Record], layout: Layout) -> _Message:
         # a validation after step 50 and step 50 itself are told apart by the phase
         moment = crc32(records[0].phase.encode()) % 1024 + 1024 * records[0].step
         first = torch.full((_HEAD + self._room[1],), -math.inf, dtype=torch.float64, device="cpu")
@@ -162,10 +200,7 @@ class Reduction:
             sums, peaks = layout.pack(records)
             second[: layout.sums] = torch.from_numpy(sums)
             first[_HEAD : _HEAD + layout.peaks] = torch.from_numpy(peaks)
-        works = [self._group.allreduce([first], _over_ranks(dist.ReduceOp.MAX))]
-        if second.numel():
-            works.append(self._group.allreduce([second], _over_ranks(dist.ReduceOp.SUM)))
-        return _Message(moment, first, second, works)
+        return _Message(moment, first, second)
 
     def _make_room(self, message: _Message) -> bool:
         """Whether a rank had more to send than fits: all ranks see the same, so all make the same room."""
@@ -185,57 +220,62 @@ class Reduction:
         return layout.unpack(records, sums.numpy(), peaks.numpy())
 
     def _differ(self, first: float, last: float) -> None:
-        if self._said or self._run.rank:
+        if self._run.rank:
             return
-        self._said = True
         what = (
             f"some are at step {first:g} when others are at step {last:g}"
             if first != last
             else f"at step {last:g} they have measured different phases, modules or parameters"
         )
-        self._notes.pending.append(
-            Finding(
-                "ranks-not-reduced",
-                "warning",
-                f"The records of the {self._run.world_size} ranks cannot be combined: {what}. Each rank keeps its own there; what "
-                "all have is combined, and the training is not affected.",
-                "Give the monitor the same every=, probes and phases on all ranks. Where branches of the model depend on the "
-                "data, leave them out with exclude=, or use Monitor(reduce=False).",
-                self._notes.step,
-                evidence={"reason": "differ", "first_step": first, "last_step": last},
-            )
+        self._say(
+            "differ",
+            "warning",
+            f"The records of the {self._run.world_size} ranks cannot be combined: {what}. Each rank keeps its own there; what "
+            "all have is combined, and the training is not affected.",
+            "Give the monitor the same every=, probes and phases on all ranks. Where branches of the model depend on the "
+            "data, leave them out with exclude=, or use Monitor(reduce=False).",
+            first_step=first,
+            last_step=last,
         )
 
-    def stop(self, why: str) -> None:
+    def _stop(self, why: str) -> None:
         """Combine nothing any more, let go of the other ranks, and say so."""
-        if self._off:
+        self.close()
+        self._say(
+            "stopped",
+            "warning",
+            f"The records of the {self._run.world_size} ranks are not combined any more: {why}. From here on each rank "
+            "records its own; the training is not affected.",
+            why=why,
+        )
+
+    def _say(self, reason: str, severity: Severity, message: str, advice: str = _ADVICE, **evidence: JSON) -> None:
+        if reason in self._said:
             return
-        self._off, self._message = True, None
-        group, self._group = self._group, None
-        if group is not None:
-            group.abort()
+        self._said.add(reason)
         self._notes.pending.append(
             Finding(
                 "ranks-not-reduced",
-                "warning",
-                f"The records of the {self._run.world_size} ranks are not combined any more: {why}. From here on each rank "
-                "records its own; the training is not affected.",
-                "Make a monitor on every rank, with the same arguments, and step it equally often; look at what other ranks "
-                "have said. Monitor(reduce=False) never combines.",
+                severity,
+                message,
+                advice,
                 self._notes.step,
-                evidence={"reason": "stopped", "why": why},
+                evidence={"reason": reason, **evidence},
             )
         )
 
     def close(self) -> None:
         """Let go of the other ranks."""
         self._off = True
-        group, self._group, self._message = self._group, None, None
-        if group is not None:
-            group.abort()
+        if self._exchange is not None:
+            self._exchange.close()
 
 
-def _over_ranks(operation: Any) -> Any:
-    options = dist.AllreduceOptions()
-    options.reduceOp = operation
-    return options
+def _plain(error: Exception) -> str:
+    """What torch and gloo say, without their decoration."""
+    said = str(error).partition("\n")[0]
+    if "Connection closed" in said or "Connection reset" in said:
+        return "the connection to another rank was lost; it has died, or its machine is out of reach"
+    if "Timed out" in said or "Timeout" in said:
+        return "another rank has stopped in the middle of a message"
+    return f"{type(error).__name__}: {said}"

@@ -47,7 +47,7 @@ def numbers_of_step(
 
 
 def several(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
-    """Return the optimizers as a tuple.
+    """Return the optimizers as a tuple, without the wrappers of Accelerate and Fabric, which take no hooks.
 
     Raises:
         TypeError: one of them is none.
@@ -58,4 +58,10 @@ def several(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimize
     for each in optimizers:
         if not hasattr(each, "param_groups"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {describe(each)}.")
-    return optimizers
+    return tuple(map(_unwrapped, optimizers))
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # a wrapper has it
+    return optimizer

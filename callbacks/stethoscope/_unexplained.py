@@ -64,3 +64,19 @@ def unexplained(
         module=bad[0].rpartition(".")[0] if one else "",
         evidence={"origin": "backward", "parameter": bad[0] if one else "", "in_loss": bool(born), **evidence},
     )
+
+
+def elsewhere(rank: int) -> Finding:
+    """Return the finding for a step that is bad on another rank, and that no rank may write."""
+    return Finding(
+        "nonfinite-gradient",
+        "error",
+        f"The loss or a gradient of rank {rank} is not finite, here all is well.",
+        f"Rank {rank} says more in its log and its file, and to rank 0.",
+        evidence={"origin": "rank", "culprit_rank": rank},
+    )
+
+
+def is_elsewhere(findings: Sequence[Finding]) -> bool:
+    """Whether these say no more than that another rank knows more."""
+    return any(each.evidence.get("origin") == "rank" for each in findings)

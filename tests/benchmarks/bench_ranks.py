@@ -88,14 +88,16 @@ def work(rank: int, ranks: int, port: int, pairs: int, every: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init_process_group("gloo", rank=rank, world_size=ranks)
     cases = [
-        ("DDP, kept per rank", ddp, False),
-        ("DDP, combined", ddp, True),
-        ("FSDP2, parts kept per rank", fsdp, False),
-        ("FSDP2, norms of the whole", fsdp, None),
+        ("DDP, kept per rank", ddp, {"reduce": False}),
+        ("DDP, combined", ddp, {"reduce": True}),
+        ("DDP, guard", ddp, {"reduce": False, "guard": "skip"}),
+        ("FSDP2, parts kept per rank", fsdp, {"reduce": False}),
+        ("FSDP2, norms of the whole", fsdp, {"reduce": None}),
+        ("FSDP2, guard", fsdp, {"reduce": False, "guard": "skip"}),
     ]
-    for label, make, reduce in cases:
-        observed = ratio(make, pairs, every=1, reduce=reduce)
-        other = ratio(make, pairs, every=NEVER, reduce=reduce)
+    for label, make, arguments in cases:
+        observed = ratio(make, pairs, every=1, **arguments)
+        other = ratio(make, pairs, every=NEVER, **arguments)
         if rank == 0:
             for i, clock in enumerate(("process", "wall")):
                 share = (observed[0][i] + (every - 1) * other[0][i]) / every

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from stethoscope import Record, stats
+from stethoscope._exchange import Answer
 from stethoscope._parts import Notes
 from stethoscope._protocols import Run
 from stethoscope._record import Histogram
@@ -55,27 +56,21 @@ class Echo:
 
     bytes = 0
 
-    def allreduce(self, tensors, options):
-        self.bytes += sum(each.numel() * each.element_size() for each in tensors)
-        return self
+    def send(self, largest, sums):
+        self.bytes += sum(each.numel() * each.element_size() for each in (largest, sums))
+        return Answer("together", 1)
 
-    def is_completed(self):
-        return True
-
-    def wait(self):
-        pass
-
-    def abort(self):
+    def hurry(self, on):
         pass
 
 
 def reduction(run: Run, made: list[Record]) -> tuple[int, float]:
     """Bytes of one message, and seconds to pack and unpack it once its size is agreed on."""
     echo = Echo()
-    reduction = Reduction(run, True, (lambda: echo, lambda: True), Notes(strict=True))
-    list(reduction.pass_on([made], wait=False))
+    reduction = Reduction(run, True, lambda: echo, Notes(strict=True))
+    reduction._settle(echo, made, reduction._lay_out(made))
     echo.bytes, began = 0, time.thread_time()
-    list(reduction.pass_on([made], wait=False))
+    reduction._settle(echo, made, reduction._lay_out(made))
     return echo.bytes, time.thread_time() - began
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from stethoscope import Monitor, presets, probes, sinks
@@ -98,7 +98,7 @@ def test_a_sharded_model_that_is_moved_stops_nothing(two):
 SCRIPT = """
 import sys, torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from stethoscope import Monitor, presets
 
 torch.set_num_threads(1)
@@ -187,3 +187,19 @@ def test_lightning_ddp_on_two_processes(tmp_path):
         losses = [r.step for d in read(tmp_path / "run", rank=rank) for r in d.records if r.name == "loss"]
         assert losses == list(range(8))
     assert not [r for d in read(tmp_path / "run", rank=1) for r in d.records if r.name == "activation/rms"]
+
+
+def older_fsdp(rank, orig):
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(Mlp(), use_orig_params=orig, device_id=torch.device("cpu"))
+    values, monitor = train(model, [torch.randn(4, 8)] * 2)
+    norms = [value for name, value in values.items() if name.startswith("parameter/norm") and name.endswith(" 1")]
+    return [norms, [(finding.code, finding.severity) for finding in monitor.findings if finding.severity != "info"]]
+
+
+@pytest.mark.parametrize("orig", [False, True])
+def test_flat_shards_of_the_older_fsdp_are_told(two, orig):
+    (norms, first), (others, second) = two.run(older_fsdp, orig=orig)
+    assert first == [["flat-shards", "warning"]]
+    assert second == []
+    assert norms != others  # each is of a part

@@ -53,6 +53,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         every: observe a step when `step % every == 0`.
         guard: see `Monitor`. It looks at gradients after the Trainer has clipped them.
         planned_steps: optimizer steps that the run will make; None takes the Trainer's number.
+        reduce: see `Monitor`.
 
     Attributes:
         monitor: that of the training under way, or of the last one, closed; None before the first.
@@ -77,11 +78,19 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         every: int = 50,
         guard: Literal["raise", "skip"] | None = None,
         planned_steps: int | None = None,
+        reduce: bool | None = None,
     ) -> None:
         self._options = monitor_options(preset, probes, watches, sinks, every, guard, planned_steps)
+        self._options["reduce"] = reduce
         self._guard: Literal["raise", "skip"] | None = guard
         self._sinks = sinks
-        self._plain = {"preset": preset, "every": every, "guard": guard, "planned_steps": planned_steps}
+        self._plain = {
+            "preset": preset,
+            "every": every,
+            "guard": guard,
+            "planned_steps": planned_steps,
+            "reduce": reduce,
+        }
         self._parts = bool(probes or watches or sinks is not None)  # what a checkpoint cannot hold
         self.monitor: Monitor | None = None
         self._saved: dict[str, Any] = {}  # from a checkpoint

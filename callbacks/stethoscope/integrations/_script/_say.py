@@ -38,7 +38,7 @@ def sessions(settings: Settings, over: Sequence[Session]) -> None:
 
 
 def worst(findings: Sequence[Finding]) -> str:
-    """Return the first of the worst findings, in words; none where there are but infos.
+    """Return the first of the worst findings, of whichever rank, in words; none where there are but infos.
 
     Examples:
         >>> from stethoscope import Finding
@@ -48,7 +48,7 @@ def worst(findings: Sequence[Finding]) -> str:
     counted = [each for each in findings if each.severity != "info"]
     if not counted:
         return ""
-    first = min(counted, key=lambda each: (_SEVERITIES.index(each.severity), bool(each.cause)))
+    first = min(counted, key=lambda each: (_SEVERITIES.index(each.severity), bool(each.cause), each.step or 0))
     return str(first) if len(counted) == 1 else f"of {len(counted)} findings, the worst: {first}"
 
 

@@ -1,4 +1,4 @@
-"""Packs the records of a delivery into arrays that can be added up over ranks, and unpacks the result.
+"""The message of one rank: packs the records of a delivery into arrays to be added up over ranks, and unpacks the result.
 
 The arithmetic is that of `_combine.py`, for thousands of records at once: deliveries of one kind look alike from step to step, so
 that what to do with each record is worked out once.
