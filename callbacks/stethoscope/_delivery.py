@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope._diagnosis import Relate
 from stethoscope._parts import Notes, severity_for
 from stethoscope._record import JSON, Finding, Record
+from stethoscope._secrets import redacted
 from stethoscope._writer import Writer
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Delivery:
                 self._notes.disabled(watching.watch, "watch", error)
                 continue
             found += new
-        found += self._notes.take()
+        found = [redacted(finding) for finding in (*found, *self._notes.take())]
         if self._rank:
             found = [replace(finding, rank=self._rank) for finding in found]
         try:

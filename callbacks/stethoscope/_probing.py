@@ -11,6 +11,7 @@ import torch
 from stethoscope._overhead import Pace
 from stethoscope._parts import Notes, from_preset, mark_preset, severity_for
 from stethoscope._record import Finding, Record
+from stethoscope._secrets import trace_of
 from stethoscope._transfer import Part
 from stethoscope.probes._compiled import anything_compiled
 
@@ -138,8 +139,10 @@ class Probing:
             self._attached.remove(attached)
             try:
                 attached.attachment.detach()
-            except Exception:
-                log.exception("Detaching %s failed as well.", type(attached.probe).__name__)
+            except Exception as second:
+                log.error(  # noqa: TRY400 - that would write the traceback as it is
+                    "Detaching %s failed as well.\n%s", type(attached.probe).__name__, trace_of(second)
+                )
             self._notes.disabled(attached.probe, "probe", error)
             return None
 
