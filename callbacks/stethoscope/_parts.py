@@ -54,6 +54,23 @@ class Notes:
             )
         )
 
+    def unreadable(self, name: str, error: Exception) -> None:
+        """Say once that something given to the monitor could not be looked into. Raises the error again if strict."""
+        if self.strict:
+            raise error
+        if ("unreadable", name) not in self.said:
+            self.said.add(("unreadable", name))
+            self.pending.append(
+                Finding(
+                    "probe-read-nothing",
+                    "warning",
+                    f"{name!r}, given to observe() or step(), cannot be looked into: {error!r}. What asks for it reads nothing.",
+                    "Give a tensor, or lists and dictionaries of tensors.",
+                    self.step,
+                    evidence={"probe": "Monitor", "given": name},
+                )
+            )
+
     def take(self) -> list[Finding]:
         """Return what is pending and forget it."""
         return [self.pending.popleft() for _ in range(len(self.pending))]
@@ -89,6 +106,21 @@ def check_parts(given: Sequence[Any], method: str, argument: str, example: str) 
                 f"{argument} must hold objects with the method {method}, such as {example}(), got {describe(part)}.{hint}"
             )
     return list(given)
+
+
+def check_finding(found: object) -> Finding:
+    """Return what is a finding.
+
+    Raises:
+        TypeError: it is none, or its texts are none.
+    """
+    if not isinstance(found, Finding):
+        raise TypeError(f"A finding must be a Finding, got {describe(found)}.")
+    if not (isinstance(found.message, str) and isinstance(found.advice, str)):
+        raise TypeError(
+            f"The message and the advice of a finding must be text, got {found.message!r}, {found.advice!r}."
+        )
+    return found
 
 
 def describe(value: object) -> str:

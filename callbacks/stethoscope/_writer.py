@@ -146,7 +146,10 @@ class Writer:
                 delivery = self._queue[0]
             try:
                 self._write(delivery)
-            except SystemExit as error:  # it would end this thread without a word
+            except BaseException as error:
+                if threading.current_thread() is threading.main_thread():
+                    raise
+                # sys.exit() and the like would end this thread without a word
                 self._fail(delivery, error)
             with self._changed:
                 self._queue.popleft()

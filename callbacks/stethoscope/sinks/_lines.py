@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
@@ -161,7 +162,11 @@ def _evidence_to_json(value: Any) -> Any:
         return {str(key): _evidence_to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_evidence_to_json(item) for item in value]
-    return strict_number(float(value)) if hasattr(value, "__float__") else str(value)
+    with suppress(Exception):  # whatever a tensor of many numbers says to that
+        return strict_number(float(value))
+    with suppress(Exception):
+        return str(value)[:200]
+    return type(value).__qualname__
 
 
 def _evidence_from_json(value: Any) -> Any:
