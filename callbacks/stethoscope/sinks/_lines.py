@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from stethoscope._protocols import Run
@@ -28,6 +28,24 @@ _FINDING_DEFAULTS: dict[str, Any] = {
     "rank": 0,
     "evidence": {},
     "cause": "",
+}
+_FINDING: dict[str, Any] = {
+    **dict.fromkeys(("code", "severity", "message", "advice", "module", "phase", "cause"), str),
+    "step": int | None,
+    "rank": int,
+    "evidence": Mapping,
+}
+_RUN: dict[str, Any] = {
+    "id": str,
+    "started": str,
+    "modules": list | tuple,
+    "planned_steps": int | None,
+    "every": int,
+    "versions": Mapping,
+    "rank": int,
+    "world_size": int,
+    "resumed_from": int | None,
+    "shards": Mapping,
 }
 
 
@@ -56,10 +74,14 @@ def encode_run(run: Run, part: int = 0) -> str:
 
 
 def decode_run(line: Mapping[str, Any]) -> Run:
-    """Undo `encode_run`. Fields that this version does not know are left out."""
-    known = {field.name for field in fields(Run)}
-    facts = {key: value for key, value in line["run"].items() if key in known}
-    facts["modules"] = tuple((name, kind) for name, kind in facts.get("modules", ()))
+    """Undo `encode_run`. Fields that this version does not know are left out.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: the line has another form.
+    """
+    facts = {key: value for key, value in line["run"].items() if key in _RUN}
+    _check(facts, _RUN)
+    facts["modules"] = tuple((str(name), str(kind)) for name, kind in facts.get("modules", ()))
     return Run(**facts)
 
 
@@ -143,11 +165,22 @@ def encode_finding(finding: Finding) -> dict[str, Any]:
 
 
 def decode_finding(line: Mapping[str, Any]) -> Finding:
-    """Undo `encode_finding`."""
+    """Undo `encode_finding`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the line has another form.
+    """
     facts = {key: line[key] for key in ("code", "severity", "message", "advice")}
     facts |= {key: line[key] for key in _FINDING_DEFAULTS if key in line}
+    _check(facts, _FINDING)
     facts["evidence"] = _evidence_from_json(facts.get("evidence", {}))
     return Finding(**facts)
+
+
+def _check(facts: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    wrong = [key for key, value in facts.items() if not isinstance(value, kinds[key]) or isinstance(value, bool)]
+    if wrong:
+        raise TypeError(f"{wrong} are not of the types that they must be.")
 
 
 def _evidence_to_json(value: Any) -> Any:
