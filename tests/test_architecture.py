@@ -21,6 +21,7 @@ LAYERS = {
     "_tree.py": set(),
     "_aside.py": set(),
     "stats.py": set(),
+    "_secrets.py": {"_record"},
     "_parts.py": {"_record"},
     "_metrics.py": set(),
     "_transfer.py": {"_protocols", "_record"},

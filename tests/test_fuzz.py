@@ -1,15 +1,22 @@
 """Whatever a file holds, reading it gives something or says clearly what is wrong with it."""
 
 import json
+import os
+import zipfile
 
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
-from stethoscope import Finding, Monitor, presets, sinks, watches
+from stethoscope import Finding, Monitor, audits, presets, sinks, watches
 from stethoscope._protocols import Run
+from stethoscope.cli._run import _table
+from stethoscope.cli._runs import runs
+from stethoscope.sinks import _read
 from stethoscope.testing import series
 
 FAST = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -106,6 +113,124 @@ def test_a_damaged_lock_file_says_how_to_get_it_back(tmp_path, data):
         watches.MetricSchema(lock=file)
     except ValueError as error:
         assert str(file) in str(error)  # noqa: PT017
+
+
+@FAST
+@given(data=st.data(), suffix=st.sampled_from([".pt", ".old.pt", ".safetensors"]))
+def test_a_damaged_checkpoint_is_examined_or_said_to_be_damaged(tmp_path, data, suffix):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    file = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(model.state_dict(), file)
+    else:
+        torch.save(model.state_dict(), file, _use_new_zipfile_serialization=suffix == ".pt")
+    content = file.read_bytes()
+    file.write_bytes(
+        data.draw(damage(content) | st.binary(max_size=200) | st.integers(0, len(content)).map(lambda n: content[:n]))
+    )
+    report = audits.checkpoint(model, file)
+    assert report.loaded or not report.ok
+
+
+@FAST
+@given(data=st.data())
+def test_an_index_of_shards_with_anything_in_it_opens_nothing_elsewhere(tmp_path, data):
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    names = st.sampled_from(["a.safetensors", "../a.safetensors", "..", "", "/etc/passwd", "a\0b"])
+    index = st.dictionaries(st.text(max_size=3), names | json_values, max_size=3)
+    whole = data.draw(index.map(lambda each: {"weight_map": each}) | json_values)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(whole))
+    (tmp_path / "config.json").write_bytes(
+        data.draw(st.binary(max_size=20) | json_values.map(lambda v: json.dumps(v).encode()))
+    )
+    report = audits.checkpoint(nn.Linear(2, 2), tmp_path)
+    assert report.loaded == ("weight",) or not report.ok
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**24))
+        archive.writestr("archive/version", "3")
+    (found,) = audits.checkpoint(nn.Linear(2, 2), tmp_path / "bomb.pt").findings
+    assert found.code == "checkpoint-unreadable"
+    assert "compressed" in found.message
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("metadata", [DEEP, "1" + "0" * 5000, '{"facts":' * 100])
+def test_what_a_file_says_about_itself_may_be_anything(tmp_path, metadata):
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "a.safetensors", {"stethoscope": metadata, "rate": metadata})
+    assert audits.checkpoint(nn.Linear(2, 2), tmp_path / "a.safetensors").loaded == ("weight",)
+
+
+def test_nothing_nested_deeply_is_a_traceback(tmp_path):
+    for name in ("config.json", "model.safetensors.index.json", "metrics.json"):
+        (tmp_path / name).write_text(DEEP)
+    assert not audits.checkpoint(nn.Linear(2, 2), tmp_path).ok
+    with pytest.raises(ValueError, match=r"metrics\.json is no lock file"):
+        watches.MetricSchema(lock=tmp_path / "metrics.json")
+    (tmp_path / "pyproject.toml").write_text("a = " + DEEP)
+    with pytest.raises(typer.BadParameter, match=r"pyproject\.toml could not be read"):
+        _table(tmp_path / "pyproject.toml")
+
+
+@pytest.mark.parametrize("text", ["tool = 3", "[tool]\nstethoscope = 3"])
+def test_a_configuration_of_another_shape_is_refused_or_none(tmp_path, text):
+    (tmp_path / "pyproject.toml").write_text(text)
+    try:
+        assert _table(tmp_path / "pyproject.toml") == {}
+    except typer.BadParameter as error:
+        assert "must be a table" in str(error)  # noqa: PT017
+
+
+def test_a_line_without_an_end_is_passed_over_without_being_held(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(_read, "MAX_LINE", 2000)
+    lines = written.splitlines(keepends=True)
+    file = tmp_path / "run.jsonl"
+    file.write_bytes(b"".join([*lines[:2], bytes(50_000), b"\n", *lines[2:], b"[" * 5000]))
+    assert [each.step for each in sinks.read(file)] == [0, 1, 2, 3]
+    assert max(map(len, _read._lines([file]))) < 2000
+    with file.open("ab") as more:
+        more.truncate(20 * 2**30)  # a hole of zeros, as after a crash
+    monkeypatch.setattr(_read, "MAX_LINE", 2**20)
+    lines = _read._lines([file])
+    assert len(next(lines)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("planned_steps", "many"), ("every", None), ("id", [1]), ("versions", 3), ("rank", "x"), ("modules", {"a": 1})],
+)
+def test_a_run_of_other_types_is_none(written, tmp_path, key, value):
+    first, *others = written.splitlines()
+    head = json.loads(first)
+    head["run"][key] = value
+    file = tmp_path / "run.jsonl"
+    file.write_bytes(b"\n".join([json.dumps(head).encode(), *others]) + b"\n")
+    with pytest.raises(ValueError, match="no line that tells about a run"):
+        sinks.read_run(file)
+    assert [each.step for each in sinks.read(file)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("key", "value"), [("step", "3"), ("message", None), ("rank", True), ("evidence", [1])])
+def test_a_finding_of_other_types_costs_its_line(written, tmp_path, key, value):
+    lines = written.splitlines()
+    line = json.loads(lines[2])
+    line["findings"][0][key] = value
+    lines[2] = json.dumps(line).encode()
+    file = tmp_path / "run.jsonl"
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    assert [each.step for each in sinks.read(file)] == [0, 2, 3]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_among_the_runs_is_not_waited_for(written, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "good.jsonl").write_bytes(written)
+    runs(tmp_path)
+    assert "good.jsonl" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Faults at any line of ours: the training goes on as if we were not there, and nothing of us stays behind."""
 
 import gc
-import linecache
 import resource
 import sys
 import threading
@@ -13,70 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import stethoscope
 from stethoscope import Monitor, presets, sinks
 
-HOME = str(Path(stethoscope.__file__).parent)
+sys.path.insert(0, str(Path(__file__).parent))
+
+from faulty import FailAt, batch, hooks, make, same_weights_as_unobserved
+
 PARTS = ("probes", "watches", "sinks")
-
-
-CANNOT_FAIL = ("try:", "with ", "if ", "return", "set_grad_enabled(", "torch._C._set_grad_enabled(")
-"""What stands before the `try` of a hook: comparisons, and torch's own switch. A `with` is visited again on the way out."""
-
-
-class FailAt:
-    """Raises at the n-th line that is run below a folder of ours, once."""
-
-    def __init__(self, n, error, folders=("",)):
-        self.left, self.error = n, error
-        self.within = tuple(f"{HOME}/{folder}" for folder in folders)
-        self.at = None
-
-    def __call__(self, frame, event, arg):
-        if not frame.f_code.co_filename.startswith(self.within):
-            return None
-        return self.line
-
-    def line(self, frame, event, arg):
-        if event == "line" and self.at is None:
-            self.left -= 1
-            place = frame.f_code.co_filename, frame.f_lineno
-            if self.left < 0 and not linecache.getline(*place).lstrip().startswith(CANNOT_FAIL):
-                self.at = "{}:{}".format(*place)
-                raise self.error(f"injected at {self.at}")
-        return self.line
-
-    def __enter__(self):
-        sys.settrace(self)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn = nn.GRU(4, 6, batch_first=True)
-        self.head = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))
-
-    def forward(self, x):
-        return self.head(self.rnn(x)[0])
-
-
-def make():
-    torch.manual_seed(0)
-    model = Net()
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def hooks(model):
-    found = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return found + [p._backward_hooks for p in model.parameters() if p._backward_hooks]
-
-
-def batch(step):
-    return torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(step))
 
 
 def train(model, optimizer, monitor=None, steps=6):
@@ -101,16 +43,6 @@ def train(model, optimizer, monitor=None, steps=6):
             pass
     handle.remove()
     return written
-
-
-def same_weights_as_unobserved(model, written):
-    twin, optimizer = make()
-    for step in written:
-        x = batch(step)
-        optimizer.zero_grad()
-        (twin(x) - x).square().mean().backward()
-        optimizer.step()
-    return all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -146,11 +78,13 @@ def test_a_notebook_interrupt_at_any_line_leaves_a_monitor_that_goes_on_and_clos
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_fifty_thousand_steps_leave_memory_files_and_threads_flat(tmp_path):
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("preset", ["first_aid", "full"])
+def test_a_soak_of_fifty_thousand_steps_leaves_memory_files_and_threads_flat(tmp_path, preset):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    parts = presets.first_aid()
+    parts = getattr(presets, preset)()
     to = [sinks.Jsonl(tmp_path / "a"), sinks.TensorBoard(tmp_path / "b")]
 
     def used():
@@ -160,18 +94,24 @@ def test_fifty_thousand_steps_leave_memory_files_and_threads_flat(tmp_path):
     with Monitor(model, optimizer, **parts, sinks=to, every=50, guard="raise", overhead="20%") as monitor:
         seen = []
         for step in range(50_000):
-            x = torch.ones(4, 4)
-            loss = (model(x) - x).square().mean()
+            x = torch.randn(4, 4)
+            estimates = model(x)
+            loss = (estimates - x).square().mean()
             optimizer.zero_grad()
             loss.backward()
             monitor.observe(loss=loss)
             optimizer.step()
-            monitor.step(loss=loss)
+            monitor.step({"x": x}, loss=loss, estimates=estimates)
+            if step % 500 == 0:
+                with monitor.phase("val"), torch.no_grad():
+                    model(x)
+                monitor.log({"th_accuracy": 0.5 + 0.1 * (step % 1000 > 0)})
             if step in (10_000, 49_999):
                 monitor.flush()
                 seen.append((*used(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        print(*seen, len(monitor.findings))  # read with -s
     (objects, files, threads, kib), (objects2, files2, threads2, kib2) = seen
-    assert objects2 - objects < 200
-    assert (files2, threads2) == (files, threads)
+    assert objects2 - objects < 1000
+    assert (files2 <= files, threads2 <= threads) == (True, True)  # idle writers' threads end
     assert kib2 - kib < 20_000
     assert not hooks(model)

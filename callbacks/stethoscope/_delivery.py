@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._diagnosis import Relate
-from stethoscope._parts import Notes, severity_for
+from stethoscope._parts import Notes, check_finding, severity_for
 from stethoscope._record import JSON, Finding, Record
+from stethoscope._secrets import redacted
 from stethoscope._writer import Writer
 
 if TYPE_CHECKING:
@@ -81,17 +82,17 @@ class Delivery:
             self.deliver((), run)
             self.flush(run)
 
-    def _conclude(self, records: list[Record], run: Run) -> Sequence[Finding]:
+    def _conclude(self, arrived: Sequence[Record], run: Run) -> Sequence[Finding]:
+        records = tuple(arrived)  # no part can take anything from what the next one sees
         found: list[Finding] = []
         for watching in list(self._watching) if records else ():
             try:
                 watching.state, new = watching.watch.update(watching.state, records)
+                found += [check_finding(each) for each in new]
             except Exception as error:
                 self._watching.remove(watching)
                 self._notes.disabled(watching.watch, "watch", error)
-                continue
-            found += new
-        found += self._notes.take()
+        found = [redacted(finding) for finding in (*found, *self._notes.take())]
         if self._rank:
             found = [replace(finding, rank=self._rank) for finding in found]
         try:
@@ -105,7 +106,8 @@ class Delivery:
             log.log(_LEVELS[finding.severity], "%s", finding)
         step = records[0].step if records else self._notes.step
         # what all ranks have in common is written once, by rank 0
-        own = [record for record in records if record.rank == self._rank] if self._rank else records
+        own = tuple(record for record in records if record.rank == self._rank) if self._rank else records
+        related = tuple(related)
         for writer in self._writers:
             writer.put(run, step, own, related)
         return related
@@ -113,7 +115,12 @@ class Delivery:
     def judge_watches(self, steps: int) -> None:
         """Say which watches have never seen a record of theirs: their state is what it was at the start."""
         for watch, state in ((each.watch, each.state) for each in self._watching):
-            if steps and state is not None and state == watch.init():
+            try:
+                starved = bool(steps and state is not None and state == watch.init())
+            except Exception as error:
+                self._notes.disabled(watch, "watch", error)
+                continue
+            if starved:
                 name = type(watch).__name__
                 self._notes.pending.append(
                     Finding(

@@ -41,7 +41,10 @@ class Incidents:
 
     def keep(self, incident: Incident) -> Kept:
         """Write one; never raises."""
-        folders = [each for sink in self._sinks if isinstance(each := getattr(sink, "folder", None), Path)]
+        try:
+            folders = [each for sink in self._sinks if isinstance(each := getattr(sink, "folder", None), Path)]
+        except Exception as error:  # a sink may work it out
+            return Kept("", f"The incident could not be written: a sink's folder: {error!r}.")
         if not folders:
             return Kept("", "")
         if self._count == MOST:

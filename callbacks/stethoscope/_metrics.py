@@ -80,7 +80,11 @@ def _flatten(metrics: Mapping[Any, object], prefix: str) -> Iterator[Metric]:
         if isinstance(given, Mapping):
             yield from _flatten(given, f"{prefix}{key}/")
         else:
-            yield Metric(prefix + key, *_scalar(given))
+            try:
+                value, kind = _scalar(given)
+            except Exception:  # an object of the user's own; the other entries are worth having
+                value, kind = None, "other"
+            yield Metric(prefix + key, value, kind)
 
 
 _EXACT = {float: "float", int: "int", bool: "bool"}

@@ -19,7 +19,7 @@ from stethoscope._guard import Guard
 from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise
 from stethoscope._overhead import parse
-from stethoscope._parts import Notes, check_parts, describe
+from stethoscope._parts import Notes, check_finding, check_parts, describe
 from stethoscope._probing import Probing, with_needs
 from stethoscope._protocols import Key, Probe, Sink, Watch
 from stethoscope._ranks import Ranks
@@ -184,10 +184,11 @@ class Monitor:
             batch: anything with tensors inside; probes see them as `batch`, `batch/0`, `batch/name`.
             **tensors: tensors or containers of tensors, by the names that probes ask for, e.g. `estimates=...`.
         """
-        if batch is not None:
-            self._given.update(_flat("batch", batch))
-        for name, value in tensors.items():
-            self._given.update(_flat(name, value))
+        for name, value in (("batch", batch), *tensors.items()):
+            try:
+                self._given.update(_flat(name, value))
+            except Exception as error:  # of a container of the user's own, which loads its items when asked, say
+                self._notes.unreadable(name, error)
         if self._guard is not None:
             self._guard.observe(batch, tensors)
 
@@ -253,12 +254,13 @@ class Monitor:
                     by_kind.setdefault(kind, {})[Key(name)] = value
                 else:
                     ready.append(stamp._replace(name=name, value=value, kind=kind))
-        except TypeError as error:
+        except Exception as error:
             # an epoch of training is worth more than one dictionary
             if self._notes.strict:
                 raise
+            said = str(error) if isinstance(error, TypeError) else f"The metrics cannot be read: {error!r}."
             advice = "Give log() a dictionary of names to numbers."
-            self.add(Finding("metric-type", "error", str(error), advice, stamp.step, phase=phase))
+            self.add(Finding("metric-type", "error", said, advice, stamp.step, phase=phase))
         self._deliver(ready, [Part(values, stamp._replace(kind=kind)) for kind, values in by_kind.items()])
 
     @contextmanager
@@ -290,9 +292,10 @@ class Monitor:
 
         Raises:
             RuntimeError: the monitor is closed.
+            TypeError: it is neither a report nor a finding.
         """
         self._use()
-        self._notes.pending.extend(found.findings if isinstance(found, Report) else [found])
+        self._notes.pending.extend(map(check_finding, found.findings if isinstance(found, Report) else [found]))
         self._deliver()
 
     def flush(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import traceback
 from collections import deque
 from collections.abc import Iterable
@@ -15,10 +13,6 @@ from stethoscope._record import Finding, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-_SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
-_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 
 
 @dataclass
@@ -52,33 +46,34 @@ class Notes:
             Finding(
                 "part-disabled",
                 severity_for(part),
-                f"The {role} {type(part).__name__} failed with {type(error).__name__}: {without_secrets(str(error))}{where}. It is switched "
+                f"The {role} {type(part).__name__} failed with {type(error).__name__}: {error}{where}. It is switched "
                 "off; the training and all other parts go on.",
                 f"{first}Read the traceback in this finding's evidence; Monitor(strict=True) raises it where it happens.",
                 self.step,
-                evidence={
-                    "part": type(part).__name__,
-                    "traceback": without_secrets("".join(traceback.format_exception(error))),
-                },
+                evidence={"part": type(part).__name__, "traceback": "".join(traceback.format_exception(error))},
             )
         )
+
+    def unreadable(self, name: str, error: Exception) -> None:
+        """Say once that something given to the monitor could not be looked into. Raises the error again if strict."""
+        if self.strict:
+            raise error
+        if ("unreadable", name) not in self.said:
+            self.said.add(("unreadable", name))
+            self.pending.append(
+                Finding(
+                    "probe-read-nothing",
+                    "warning",
+                    f"{name!r}, given to observe() or step(), cannot be looked into: {error!r}. What asks for it reads nothing.",
+                    "Give a tensor, or lists and dictionaries of tensors.",
+                    self.step,
+                    evidence={"probe": "Monitor", "given": name},
+                )
+            )
 
     def take(self) -> list[Finding]:
         """Return what is pending and forget it."""
         return [self.pending.popleft() for _ in range(len(self.pending))]
-
-
-def without_secrets(text: str) -> str:
-    """What another library says may hold how it signs in, and files and reports are passed around.
-
-    Examples:
-        >>> without_secrets("cannot reach https://me:hunter2@host/api")
-        'cannot reach https://***@host/api'
-    """
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET.search(name):
-            text = text.replace(value, "***")
-    return _IN_URL.sub("***", text)
 
 
 def mark_preset(part: object) -> None:
@@ -111,6 +106,21 @@ def check_parts(given: Sequence[Any], method: str, argument: str, example: str) 
                 f"{argument} must hold objects with the method {method}, such as {example}(), got {describe(part)}.{hint}"
             )
     return list(given)
+
+
+def check_finding(found: object) -> Finding:
+    """Return what is a finding.
+
+    Raises:
+        TypeError: it is none, or its texts are none.
+    """
+    if not isinstance(found, Finding):
+        raise TypeError(f"A finding must be a Finding, got {describe(found)}.")
+    if not (isinstance(found.message, str) and isinstance(found.advice, str)):
+        raise TypeError(
+            f"The message and the advice of a finding must be text, got {found.message!r}, {found.advice!r}."
+        )
+    return found
 
 
 def describe(value: object) -> str:

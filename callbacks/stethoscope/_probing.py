@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from stethoscope._inventory import Inventory
 from stethoscope._overhead import Pace
-from stethoscope._parts import Notes, from_preset, mark_preset, severity_for
+from stethoscope._parts import Notes, check_finding, describe, from_preset, mark_preset, severity_for
+from stethoscope._protocols import Key, Readings
 from stethoscope._record import Finding, Record
+from stethoscope._secrets import trace_of
 from stethoscope._transfer import Part
 from stethoscope.probes._compiled import anything_compiled, next_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from stethoscope._protocols import Attachment, Probe, Watch
 
@@ -72,7 +76,7 @@ class Probing:
         except BaseException:
             self.detach()
             raise
-        for attached in self._attached:
+        for attached in list(self._attached):
             self._take_notes(attached)
         device = next((each.device for each in model.parameters()), torch.device("cpu"))
         intervals = [attached.every for attached in self._attached]
@@ -101,9 +105,11 @@ class Probing:
         parts: list[Part] = []
         for attached in [each for each in self._attached if each.armed]:
             readings = self._guarded(attached, _reading(attached.attachment, given))
+            if attached not in self._attached:
+                continue  # it has failed
             if readings:
                 parts.append(Part(readings, stamp))
-            if readings is not None and stamp.phase == "train":
+            if stamp.phase == "train":
                 self._judge(attached, stamp.step, read=bool(readings))
             self._take_notes(attached)
         return parts
@@ -142,18 +148,19 @@ class Probing:
             self._attached.remove(attached)
             try:
                 attached.attachment.detach()
-            except Exception:
-                log.exception("Detaching %s failed as well.", type(attached.probe).__name__)
+            except Exception as second:
+                log.error(  # noqa: TRY400 - that would write the traceback as it is
+                    "Detaching %s failed as well.\n%s", type(attached.probe).__name__, trace_of(second)
+                )
             self._notes.disabled(attached.probe, "probe", error)
             return None
 
     def _take_notes(self, attached: _Attached) -> None:
         # notes are an offer of the protocol, not a duty
-        notes: list[Finding] = getattr(attached.attachment, "notes", [])
+        taken: list[Finding] = self._guarded(attached, _noting(attached.attachment)) or []
         if from_preset(attached.probe):
-            notes[:] = [replace(note, severity="info") for note in notes]
-        self._notes.pending += notes
-        notes.clear()
+            taken = [replace(note, severity="info") for note in taken]
+        self._notes.pending += taken
 
     def _judge(self, attached: _Attached, step: int, *, read: bool) -> None:
         attached.ever_read |= read
@@ -225,5 +232,27 @@ def _arming(attachment: Attachment, on: bool, phase: str) -> Callable[[], None]:
     return lambda: attachment.arm(on, phase)
 
 
-def _reading(attachment: Attachment, given: Mapping[str, Tensor]) -> Callable[[], Mapping[Any, Tensor]]:
-    return lambda: attachment.read(given)
+def _reading(attachment: Attachment, given: Mapping[str, Tensor]) -> Callable[[], Mapping[Key, Tensor]]:
+    def read() -> Mapping[Key, Tensor]:
+        readings = attachment.read(given)
+        if isinstance(readings, Readings):
+            return readings
+        if not isinstance(readings, Mapping):
+            raise TypeError(f"read() must return a mapping of Key to tensor, got {describe(readings)}.")
+        for key, tensor in readings.items():
+            if not (isinstance(key, Key) and isinstance(tensor, Tensor)):
+                raise TypeError(f"read() must return tensors by Key, got {describe(tensor)} by {key!r}.")
+        return readings
+
+    return read
+
+
+def _noting(attachment: Attachment) -> Callable[[], list[Finding]]:
+    def take() -> list[Finding]:
+        notes: list[Finding] = getattr(attachment, "notes", [])
+        taken = [check_finding(note) for note in notes]
+        if taken:
+            notes.clear()
+        return taken
+
+    return take

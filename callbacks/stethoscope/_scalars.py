@@ -30,7 +30,7 @@ def numbers_of_step(
         optimizers: their groups' learning rates are `lr`, `lr/1` ... in order.
         stamp: the fields that all records share.
     """
-    ready = [stamp._replace(name=n, value=float(v)) for n, v in named.items() if isinstance(v, Real)]
+    ready = [stamp._replace(name=n, value=_float(v)) for n, v in named.items() if isinstance(v, Real)]
     scalars = {
         Key(name): value for name, value in given.items() if value.numel() == 1 and name.partition("/")[0] in named
     }
@@ -44,6 +44,13 @@ def numbers_of_step(
         elif rate is not None:
             ready.append(stamp._replace(name=name, value=float(rate)))
     return ready, scalars
+
+
+def _float(number: Real) -> float | None:
+    try:
+        return float(number)
+    except (ArithmeticError, TypeError, ValueError):  # an integer beyond all floats, a number of a type of its own
+        return None
 
 
 def several(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:

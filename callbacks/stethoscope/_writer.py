@@ -11,6 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding
+from stethoscope._secrets import trace_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,11 +124,11 @@ class Writer:
             self._opened = False
             try:
                 self.sink.close()
-            except Exception:
+            except Exception as error:
                 if self._notes.strict:
                     raise
                 tell = log.debug if self._broken else log.error  # of a broken sink enough was said
-                tell("Closing %s failed; what it wrote last may be missing.", self._name, exc_info=True)
+                tell("Closing %s failed; what it wrote last may be missing.\n%s", self._name, trace_of(error))
         _at_work.discard(self)
         if self.lost:
             log.warning("%s: %d records and findings were not written.", self._name, self.lost)
@@ -145,7 +146,10 @@ class Writer:
                 delivery = self._queue[0]
             try:
                 self._write(delivery)
-            except SystemExit as error:  # it would end this thread without a word
+            except BaseException as error:
+                if threading.current_thread() is threading.main_thread():
+                    raise
+                # sys.exit() and the like would end this thread without a word
                 self._fail(delivery, error)
             with self._changed:
                 self._queue.popleft()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from stethoscope._record import strict
 from stethoscope._run import versions
+from stethoscope._secrets import redacted
 from stethoscope._tree import plain, size_of
 from stethoscope.audits._pack import Packer
 
@@ -134,7 +135,7 @@ def _describe(incident: Incident, max_bytes: int) -> tuple[JSON, dict[str, Tenso
         "rank": incident.rank,
         "versions": versions(),
         "device": next((each.device.type for each in parameters.values()), "cpu"),
-        "findings": [strict(asdict(finding)) for finding in incident.findings],
+        "findings": [strict(asdict(redacted(finding))) for finding in incident.findings],
         "culprit": _culprit(incident.report),
         "loss": strict(incident.loss),
         "model": {

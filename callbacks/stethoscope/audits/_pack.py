@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stethoscope._record import strict_number
+from stethoscope._secrets import without_secrets
 from stethoscope._tree import size_of
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class Packer:
         """Return the node of a value; `path` names its tensors."""
         if isinstance(value, Tensor):
             return self._tensor(value, path)
-        if value is None or isinstance(value, bool | int | str):
+        if isinstance(value, str):
+            return self._text(value, path)
+        if value is None or isinstance(value, bool | int):
             return {"kind": "value", "value": value}
         if isinstance(value, float):
             return (
@@ -98,6 +101,12 @@ class Packer:
 
     def _mapping(self, value: Mapping[str, Any], path: str, depth: int) -> dict[str, JSON]:
         return {key: self.pack(each, f"{path}.{key}", depth - 1) for key, each in value.items()}
+
+    def _text(self, text: str, path: str) -> JSON:
+        last = path.rpartition(".")[2]
+        if without_secrets(f"{last}={text}") != f"{last}={text}":
+            return self._leave_out(path, "looks like a secret")
+        return {"kind": "value", "value": text}
 
     def _tensor(self, tensor: Tensor, path: str) -> JSON:
         if id(tensor) in self._names:

@@ -97,7 +97,7 @@ def _parsed(text: str) -> JSON:
     """Safetensors metadata is text only: `"8000"` means 8000."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -107,9 +107,9 @@ def _folder(path: pathlib.Path) -> Weights:
     if index is not None:
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            files = [path / pathlib.PurePath(shard).name for shard in shards]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(index, f"the index cannot be read ({error})") from error
-        files = [path / pathlib.PurePath(shard).name for shard in shards]
     else:
         names = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors", "model.pt", "model.pth")
         files = [path / name for name in names if (path / name).exists()][:1]
@@ -122,12 +122,12 @@ def _folder(path: pathlib.Path) -> Weights:
         )
     tensors: dict[str, Tensor] = {}
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             raise _damaged(file, "the index names this shard, but it is not there")
         for group in _file(file).groups.values():
             tensors.update(group)
     config = path / "config.json"
-    facts = flat(_parsed(config.read_text(encoding="utf-8"))) if config.exists() else {}
+    facts = flat(_parsed(config.read_text(encoding="utf-8", errors="replace"))) if config.is_file() else {}
     return Weights(path.name, {"": tensors}, facts)
 
 
@@ -137,13 +137,15 @@ def _safetensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in list(file.keys())}, dict(file.metadata() or {})
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise _damaged(path, str(error)) from error
 
 
 def _torch_load(path: pathlib.Path) -> object:
     """Plain data beside tensors is let through (names, paths, NumPy numbers); nothing else is ever built."""
     is_zip = zipfile.is_zipfile(path)
+    if is_zip and _compressed(path):
+        raise _damaged(path, "it is a compressed archive, whose size nobody knows; torch.save compresses nothing")
     try:
         with torch.serialization.safe_globals(_plain_types()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about storage classes of old files, nothing that a reader could change
@@ -157,6 +159,14 @@ def _torch_load(path: pathlib.Path) -> object:
         if "torchscript" in str(error).lower():
             raise _refused(path, "it is a TorchScript archive, a program") from error
         raise _damaged(path, str(error)) from error
+
+
+def _compressed(path: pathlib.Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return False  # torch says what is wrong with it
 
 
 def _plain_types() -> list[Any]:
@@ -269,13 +279,15 @@ def _as_mapping(value: object) -> object:
     return vars(value) if isinstance(value, argparse.Namespace) else value
 
 
-def flat(value: object, path: str = "") -> dict[str, JSON]:
-    """Scalars by dotted path; short lists of scalars count as one."""
+def flat(value: object, path: str = "", depth: int = 32) -> dict[str, JSON]:
+    """Scalars by dotted path, not deeper than `depth`; short lists of scalars count as one."""
+    if isinstance(value, Mapping) and not depth:
+        return {}
     if isinstance(value, Mapping):
         return {
             name: scalar
             for key, nested in value.items()
-            for name, scalar in flat(nested, f"{path}.{key}" if path else str(key)).items()
+            for name, scalar in flat(nested, f"{path}.{key}" if path else str(key), depth - 1).items()
         }
     if (
         isinstance(value, (list, tuple))

@@ -135,7 +135,10 @@ def _table(path: Path) -> dict[str, Any]:
         import tomli as tomllib
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise typer.BadParameter(f"{path} could not be read: {error}") from error
-    table = content.get("tool", {}).get("stethoscope", {})
+    tools = content.get("tool", {})
+    table = tools.get("stethoscope", {}) if isinstance(tools, dict) else {}
+    if not isinstance(table, dict):
+        raise typer.BadParameter(f"[tool.stethoscope] in {path} must be a table, got {table!r:.80}.")
     return {name.replace("-", "_"): value for name, value in table.items()}

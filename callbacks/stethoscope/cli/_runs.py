@@ -67,6 +67,8 @@ def _row(file: Path) -> _Row | None:
     from stethoscope.sinks._jsonl import file_of, parts_of
     from stethoscope.sinks._read import HEAD, read_lines
 
+    if not file.is_file():  # opening a pipe waits for somebody who writes
+        return None
     try:
         with file.open("rb") as start:
             if start.read(len(HEAD)) != HEAD:  # some other JSON lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 from dataclasses import dataclass, field
 from itertools import count
@@ -46,7 +47,7 @@ class Jsonl:
 
     Raises:
         ValueError: `max_bytes` is below 1.
-        OSError: from `open`, the path cannot be written; from `write`, the disk is full.
+        OSError: from `open`, the path cannot be written; from `write`, the disk is full, or the file was deleted.
 
     Examples:
         >>> from stethoscope._protocols import Run
@@ -130,6 +131,8 @@ class Jsonl:
 
     def _append(self, line: str) -> None:
         assert self._file is not None
+        if not os.fstat(self._file.fileno()).st_nlink and not Path(self._file.name).exists():
+            raise FileNotFoundError(errno.ENOENT, "The file was deleted while it was being written", self._file.name)
         # After a line that was cut short, by a crash or a full disk, the next one must begin on a line of its own.
         data = ("\n" if self._torn else "").encode() + line.encode("ascii") + b"\n"
         self._torn = True

@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from stethoscope._protocols import Run
@@ -27,6 +28,24 @@ _FINDING_DEFAULTS: dict[str, Any] = {
     "rank": 0,
     "evidence": {},
     "cause": "",
+}
+_FINDING: dict[str, Any] = {
+    **dict.fromkeys(("code", "severity", "message", "advice", "module", "phase", "cause"), str),
+    "step": int | None,
+    "rank": int,
+    "evidence": Mapping,
+}
+_RUN: dict[str, Any] = {
+    "id": str,
+    "started": str,
+    "modules": list | tuple,
+    "planned_steps": int | None,
+    "every": int,
+    "versions": Mapping,
+    "rank": int,
+    "world_size": int,
+    "resumed_from": int | None,
+    "shards": Mapping,
 }
 
 
@@ -55,10 +74,14 @@ def encode_run(run: Run, part: int = 0) -> str:
 
 
 def decode_run(line: Mapping[str, Any]) -> Run:
-    """Undo `encode_run`. Fields that this version does not know are left out."""
-    known = {field.name for field in fields(Run)}
-    facts = {key: value for key, value in line["run"].items() if key in known}
-    facts["modules"] = tuple((name, kind) for name, kind in facts.get("modules", ()))
+    """Undo `encode_run`. Fields that this version does not know are left out.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError: the line has another form.
+    """
+    facts = {key: value for key, value in line["run"].items() if key in _RUN}
+    _check(facts, _RUN)
+    facts["modules"] = tuple((str(name), str(kind)) for name, kind in facts.get("modules", ()))
     return Run(**facts)
 
 
@@ -142,11 +165,22 @@ def encode_finding(finding: Finding) -> dict[str, Any]:
 
 
 def decode_finding(line: Mapping[str, Any]) -> Finding:
-    """Undo `encode_finding`."""
+    """Undo `encode_finding`.
+
+    Raises:
+        LookupError, TypeError, ValueError: the line has another form.
+    """
     facts = {key: line[key] for key in ("code", "severity", "message", "advice")}
     facts |= {key: line[key] for key in _FINDING_DEFAULTS if key in line}
+    _check(facts, _FINDING)
     facts["evidence"] = _evidence_from_json(facts.get("evidence", {}))
     return Finding(**facts)
+
+
+def _check(facts: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    wrong = [key for key, value in facts.items() if not isinstance(value, kinds[key]) or isinstance(value, bool)]
+    if wrong:
+        raise TypeError(f"{wrong} are not of the types that they must be.")
 
 
 def _evidence_to_json(value: Any) -> Any:
@@ -161,7 +195,11 @@ def _evidence_to_json(value: Any) -> Any:
         return {str(key): _evidence_to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_evidence_to_json(item) for item in value]
-    return strict_number(float(value)) if hasattr(value, "__float__") else str(value)
+    with suppress(Exception):  # whatever a tensor of many numbers says to that
+        return strict_number(float(value))
+    with suppress(Exception):
+        return str(value)[:200]
+    return type(value).__qualname__
 
 
 def _evidence_from_json(value: Any) -> Any:

@@ -42,7 +42,7 @@ def load(path: Path) -> dict[str, Field]:
         if version != VERSION:
             raise ValueError(f"{path} is no lock file of metrics: version {version!r}. {way_out}")
         entries = content["metrics"].items()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no lock file of metrics: it is not JSON ({error}). {way_out}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no lock file of metrics: {error!r}. {way_out}") from error

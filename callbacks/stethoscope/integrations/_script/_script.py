@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from stethoscope._secrets import trace_of
 from stethoscope.integrations._loss import Losses
 from stethoscope.integrations._script import _say, _traceback
 
@@ -111,10 +112,12 @@ class Script:
         """Call something of ours; if it fails, say so and keep out of the training from there on."""
         try:
             call(*args)
-        except Exception:
+        except Exception as error:
             self._off = True
             self._rest()
-            log.exception("`stethoscope run` has failed and keeps out of the training from here on.")
+            log.error(  # noqa: TRY400 - that would write the traceback as it is
+                "`stethoscope run` has failed and keeps out of the training from here on.\n%s", trace_of(error)
+            )
 
     def _forked(self) -> None:
         """A child begins anew: what its parent observes, the parent writes."""
