@@ -26,7 +26,7 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._resuming import VERSION, backwards, check_state
 from stethoscope._run import new_run
-from stethoscope._scalars import numbers_of_step, several
+from stethoscope._scalars import numbers_of_step, plan, several
 from stethoscope._stalled import Heartbeat
 from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
@@ -212,10 +212,7 @@ class Monitor:
         ready, scalars = numbers_of_step(tensors, given, self._optimizers, stamp)
         if not self._planned:
             self._planned = True
-            if self._planned_steps is not None:
-                ready.append(stamp._replace(name="plan/steps", value=float(self._planned_steps)))
-            if len(self._optimizers) > 1:
-                ready.append(stamp._replace(name="plan/optimizers", value=float(len(self._optimizers))))
+            ready += plan(self._planned_steps, self._optimizers, stamp)
         ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(step).items()]
         parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
         parts += self._probing.read(given, stamp._replace(source="probe"))

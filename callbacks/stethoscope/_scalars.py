@@ -72,3 +72,9 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
     while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # a wrapper has it
     return optimizer
+
+
+def plan(steps: int | None, optimizers: Sequence[Optimizer], stamp: Record) -> list[Record]:
+    """Return what is known of a run before its first step: its length, and that several optimizers share it."""
+    known = {"plan/steps": steps, "plan/optimizers": len(optimizers) if len(optimizers) > 1 else None}
+    return [stamp._replace(name=name, value=float(value)) for name, value in known.items() if value is not None]
