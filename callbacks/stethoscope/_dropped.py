@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakMethod, finalize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Sequence
+
+T = TypeVar("T")
 
 _CALLERS = {"torch.nn.modules.module", "torch.optim.optimizer", "torch._dynamo.eval_frame"}
 """Who calls hooks, going through a dictionary meanwhile and asking late how a hook is to be called; and who calls what is
@@ -39,14 +41,13 @@ def later(call: Callable[[], None]) -> None:
     when_dropped(_Cycle(), [call])
 
 
-def weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """Return a call of `method` that does not keep its object alive, and does nothing when that is gone."""
+def weakly(method: Callable[[], T]) -> Callable[[], T | None]:
+    """Return a call of `method` that does not keep its object alive, and gives None when that is gone."""
     reference = WeakMethod(method)
 
-    def call() -> None:
+    def call() -> T | None:
         bound = reference()
-        if bound is not None:
-            bound()
+        return None if bound is None else bound()
 
     return call
 
