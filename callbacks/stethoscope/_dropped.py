@@ -42,7 +42,7 @@ def later(call: Callable[[], None]) -> None:
 
 
 def weakly(method: Callable[[], T]) -> Callable[[], T | None]:
-    """Return a call of `method` that does not keep its object alive, and does nothing when that is gone."""
+    """Return a call of `method` that does not keep its object alive, and gives None when that is gone."""
     reference = WeakMethod(method)
 
     def call() -> T | None:

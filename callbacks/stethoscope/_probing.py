@@ -116,7 +116,7 @@ class Probing:
 
     def lap(self, step: int) -> None:
         """Close a step: look at what it took, where there is a limit."""
-        self._notes.pending += [*next_turn(), *self._inventory.compare(step)]
+        self._notes.pending += [*next_turn(step), *self._inventory.compare(step)]
         if self._pace is not None:
             self._pace.lap(step)
 

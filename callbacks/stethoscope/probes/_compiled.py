@@ -75,8 +75,8 @@ class Eagerly:
         ]
 
 
-def next_turn() -> list[Finding]:
-    """A step of some monitor has ended. A wish that has outlived a hundred of them is forgotten, and that is said."""
+def next_turn(step: int) -> list[Finding]:
+    """This step of some monitor has ended. A wish that has outlived a hundred of them is forgotten, and that is said."""
     _turn[0] += 1
     for looker in [looker for looker, turn in _lookers.items() if _turn[0] - turn > PATIENCE]:
         _release(looker)
@@ -93,6 +93,7 @@ def next_turn() -> list[Finding]:
             "way was to be observed. From here on they run compiled again.",
             "Close what is not used any more: monitor.close(), or `with Monitor(...) as monitor:` around the loop. In a notebook "
             "the traceback of an interrupted cell may hold it. Its next step() sets it to work again.",
+            step,
             evidence={"steps": PATIENCE},
         )
     ]
