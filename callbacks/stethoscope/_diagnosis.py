@@ -228,7 +228,7 @@ RULES: tuple[Rule, ...] = (
         explains=("nonfinite-loss", "nonfinite-gradient", "output-nonfinite", "loss-diverged", "prediction-collapse"),
     ),
     Rule(code="nonfinite-gradient", explains=("nonfinite-optimizer", "nonfinite-parameter", "loss-diverged")),
-    Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged")),
+    Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged", "prediction-collapse")),
     # Why a loss does not move, from the most specific reason to the least.
     Rule(
         code="gradient-zero",

@@ -232,7 +232,7 @@ def test_loss_that_has_fallen_to_nearly_nothing_is_an_info_however_early(seed):
     values = [2 * math.exp(-i / 60) + 0.02 * math.exp(e) for i, e in enumerate(noise(sd=0.1, seed=seed))]
     found = replay(Plateau(), [plan, *series(loss=values)])
     assert [f.severity for f in found] == ["info"]
-    assert "0.011 of its start is left" in found[0].message
+    assert "0.01 of its start is left" in found[0].message
     shifted = replay(Plateau(), [plan, *series(loss=[v - 1 for v in values])])
     assert [f.severity for f in shifted] == ["warning"]  # below zero a share of the loss means nothing
 
@@ -260,3 +260,14 @@ def test_nothing_is_judged_while_the_learning_rate_warms_up():
     values = [3 - 2 * min(1.0, max(0, i - 900) / 1500) + 0.1 * e for i, e in enumerate(noise())]
     assert replay(Plateau(patience=100), series(loss=values[:1000], lr=warm_up[:1000])) == []
     assert replay(Plateau(patience=100), series(loss=values[:1000], lr=[1.0] * 1000)) != []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_half_of_a_run_without_learning_is_told_once_whatever_the_slope(seed):
+    plan = Record("plan/steps", 300, 0, source="step")
+    random_labels = [1.386 + 0.05 * math.exp(-i / 80) + 0.002 * e for i, e in enumerate(noise(300, seed=seed))]
+    found = replay(Plateau(), [plan, *series(loss=random_labels)])
+    assert [f.severity for f in found if f.step < 200] == ["warning"]
+    assert "hardly left its start" in found[0].message
+    learns = [1.386 - 0.5 * i / 300 + 0.05 * e for i, e in enumerate(noise(300, seed=seed))]
+    assert replay(Plateau(), [plan, *series(loss=learns)]) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding, strict_number
+from stethoscope.watches import _metric_names as names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -85,7 +86,9 @@ def wrong_kind(
     shown = KINDS.get(kind, kind) if value is None else f"{value:g}"
     return Finding(
         "metric-type",
-        "info" if kind == "str" and not declared else ("error" if declared else "warning"),
+        "info"
+        if kind == "str" and not declared and not (names.rate(name) or names.loss(name))
+        else ("error" if declared else "warning"),
         f"{name!r} in the {at.phase} metrics is {shown}, but {rule}.",
         _TYPE_ADVICE.get(kind, "Return one number per key."),
         at.step,

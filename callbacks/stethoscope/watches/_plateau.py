@@ -114,6 +114,7 @@ class Plateau:
             "start": [],
             "low": None,
             "optimizers": 1,
+            "never": False,
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -195,12 +196,13 @@ class Plateau:
             # Undecided: a run that has been flat ever since the restart shows it sooner over all of its blocks.
             seen = blocks
             high = -_trend.trend(seen, self.confidence).low * patience
-        rises = high < -(enough + rounding)
+        rises = gain < -(enough + rounding)
         flat = state["flat"] + 1 if high < enough + rounding and not rises and not self._warms_up(state, step) else 0
-        if flat < CONFIRM:
+        never = self._never_left(state, step, seen)
+        if flat < CONFIRM and not never:
             return {**state, "flat": flat}, ()
         mean = sum(value for _, value in seen) / len(seen)
-        state = {**state, "flat": 0, "stalled": mean}
+        state = {**state, "flat": 0, "stalled": mean, "never": state["never"] or never}
         numbers = {
             "gain": gain,
             "upper_bound": high,
@@ -213,6 +215,14 @@ class Plateau:
             "lr": state["lr"],
         }
         return state, (self._finding(state, step, numbers),)
+
+    def _never_left(self, state: State, step: int, seen: Sequence[Sequence[float]]) -> bool:
+        """Whether half of the planned run has brought hardly anything, whatever the slope."""
+        half = not state["never"] and state["plan"] is not None and step + 1 >= (1 - LEFT) * state["plan"]
+        least, first = (1 - LEARNT) * _first(state), (1 + LEARNT) * _first(state)
+        return bool(
+            half and state["low"] > 0 and all(least < value < first for _, value in seen) and state["best"] > least
+        )
 
     def _warms_up(self, state: State, step: int) -> bool:
         """Whether the learning rate has risen since the window began, not later than in the first half of the run."""
@@ -237,9 +247,10 @@ class Plateau:
         def show(value: float) -> str:
             return f"{value:.3g} {self.unit}".rstrip()
 
+        sign = "<" if numbers["upper_bound"] < numbers["min_improvement"] else ">="
         message = (
             f"{self.name} gains {show(numbers['gain'] + 0.0)} per {numbers['patience']:,} steps "
-            f"({self.confidence:.0%} upper bound {show(numbers['upper_bound'] + 0.0)} < "
+            f"({self.confidence:.0%} upper bound {show(numbers['upper_bound'] + 0.0)} {sign} "
             f"{show(numbers['min_improvement'])}), level {show(numbers['level'])}.".replace("% upper", " % upper")
         )
         left = None if state["plan"] is None else max(0.0, 1 - (step + 1) / state["plan"])
@@ -248,10 +259,10 @@ class Plateau:
             "If it should be lower: change the learning rate, check that every parameter gets gradients and is owned by "
             "the optimizer, and look at the outputs. If this is as good as expected, stop here."
         )
-        first = sorted(state["start"])[len(state["start"]) // 2]
+        first = _first(state)
         positive = state["low"] > 0  # only then is a share of the loss the same in any unit
         mean = state["stalled"]
-        left_over = mean / first if positive else 1.0
+        left_over = min(mean, numbers["level"]) / first if positive else 1.0
         never = abs(first - mean) < (LEARNT * first if positive else NEVER * numbers["noise"])
         soft = True
         if ahead is not None:
@@ -274,6 +285,12 @@ class Plateau:
         return Finding(
             "loss-plateau", "info" if soft else "warning", message, advice, step, phase=self.phase, evidence=numbers
         )
+
+
+def _first(state: State) -> float:
+    """Where the loss began: the median of its first three values."""
+    start: list[float] = sorted(state["start"])
+    return start[len(start) // 2]
 
 
 def _share(patience: int | str) -> float | None:
