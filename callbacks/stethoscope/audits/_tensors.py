@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,50 +90,48 @@ def _names(keys: Sequence[str]) -> str:
     )
 
 
-def _hollow(keys: Sequence[str], number: int) -> list[Finding]:
+def _about(keys: Sequence[str], finding: Finding) -> list[Finding]:
+    """The finding with the tensors that it is about; none where there are none."""
     if not keys:
         return []
-    return [
+    return [replace(finding, module=keys[0].rpartition(".")[0], evidence={"keys": list(keys[:100])})]
+
+
+def _hollow(keys: Sequence[str], number: int) -> list[Finding]:
+    return _about(
+        keys,
         Finding(
             "checkpoint-unreadable",
             "error",
             f"{len(keys)} of {number} tensors in the checkpoint are on the meta device and hold no values: {_names(keys)}.",
             "Save the model after its weights were made or loaded, not while it is on the meta device.",
-            module=keys[0].rpartition(".")[0],
-            evidence={"keys": list(keys[:100])},
-        )
-    ]
+        ),
+    )
 
 
 def _nonfinite(keys: Sequence[str], number: int) -> list[Finding]:
-    if not keys:
-        return []
-    return [
+    return _about(
+        keys,
         Finding(
             "checkpoint-nonfinite",
             "error",
             f"{len(keys)} of {number} tensors in the checkpoint hold NaN or Inf: {_names(keys)}.",
             "Go back to an earlier checkpoint: this run had already diverged when it was saved.",
-            module=keys[0].rpartition(".")[0],
-            evidence={"keys": list(keys[:100])},
-        )
-    ]
+        ),
+    )
 
 
 def _dead(keys: Sequence[str], tensors: Mapping[str, Tensor]) -> list[Finding]:
-    if not keys:
-        return []
-    value = float(tensors[keys[0]].flatten()[0])
-    return [
+    first = f" (the first one: {float(tensors[keys[0]].flatten()[0]):g})" if keys else ""
+    return _about(
+        keys,
         Finding(
             "checkpoint-constant",
             "warning",
-            f"{len(keys)} weight matrices in the checkpoint hold one number everywhere: {_names(keys)} (the first one: {value:g}).",
+            f"{len(keys)} weight matrices in the checkpoint hold one number everywhere: {_names(keys)}{first}.",
             "Check how the file was made: an untrained zero initialisation, or a gathering over ranks that lost a shard.",
-            module=keys[0].rpartition(".")[0],
-            evidence={"keys": list(keys[:100])},
-        )
-    ]
+        ),
+    )
 
 
 def _dtype(
