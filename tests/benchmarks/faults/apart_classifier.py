@@ -148,7 +148,7 @@ def bad_batch_skipped(t: Training) -> None:
     t.sample, t.update = sample, update
 
 
-@fault(classifier, "weight-norm-drift", "activation-exploding", "gradient-exploding", "loss-sign", then=(*DIVERGES, *STUCK, "overfit", "dead-units", "feature-constant", "gradient-imbalance", "activation-saturated", "dtype-headroom", "precision-headroom"), held_out=True)  # fmt: skip
+@fault(classifier, "loss-input-mismatch", "weight-norm-drift", "activation-exploding", "gradient-exploding", "loss-sign", then=(*DIVERGES, *STUCK, "overfit", "dead-units", "feature-constant", "gradient-imbalance", "activation-saturated", "dtype-headroom", "precision-headroom"), held_out=True)  # fmt: skip
 def likelihood_of_logits(t: Training) -> None:
     """`nll_loss` of logits, without the log softmax: it has no lower bound, and the weights grow for ever. Humbatova: wrong
     loss for the last layer; UMLAUT."""

@@ -86,7 +86,7 @@ def segments_of_silence(t: Training) -> None:
     t.sample = sample
 
 
-@fault(separation, "update-ratio-low", "stalled-optimisation", "loss-plateau", step=60, then=(*COLLAPSED, *STUCK, "parameter-unchanged"), held_out=True)  # fmt: skip
+@fault(separation, "update-ratio-low", "stalled-optimisation", "loss-plateau", "scheduler-ends-early", step=60, then=(*COLLAPSED, *STUCK, "parameter-unchanged"), held_out=True)  # fmt: skip
 def plateau_of_wrong_mode(t: Training) -> None:
     """`ReduceLROnPlateau(mode="max")`, kept from a run that watched SI-SDR, is given the loss: the better it gets, the
     sooner the rate is cut. Humbatova: learning rate; speech: negative losses in dB."""
