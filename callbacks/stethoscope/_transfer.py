@@ -76,7 +76,7 @@ class Transfer:
                 if id(tensor) not in placed:
                     place = tensor.device, _class_of(tensor.dtype)
                     placed[id(tensor)] = place[1], sizes.get(place, 0)
-                    flat.setdefault(place, []).append(tensor.detach().reshape(-1).to(place[1]))
+                    flat.setdefault(place, []).append(_flat(tensor, place[1]))
                     sizes[place] = sizes.get(place, 0) + tensor.numel()
                 columns.append((column, stamp, *placed[id(tensor)]))
         buffers, arrivals = {}, list[torch.cuda.Event]()
@@ -122,6 +122,15 @@ def _class_of(dtype: torch.dtype) -> torch.dtype:
     return torch.int64
 
 
+def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # most are flat numbers without a graph already, and to ask costs less than three operations that do nothing
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dim() != 1:
+        tensor = tensor.reshape(-1)
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def _columns(readings: Mapping[Key, Tensor]) -> Sequence[Columns]:
     if isinstance(readings, Readings):
         return readings.columns
@@ -152,9 +161,9 @@ def _name(column: Columns, stamp: Record, flat: Any) -> list[Record]:
         return []
     _, _, step, _, phase, _, rank, source, kind = stamp
     if tensor.dim() <= 1 or tensor[0].numel() == 1:
-        numbers = flat.tolist()
+        numbers = flat.astype("float64", copy=False).tolist()
         return [
-            _new(Record, (name, float(numbers[row]), step, module, phase, call, rank, source, kind))
+            _new(Record, (name, numbers[row], step, module, phase, call, rank, source, kind))
             for (name, module, call, _), row in zip(keys, rows, strict=True)
             if numbers[row] or not sparse
         ]

@@ -72,18 +72,18 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    kinds = {"other steps, compiled": NEVER, "observed step, eager": 1}
+    print(
+        f"| compiled | plain step, ms | graphs | {' | '.join(kinds)} | at `every=50` |\n|{'---|' * 6}",
+        flush=True,
+    )
     for name, preset in product(arguments.models, arguments.presets):
-        print(f"\n{name}, {preset}()")
-        kinds = {}
-        for label, every in (("other steps, compiled", NEVER), ("observed step, eager", 1)):
-            kinds[every] = ratio(MODELS[name], arguments.backend, preset, every, arguments.pairs)
-            median, low, step, graphs = kinds[every]
-            print(
-                f"  {label:30s} {median:6.3f}   (at least {low:.3f}; plain step {step:.1f} ms; {graphs} graphs)",
-                flush=True,
-            )
-        both = [(kinds[1][i] + 49 * kinds[NEVER][i]) / 50 for i in range(2)]
-        print(f"  {f'{preset}() at every=50':30s} {both[0]:6.3f}   (at least {both[1]:.3f})", flush=True)
+        (*other, plain, graphs), (*observed, _, _) = (
+            ratio(MODELS[name], arguments.backend, preset, every, arguments.pairs) for every in kinds.values()
+        )
+        both = [(observed[i] + 49 * other[i]) / 50 for i in range(2)]
+        cells = " | ".join(f"{median:.3f} [{low:.3f}]" for median, low in (other, observed, both))
+        print(f"| {name}, `{preset}()` | {plain:.1f} | {graphs} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,9 @@ def work(rank: int, ranks: int, port: int, pairs: int, every: int) -> None:
         ("FSDP2, norms of the whole", fsdp, {"reduce": None}),
         ("FSDP2, guard", fsdp, {"reduce": False, "guard": "skip"}),
     ]
+    if rank == 0:
+        print(f"| {ranks} ranks | clock | plain step, ms | observed step | other steps | at `every={every}` |")
+        print("|---|---|---|---|---|---|", flush=True)
     for label, make, arguments in cases:
         observed = ratio(make, pairs, every=1, **arguments)
         other = ratio(make, pairs, every=NEVER, **arguments)
@@ -102,8 +105,8 @@ def work(rank: int, ranks: int, port: int, pairs: int, every: int) -> None:
             for i, clock in enumerate(("process", "wall")):
                 share = (observed[0][i] + (every - 1) * other[0][i]) / every
                 print(
-                    f"{label:28s} {clock:8s} unobserved step {other[2][i]:6.1f} ms   observed {observed[0][i]:.3f} "
-                    f"[{observed[1][i]:.3f}]   other steps {other[0][i]:.3f} [{other[1][i]:.3f}]   every={every}: {share:.3f}",
+                    f"| {label} | {clock} | {other[2][i]:.1f} | {observed[0][i]:.2f} [{observed[1][i]:.2f}] | "
+                    f"{other[0][i]:.2f} [{other[1][i]:.2f}] | {share:.2f} |",
                     flush=True,
                 )
     distributed.destroy_process_group()
@@ -118,7 +121,6 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    print(f"first_aid() on {arguments.ranks} ranks beside the same {arguments.ranks} ranks without:")
     torch.multiprocessing.spawn(work, (arguments.ranks, port, arguments.pairs, arguments.every), arguments.ranks)
 
 

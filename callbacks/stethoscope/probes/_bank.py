@@ -308,9 +308,9 @@ class Bank:
             elif name == "absmax":
                 column = torch.maximum(low.abs(), high.abs())
             elif name == "nonfinite":
-                column = stats.nonfinite_level(low, high)
+                column = torch.maximum(stats.nonfinite_level(low), stats.nonfinite_level(high))
             elif name == "nonfinite_masked":
-                column = stats.nonfinite_level_masked(high)
+                column = stats.nonfinite_level(high.clamp(min=0))  # -Inf in a mask is healthy
             elif name == "mean":
                 column = gathered[:, TOTAL] / self._upload("numel", self._total_numel)
             elif name == "rms":
