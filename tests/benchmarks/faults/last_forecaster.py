@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from faults import forecaster
-from faults._fault import DIVERGES, FLAT, STUCK, fault
+from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, finish_update
 
 
@@ -63,13 +63,13 @@ def ten_lstms_in_a_row(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)
 
 
-@fault(forecaster, "gradient-accumulation", "gradient-exploding", "gradient-clipping", "update-ratio-high", "gradient-imbalance", "weight-norm-drift", modules=("head", "norm", ""), step=1, then=(*DIVERGES, *STUCK, "update-ratio-low", "overfit"), held_out=True)  # fmt: skip
+@fault(forecaster, "gradient-accumulation", "gradient-exploding", "gradient-clipping", "update-ratio-high", "gradient-imbalance", "weight-norm-drift", modules=("head", "norm", ""), step=1, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "update-ratio-low", "overfit", "dead-units", "activation-saturated", "gradient-zero"), held_out=True)  # fmt: skip
 def second_optimizer_not_zeroed(t: Training) -> None:
     """Body and head have optimizers of their own, and `zero_grad()` is called for the first one only. TrainCheck: missing
     `zero_grad`; Humbatova: training process."""
     head = [*t.model.norm.parameters(), *t.model.head.parameters()]
     body = [*t.model.project.parameters(), *t.model.lstm.parameters()]
-    t.optimizers = [torch.optim.Adam(body, 5e-3), torch.optim.SGD(head, 0.1)]
+    t.optimizers, t.clip = [torch.optim.Adam(body, 5e-3), torch.optim.SGD(head, 0.1)], None
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
         training.optimizers[0].zero_grad()
