@@ -41,7 +41,7 @@ def missing_is_minus_999(t: Training) -> None:
     t.sample = sample
 
 
-@fault(autoencoder, "loss-plateau", "stalled-optimisation", "output-constant", "feature-constant", "prediction-collapse", step=60, then=(*STUCK, *FLAT, "overtraining", "dead-units", "activation-vanishing", "update-ratio-high"), held_out=True)  # fmt: skip
+@fault(autoencoder, "loss-plateau", "stalled-optimisation", "output-constant", "feature-constant", "prediction-collapse", then=(*STUCK, *FLAT, "overtraining", "dead-units", "activation-vanishing", "update-ratio-high"), held_out=True)  # fmt: skip
 def keep_rate_as_dropout(t: Training) -> None:
     """`Dropout(0.95)` behind each layer, from code whose argument was the share that is kept. TheDeepChecker: dropout;
     Humbatova: regularisation."""
@@ -60,7 +60,7 @@ class Sparse(autoencoder.Autoencoder):
         return self.decoder(self.code)
 
 
-@fault(autoencoder, "feature-constant", "activation-vanishing", "output-constant", "loss-plateau", "stalled-optimisation", modules=("encoder", "decoder", ""), step=40, then=(*STUCK, *FLAT, "prediction-collapse", "weight-norm-drift", "gradient-imbalance", "dead-units"), held_out=True)  # fmt: skip
+@fault(autoencoder, "feature-constant", "activation-vanishing", "output-constant", "loss-plateau", "stalled-optimisation", modules=("encoder", "decoder", ""), then=(*STUCK, *FLAT, "prediction-collapse", "weight-norm-drift", "gradient-imbalance", "dead-units"), held_out=True)  # fmt: skip
 def penalty_on_the_code(t: Training) -> None:
     """An L1 penalty on the code with a weight of 10 where 0.01 was meant: the code becomes zero, the output a mean.
     Humbatova: regularisation; SageMaker TensorVariance."""

@@ -7,7 +7,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
-from faults import autoencoder, classifier, enhancement, forecaster, language, last_models, recogniser, retrieval, separation
+from faults import (
+    autoencoder,
+    classifier,
+    enhancement,
+    forecaster,
+    language,
+    last_models,
+    recogniser,
+    retrieval,
+    separation,
+)
 from faults._fault import healthy
 from faults._training import Batch, Observer, Tensors, Training, finish_update, plain_update, seeded
 
@@ -121,7 +131,7 @@ def hidden_columns() -> Training:
 
 @healthy(held_out=True)
 def sixteen_codes() -> Training:
-    """A code of one of 16 vectors, with a straight-through gradient and a commitment; codes come in use one by one."""
+    """A code of one of 16 directions, with a straight-through gradient and a commitment; codes come in use one by one."""
     t = autoencoder.build(62)
     t.model.quantise = last_models.Quantised()
 
@@ -162,7 +172,9 @@ def words_hidden() -> Training:
     """One token in seven is hidden and told from both sides; the others have no target."""
     t = language.build(62)
     t.model, plain = last_models.Masked(), t.sample
+    t.steps, t.accumulate = 400, 2
     t.optimize = lambda p: torch.optim.AdamW(p, 5e-3, weight_decay=0.01)
+    t.schedule = lambda optimizer: language.warm_up_and_cosine(optimizer, 400)
 
     def sample(step: int, phase: str) -> Batch:
         tokens, _ = plain(step, phase)
@@ -213,7 +225,7 @@ def good_enough_counts_no_more() -> Training:
     """The loss of an item ends at 12 dB, so that easy ones do not rule the batch; AdamW and a long decay."""
     t = separation.build(61)
     t.optimize = lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=0.01)
-    t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: 0.995**step)
+    t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: 0.997**step)
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
         estimates = model(batch[0])
@@ -347,7 +359,11 @@ def pairs_one_by_one() -> Training:
     def forward(model: nn.Module, batch: Batch) -> Tensors:
         logits = model(*batch) + model.bias
         signs = 2 * torch.eye(len(logits)) - 1
-        return {"loss": -F.logsigmoid(signs * logits).sum(1).mean(), "logits": logits, "targets": torch.arange(len(logits))}
+        return {
+            "loss": -F.logsigmoid(signs * logits).sum(1).mean(),
+            "logits": logits,
+            "targets": torch.arange(len(logits)),
+        }
 
     t.forward = forward
     return t

@@ -37,14 +37,16 @@ class WithTeacher(classifier.Classifier):
 
 
 class Quantised(nn.Module):
-    """The nearest of 16 vectors, with the gradient handed past it. van den Oord et al. 2017, arXiv:1711.00937."""
+    """The nearest of 16 directions, with the gradient handed past it. van den Oord et al. 2017, arXiv:1711.00937; Yu et al. 2021,
+    arXiv:2110.04627."""
 
     def __init__(self, codes: int = 16, width: int = 4) -> None:
         super().__init__()
-        self.codes = nn.Parameter(torch.randn(codes, width) / 2)
+        self.codes = nn.Parameter(torch.randn(codes, width))
 
     def forward(self, x):
-        nearest = self.codes[torch.cdist(x, self.codes).argmin(1)]
+        x, codes = F.normalize(x), F.normalize(self.codes)
+        nearest = codes[torch.cdist(x, codes).argmin(1)]
         distance = F.mse_loss(nearest, x.detach()) + 0.25 * F.mse_loss(x, nearest.detach())
         return x + (nearest - x).detach(), distance
 
@@ -89,6 +91,8 @@ class Masked(nn.Module):
         )
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(language.WIDTH, language.TOKENS)
+        for table in (self.embedding, self.position):
+            nn.init.normal_(table.weight, std=0.1)
 
     def forward(self, tokens):
         return self.head(self.encoder(self.embedding(tokens) + self.position.weight))

@@ -21,7 +21,7 @@ class Sharp(retrieval.TwoTowers):
         return audio @ text.T / 0.007
 
 
-@fault(retrieval, "nonfinite-loss", "nonfinite-gradient", "loss-diverged", modules=("",), then=(*NONFINITE, "nonfinite-buffer", "metric-constant", "activation-saturated", "output-constant", "feature-constant"), held_out=True)  # fmt: skip
+@fault(retrieval, "nonfinite-loss", "nonfinite-gradient", "loss-diverged", modules=("",), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "metric-constant", "activation-saturated", "output-constant", "feature-constant"), held_out=True)  # fmt: skip
 def softmax_by_hand(t: Training) -> None:
     """The contrastive loss as in the paper, a logarithm of a quotient of exponentials, at a temperature of 0.007: the
     exponential of 89 is Inf in float32. GRIST: overflow of exp."""
