@@ -11,11 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from faults import apart_healthy_b, retrieval
+from faults import last_healthy, retrieval
 from faults._cost import Nobody
-from faults.cases import FAULTS, HEALTHY
+from faults.cases import FAULTS, HEALTHY, PROGRAMS
 
-APART = [fault for fault in FAULTS if fault.apply.__module__.startswith("faults.apart_")]
+APART = [fault for fault in FAULTS if fault.apply.__module__.startswith(("faults.apart_", "faults.last_"))]
 PAGES = {page.stem for page in (Path(__file__).parents[1] / "docs" / "findings").glob("*.md")}
 
 
@@ -32,10 +32,17 @@ class Listens(Nobody):
         self.metrics.append(dict(metrics))
 
 
-def test_cases_that_are_kept_apart_are_held_out():
-    assert APART
-    assert all(fault.held_out for fault in APART)
-    assert all(case.held_out for case in HEALTHY if case.build.__module__ == apart_healthy_b.__name__)
+def test_cases_that_nobody_has_run_are_held_out():
+    last = [fault for fault in FAULTS if fault.apply.__module__.startswith("faults.last_")]
+    assert {fault.program for fault in last} == set(PROGRAMS)
+    assert all(fault.held_out for fault in last)
+    assert all(case.held_out for case in HEALTHY if case.build.__module__ == last_healthy.__name__)
+
+
+def test_cases_that_were_run_once_are_held_out_no_more():
+    run = [fault for fault in FAULTS if fault.apply.__module__.startswith("faults.apart_")]
+    assert len(run) == 80
+    assert not any(fault.held_out for fault in run)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -59,10 +59,13 @@ bugs, Humbatova's taxonomy, AutoTrainer's and UMLAUT's problems, and issues of p
 - *Module*: where a module is to blame and the fault was found, the finding that found it names that module or one inside.
 - *Delay*: steps from where the fault can be seen to the finding that found it, median.
 - *False alarms*: findings of warning or above in healthy runs. There, each one is wrong.
-- *Held out*: cases in files `apart_*.py`. They were written by people who had seen neither watches nor thresholds, only programs,
-  symptoms and literature, and each fault was proved by other means than this library. They are run once, when the watches are
-  finished; whatever is changed for what comes out makes them *seen*, and new ones are written. *Seen* are all others, which
-  anybody may run while watches are written; among them are the cases that earlier editions held out.
+- *Held out*: cases in files `last_*.py`, a fifth of the faults and a quarter of the healthy runs. They were written by people who
+  had seen neither watches nor thresholds, only programs, symptoms and literature, and each fault was proved by other means than
+  this library. They are run once, when the watches are finished; whatever is changed for what comes out makes them *seen*, and
+  new ones are written. *Seen* are all others, which anybody may run while watches are written.
+- The 80 faults and 30 healthy runs in `apart_*.py` were blind as well. At their first and only blind run (2026-11-22)
+  `presets.full()` found 54 of the 80, with a precision of 99.4 %, and 5 of the 30 healthy runs had an alarm. They have been looked
+  at since, and are among the seen ones.
 - *Cost*: process time of the first 60 steps with, over without, median over the programs, three pairs each. These models are far
   smaller than real ones, so the ratio is far larger: see [cost](cost.md) for real sizes.
 - Observed every {EVERY} steps: a run of 300 steps is then looked at as often as one of 1500 at the default of 50.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FLAT = ("feature-constant", "gradient-vanishing", "gradient-zero", "gradient-imbalance", "dead-units")
 
 
-@fault(autoencoder, "input-range", "activation-saturated", "gradient-imbalance", "gradient-exploding", modules=("encoder.0", "encoder.1", "decoder.4", ""), then=(*STUCK, *FLAT, "poor-initialisation", "activation-exploding", "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(autoencoder, "input-range", "activation-saturated", "gradient-imbalance", "gradient-exploding", modules=("encoder.0", "encoder.1", "decoder.4", ""), then=(*STUCK, *FLAT, "poor-initialisation", "activation-exploding", "update-ratio-low"))  # fmt: skip
 def raw_column(t: Training) -> None:
     """One of 24 columns is a time in milliseconds, the others are standardised. TheDeepChecker: unscaled data; Humbatova:
     missing preprocessing."""
@@ -32,7 +32,7 @@ def raw_column(t: Training) -> None:
     t.sample = sample
 
 
-@fault(autoencoder, "dead-units", "update-ratio-high", then=(*DIVERGES, *STUCK, *FLAT, "activation-vanishing"), held_out=True)  # fmt: skip
+@fault(autoencoder, "dead-units", "update-ratio-high", then=(*DIVERGES, *STUCK, *FLAT, "activation-vanishing"))  # fmt: skip
 def rate_kills_units(t: Training) -> None:
     """ReLU and a learning rate of 0.1 for Adam: the first steps push units below zero for good. AutoTrainer: dying ReLU;
     SageMaker DeadRelu."""
@@ -62,14 +62,14 @@ def variational_forward(weight: float):
     return forward
 
 
-@fault(autoencoder, "output-constant", "feature-constant", "loss-plateau", "stalled-optimisation", step=20, then=(*STUCK, *FLAT, "activation-vanishing"), held_out=True)  # fmt: skip
+@fault(autoencoder, "output-constant", "feature-constant", "loss-plateau", "stalled-optimisation", step=20, then=(*STUCK, *FLAT, "activation-vanishing"))  # fmt: skip
 def divergence_not_averaged(t: Training) -> None:
     """The divergence is a sum over the batch, the error a mean over everything: the code carries nothing. Humbatova: wrong
     loss; the posterior collapse of Bowman et al. 2016, arXiv:1511.06349."""
     t.model, t.forward = Variational(nn.Tanh), variational_forward(float(autoencoder.BATCH))
 
 
-@fault(autoencoder, "parameter-unchanged", "update-ratio-low", "loss-plateau", "stalled-optimisation", then=STUCK, held_out=True)  # fmt: skip
+@fault(autoencoder, "parameter-unchanged", "update-ratio-low", "loss-plateau", "stalled-optimisation", then=STUCK)  # fmt: skip
 def steps_below_bfloat16(t: Training) -> None:
     """Weights in bfloat16 and the learning rate of a fine-tuning, 1e-5: each step is rounded away. SageMaker
     UnchangedTensor and WeightUpdateRatio."""
@@ -78,7 +78,7 @@ def steps_below_bfloat16(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 1e-5)
 
 
-@fault(autoencoder, "parameter-changed", modules=("encoder",), step=100, then=("gradient-zero", "gradient-vanishing", "module-unused", "optimizer-frozen-parameters"), held_out=True)  # fmt: skip
+@fault(autoencoder, "parameter-changed", modules=("encoder",), step=100, then=("gradient-zero", "gradient-vanishing", "module-unused", "optimizer-frozen-parameters"))  # fmt: skip
 def frozen_encoder_drifts(t: Training) -> None:
     """The encoder is frozen at step 100, but its gradients are zeros and not None: momentum and weight decay go on.
     Humbatova: training process; SageMaker UnchangedTensor, the other way round."""
@@ -100,7 +100,7 @@ def frozen_encoder_drifts(t: Training) -> None:
     t.before.append(freeze)
 
 
-@fault(autoencoder, "activation-saturated", "loss-plateau", "stalled-optimisation", "dead-units", modules=("decoder.4", "decoder.5", ""), step=30, then=(*STUCK, "feature-constant", "gradient-vanishing", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(autoencoder, "activation-saturated", "loss-plateau", "stalled-optimisation", "dead-units", modules=("decoder.4", "decoder.5", ""), step=30, then=(*STUCK, "feature-constant", "gradient-vanishing", "weight-norm-drift"))  # fmt: skip
 def sigmoid_for_signed_targets(t: Training) -> None:
     """A sigmoid at the end, from an autoencoder of pictures, where half of the targets are negative. Humbatova: wrong
     activation function."""
@@ -108,20 +108,20 @@ def sigmoid_for_signed_targets(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 1e-2)
 
 
-@fault(autoencoder, "gradient-zero", "parameter-unchanged", "module-unused", modules=("encoder",), then=(*STUCK, *FLAT, "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(autoencoder, "gradient-zero", "parameter-unchanged", "module-unused", modules=("encoder",), then=(*STUCK, *FLAT, "update-ratio-low"))  # fmt: skip
 def rounded_code(t: Training) -> None:
     """The code is rounded to steps of a quarter, without a straight-through gradient. TheDeepChecker: gradients of zero."""
     t.model.encoder.register_forward_hook(lambda module, args, output: torch.round(output * 4) / 4)
 
 
-@fault(autoencoder, "update-ratio-high", "loss-diverged", "loss-spike", "activation-saturated", "gradient-exploding", step=60, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT), held_out=True)  # fmt: skip
+@fault(autoencoder, "update-ratio-high", "loss-diverged", "loss-spike", "activation-saturated", "gradient-exploding", step=60, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT))  # fmt: skip
 def rate_finder_left_on(t: Training) -> None:
     """The search for a learning rate was never switched off: 4 % more at each step. Humbatova: learning rate; AutoTrainer:
     oscillating loss."""
     t.schedule = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 1.04)
 
 
-@fault(autoencoder, "weight-norm-drift", "activation-saturated", "loss-diverged", "activation-exploding", step=30, then=(*DIVERGES, *STUCK, *FLAT, "loss-sign", "overfit"), held_out=True)  # fmt: skip
+@fault(autoencoder, "weight-norm-drift", "activation-saturated", "loss-diverged", "activation-exploding", step=30, then=(*DIVERGES, *STUCK, *FLAT, "loss-sign", "overfit"))  # fmt: skip
 def penalty_of_wrong_sign(t: Training) -> None:
     """The penalty on the squared weights is subtracted: they grow, and the loss falls all the better. TheDeepChecker and
     Humbatova: wrong regularisation."""
@@ -134,7 +134,7 @@ def penalty_of_wrong_sign(t: Training) -> None:
     t.forward = forward
 
 
-@fault(autoencoder, "poor-initialisation", "activation-saturated", "activation-exploding", then=(*DIVERGES, *STUCK, *FLAT, "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(autoencoder, "poor-initialisation", "activation-saturated", "activation-exploding", then=(*DIVERGES, *STUCK, *FLAT, "update-ratio-low"))  # fmt: skip
 def standard_normal_weights(t: Training) -> None:
     """`torch.randn` for all weights, whatever their fan-in. SageMaker PoorWeightInitialization; Humbatova: wrong weights
     initialisation."""

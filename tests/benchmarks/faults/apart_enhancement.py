@@ -14,7 +14,7 @@ from faults.enhancement import WIDTH, compressed
 SHUT = ("dead-units", "feature-constant", "gradient-zero", "gradient-vanishing", "norm-input-variance", "activation-vanishing")  # fmt: skip
 
 
-@fault(enhancement, "loss-spike", "input-range", "gradient-exploding", "input-drift", step=7, then=(*DIVERGES, *STUCK, "activation-saturated", "dead-units", "feature-constant"), held_out=True)  # fmt: skip
+@fault(enhancement, "loss-spike", "input-range", "gradient-exploding", "input-drift", step=7, then=(*DIVERGES, *STUCK, "activation-saturated", "dead-units", "feature-constant"))  # fmt: skip
 def some_files_are_integers(t: Training) -> None:
     """One shard of sixteen holds int16 samples, all others floats. Humbatova: wrong preprocessing; speech: integer and
     float readers."""
@@ -27,7 +27,7 @@ def some_files_are_integers(t: Training) -> None:
     t.sample = sample
 
 
-@fault(enhancement, "gradient-accumulation", "gradient-exploding", "update-ratio-high", "loss-spike", "loss-diverged", step=1, then=(*DIVERGES, *STUCK, *SHUT, "activation-saturated"), held_out=True)  # fmt: skip
+@fault(enhancement, "gradient-accumulation", "gradient-exploding", "update-ratio-high", "loss-spike", "loss-diverged", step=1, then=(*DIVERGES, *STUCK, *SHUT, "activation-saturated"))  # fmt: skip
 def zeroed_when_logging(t: Training) -> None:
     """`zero_grad` has slipped into the branch that logs, every 50th step. TrainCheck: missing `zero_grad`, as in
     facebookresearch/nwm#16."""
@@ -56,7 +56,7 @@ class Recurrent(nn.Module):
         return self.rnn(x.transpose(1, 2))[0].transpose(1, 2)
 
 
-@fault(enhancement, "activation-exploding", "gradient-exploding", "poor-initialisation", modules=("layer2",), then=(*DIVERGES, *STUCK, *NONFINITE, *SHUT, "activation-saturated", "gradient-imbalance", "dtype-headroom"), held_out=True)  # fmt: skip
+@fault(enhancement, "activation-exploding", "gradient-exploding", "poor-initialisation", modules=("layer2",), then=(*DIVERGES, *STUCK, *NONFINITE, *SHUT, "activation-saturated", "gradient-imbalance", "dtype-headroom"))  # fmt: skip
 def recurrence_without_brakes(t: Training) -> None:
     """A ReLU recurrence whose weights have the gain of a layer used once: 1.6 per frame, over 30 frames. AutoTrainer and
     SageMaker: exploding tensors."""
@@ -68,7 +68,7 @@ def recurrence_without_brakes(t: Training) -> None:
         )
 
 
-@fault(enhancement, "output-collapse", "activation-saturated", modules=("", "mask", "sigmoid"), step=20, then=(*STUCK, "gradient-vanishing", "gradient-zero", "feature-constant", "update-ratio-low", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(enhancement, "output-collapse", "activation-saturated", modules=("", "mask", "sigmoid"), step=20, then=(*STUCK, "gradient-vanishing", "gradient-zero", "feature-constant", "update-ratio-low", "weight-norm-drift"))  # fmt: skip
 def noisy_as_target(t: Training) -> None:
     """The list of targets is that of the noisy files: the mask opens, and the loss goes to zero. Humbatova: wrong labels;
     speech: data preparation."""
@@ -82,7 +82,7 @@ def noisy_as_target(t: Training) -> None:
     t.sample = sample
 
 
-@fault(enhancement, "gradient-clipping", "update-ratio-low", "stalled-optimisation", "loss-plateau", step=10, then=(*STUCK, "gradient-exploding", "step-skipped", "parameter-unchanged"), held_out=True)  # fmt: skip
+@fault(enhancement, "gradient-clipping", "update-ratio-low", "stalled-optimisation", "loss-plateau", step=10, then=(*STUCK, "gradient-exploding", "step-skipped", "parameter-unchanged"))  # fmt: skip
 def clipped_before_unscaling(t: Training) -> None:
     """Gradients are clipped while they are still multiplied by the scaler's 65536: every step is that much too short.
     TrainCheck: clipping; pytorch/pytorch#40907."""
@@ -104,7 +104,7 @@ def clipped_before_unscaling(t: Training) -> None:
     t.update = update
 
 
-@fault(enhancement, "nonfinite-optimizer", "nonfinite-parameter", step=79, then=NONFINITE, held_out=True)
+@fault(enhancement, "nonfinite-optimizer", "nonfinite-parameter", step=79, then=NONFINITE)
 def schedule_of_nan(t: Training) -> None:
     """The cosine after the warm-up has no steps of its own: its progress is 0 / 0, and the learning rate NaN. GRIST:
     division by zero."""
@@ -117,7 +117,7 @@ def schedule_of_nan(t: Training) -> None:
     t.schedule = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-@fault(enhancement, "nonfinite-gradient", "nonfinite-parameter", modules=("",), step=90, then=NONFINITE, held_out=True)
+@fault(enhancement, "nonfinite-gradient", "nonfinite-parameter", modules=("",), step=90, then=NONFINITE)
 def where_hides_nothing(t: Training) -> None:
     """`where` leaves silent bins out of a distance of logarithms: finite forward, and 0 * Inf backward. GRIST: log of
     zero."""
@@ -138,7 +138,7 @@ def where_hides_nothing(t: Training) -> None:
     t.sample, t.forward = sample, forward
 
 
-@fault(enhancement, "dead-units", "norm-input-variance", "gradient-zero", "feature-constant", "units-symmetric", "activation-vanishing", "poor-initialisation", modules=("layer2",), then=("parameter-unchanged", "module-unused", *SHUT), held_out=True)  # fmt: skip
+@fault(enhancement, "dead-units", "norm-input-variance", "gradient-zero", "feature-constant", "units-symmetric", "activation-vanishing", "poor-initialisation", modules=("layer2",), then=("parameter-unchanged", "module-unused", *SHUT))  # fmt: skip
 def layer_loaded_as_zeros(t: Training) -> None:
     """A converted checkpoint holds zeros for one layer, which was never filled: ReLU keeps it shut. SageMaker AllZero;
     TheDeepChecker: zero weights."""
@@ -146,7 +146,7 @@ def layer_loaded_as_zeros(t: Training) -> None:
     nn.init.zeros_(t.model.layer2.conv.bias)
 
 
-@fault(enhancement, "step-skipped", "nonfinite-gradient", "parameter-unchanged", "loss-plateau", "stalled-optimisation", then=(*STUCK, *NONFINITE, "update-ratio-low", "dtype-headroom"), held_out=True)  # fmt: skip
+@fault(enhancement, "step-skipped", "nonfinite-gradient", "parameter-unchanged", "loss-plateau", "stalled-optimisation", then=(*STUCK, *NONFINITE, "update-ratio-low", "dtype-headroom"))  # fmt: skip
 def scaler_made_anew(t: Training) -> None:
     """The gradient scaler is built inside of the loop, so that its scale never falls, and a summed loss overflows float16 at
     the first one: all steps are skipped. TrainCheck: mixed precision."""

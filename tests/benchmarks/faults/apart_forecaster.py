@@ -12,7 +12,7 @@ from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, finish_update, seeded
 
 
-@fault(forecaster, "output-constant", "feature-constant", "prediction-collapse", "loss-plateau", "stalled-optimisation", step=30, then=(*STUCK, *FLAT, "output-collapse"), held_out=True)  # fmt: skip
+@fault(forecaster, "output-constant", "feature-constant", "prediction-collapse", "loss-plateau", "stalled-optimisation", step=30, then=(*STUCK, *FLAT, "output-collapse"))  # fmt: skip
 def broadcast_targets(t: Training) -> None:
     """Targets have an axis too many, (batch, 1, horizon): the mean squared error compares all pairs of items, and the
     forecast is the mean of everything. Humbatova: wrong shape of the target; a warning of torch's, easily lost."""
@@ -25,7 +25,7 @@ def broadcast_targets(t: Training) -> None:
     t.measure = lambda tensors, batch: forecaster.measure({**tensors, "targets": batch[1]}, batch)
 
 
-@fault(forecaster, "gradient-imbalance", "activation-saturated", "activation-exploding", "input-range", "gradient-exploding", modules=("project", "activation", "lstm", ""), then=(*STUCK, *FLAT, "dead-units", "gradient-zero", "gradient-clipping", "parameter-unchanged", "update-ratio-low", "units-symmetric", "dtype-headroom", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(forecaster, "gradient-imbalance", "activation-saturated", "activation-exploding", "input-range", "gradient-exploding", modules=("project", "activation", "lstm", ""), then=(*STUCK, *FLAT, "dead-units", "gradient-zero", "gradient-clipping", "parameter-unchanged", "update-ratio-low", "units-symmetric", "dtype-headroom", "weight-norm-drift"))  # fmt: skip
 def seconds_since_1970(t: Training) -> None:
     """The time of day is given as a timestamp in seconds, beside standardised values. UMLAUT and Humbatova: features that
     are not normalised."""
@@ -39,7 +39,7 @@ def seconds_since_1970(t: Training) -> None:
     t.sample = sample
 
 
-@fault(forecaster, "activation-exploding", "gradient-exploding", "poor-initialisation", "loss-diverged", "loss-spike", modules=("lstm",), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "gradient-imbalance", "update-ratio-low", "dead-units", "dtype-headroom"), held_out=True)  # fmt: skip
+@fault(forecaster, "activation-exploding", "gradient-exploding", "poor-initialisation", "loss-diverged", "loss-spike", modules=("lstm",), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "gradient-imbalance", "update-ratio-low", "dead-units", "dtype-headroom"))  # fmt: skip
 def recurrence_of_relus(t: Training) -> None:
     """The LSTM becomes a plain RNN with ReLU and recurrent weights drawn with a deviation of 0.5, whose radius is above two:
     states double at every step. AutoTrainer: exploding gradient."""
@@ -49,7 +49,7 @@ def recurrence_of_relus(t: Training) -> None:
     t.clip = None
 
 
-@fault(forecaster, "units-symmetric", "poor-initialisation", "feature-constant", "norm-input-variance", "output-constant", modules=("project", "activation", "lstm", "norm", "head", ""), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "dead-units"), held_out=True)  # fmt: skip
+@fault(forecaster, "units-symmetric", "poor-initialisation", "feature-constant", "norm-input-variance", "output-constant", modules=("project", "activation", "lstm", "norm", "head", ""), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "dead-units"))  # fmt: skip
 def all_weights_alike(t: Training) -> None:
     """`constant_(p, 0.05)` over all parameters that are no norm's, for the sake of reproducible runs: each layer has one unit,
     many times. TheDeepChecker: symmetric units; SageMaker PoorWeightInitialization."""
@@ -58,7 +58,7 @@ def all_weights_alike(t: Training) -> None:
             nn.init.constant_(parameter, 0.05)
 
 
-@fault(forecaster, "loss-plateau", "output-constant", "stalled-optimisation", "gradient-clipping", "update-ratio-low", "input-range", then=(*STUCK, "gradient-exploding", "gradient-imbalance", "weight-norm-drift", "activation-saturated", "feature-constant", "gradient-vanishing"), held_out=True)  # fmt: skip
+@fault(forecaster, "loss-plateau", "output-constant", "stalled-optimisation", "gradient-clipping", "update-ratio-low", "input-range", then=(*STUCK, "gradient-exploding", "gradient-imbalance", "weight-norm-drift", "activation-saturated", "feature-constant", "gradient-vanishing"))  # fmt: skip
 def targets_in_their_own_unit(t: Training) -> None:
     """Inputs are standardised, targets are left in their unit, some thousands: 300 steps bring nothing. UMLAUT and
     Humbatova: data that are not normalised."""
@@ -71,7 +71,7 @@ def targets_in_their_own_unit(t: Training) -> None:
     t.sample = sample
 
 
-@fault(forecaster, "input-drift", step=49, then=("overfit", "overtraining"), held_out=True)
+@fault(forecaster, "input-drift", step=49, then=("overfit", "overtraining"))
 def validation_scaled_by_its_range(t: Training) -> None:
     """Standardised for training; in validation each window is mapped to 0 to 1, by another function of the same name.
     Humbatova: preprocessing; unlike scalers of two splits."""
@@ -87,14 +87,14 @@ def validation_scaled_by_its_range(t: Training) -> None:
     t.sample = sample
 
 
-@fault(forecaster, "parameter-unchanged", "optimizer-misses-parameters", modules=("project", "lstm"), then=("loss-plateau", "stalled-optimisation", "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(forecaster, "parameter-unchanged", "optimizer-misses-parameters", modules=("project", "lstm"), then=("loss-plateau", "stalled-optimisation", "update-ratio-low"))  # fmt: skip
 def only_the_head_is_stepped(t: Training) -> None:
     """`Adam(model.head.parameters())`, from the example of a fine-tuning, for a model that starts from random weights.
     TrainCheck: optimizer with a part of the parameters; zjunlp/HVPNeT#5."""
     t.optimizers = [torch.optim.Adam([*t.model.norm.parameters(), *t.model.head.parameters()], 5e-3)]
 
 
-@fault(forecaster, "overfit", "overtraining", "input-duplicate", then=("input-drift", "loss-plateau", "stalled-optimisation"), held_out=True)  # fmt: skip
+@fault(forecaster, "overfit", "overtraining", "input-duplicate", then=("input-drift", "loss-plateau", "stalled-optimisation"))  # fmt: skip
 def one_short_series(t: Training) -> None:
     """One series of 44 hours in place of 200 series: three windows, learnt by heart, with a wide model. SageMaker
     Overfit."""
@@ -106,21 +106,21 @@ def one_short_series(t: Training) -> None:
     t.steps = 400
 
 
-@fault(forecaster, "activation-saturated", "gradient-vanishing", "loss-plateau", "stalled-optimisation", modules=("head",), step=20, then=(*STUCK, "gradient-zero", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(forecaster, "activation-saturated", "gradient-vanishing", "loss-plateau", "stalled-optimisation", modules=("head",), step=20, then=(*STUCK, "gradient-zero", "weight-norm-drift"))  # fmt: skip
 def sigmoid_at_the_end(t: Training) -> None:
     """The head ends in a sigmoid, as in the example with values of 0 to 1, and targets are standardised: two thirds of them
     are out of reach. Humbatova: wrong activation of the last layer."""
     t.model.head = nn.Sequential(t.model.head, nn.Sigmoid())
 
 
-@fault(forecaster, "gradient-zero", "parameter-unchanged", "module-unused", modules=("project",), then=("gradient-vanishing", "gradient-imbalance", "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(forecaster, "gradient-zero", "parameter-unchanged", "module-unused", modules=("project",), then=("gradient-vanishing", "gradient-imbalance", "update-ratio-low"))  # fmt: skip
 def rounded_on_the_way(t: Training) -> None:
     """The projection is rounded to a grid, without a straight-through estimator: its gradient is zero everywhere.
     TrainCheck: a part without gradients; Humbatova: wrong gradient."""
     t.model.project.register_forward_hook(lambda module, args, output: (output * 4).round() / 4)
 
 
-@fault(forecaster, "loss-spike", "gradient-exploding", "activation-exploding", "input-range", step=30, then=(*DIVERGES, "input-drift", "gradient-clipping", "gradient-imbalance", "activation-saturated"), held_out=True)  # fmt: skip
+@fault(forecaster, "loss-spike", "gradient-exploding", "activation-exploding", "input-range", step=30, then=(*DIVERGES, "input-drift", "gradient-clipping", "gradient-imbalance", "activation-saturated"))  # fmt: skip
 def unit_of_one_file(t: Training) -> None:
     """One file in thirty is in watts where the others are in kilowatts: every 30th batch holds eight windows that are a
     thousand times too large. Humbatova: wrong data; TheDeepChecker: outliers in the data."""
@@ -137,7 +137,7 @@ def unit_of_one_file(t: Training) -> None:
     t.sample = sample
 
 
-@fault(forecaster, "update-ratio-low", "loss-plateau", "stalled-optimisation", "parameter-unchanged", "schedule-unfinished", "scheduler-ends-early", step=10, then=STUCK, held_out=True)  # fmt: skip
+@fault(forecaster, "update-ratio-low", "loss-plateau", "stalled-optimisation", "parameter-unchanged", "schedule-unfinished", "scheduler-ends-early", step=10, then=STUCK)  # fmt: skip
 def plateau_of_the_wrong_kind(t: Training) -> None:
     """`ReduceLROnPlateau(mode="max")`, from a script that watched an accuracy, is given the loss: whenever it falls, the rate
     is cut to a tenth. Humbatova: learning rate."""

@@ -17,49 +17,49 @@ if TYPE_CHECKING:
     from faults._training import Batch, Tensors, Training
 
 
-@healthy(held_out=True)
+@healthy()
 def plain_retrieval() -> Training:
     """Two towers, a contrastive loss over the batch, BatchNorm in one and a transformer layer in the other."""
     return retrieval.build(1)
 
 
-@healthy(held_out=True)
+@healthy()
 def denoising_diffusion() -> Training:
     """The noise of random times is told: a loss that jumps, and falls slowly; the last layer starts at zero."""
     return apart_models_b.diffusion()
 
 
-@healthy(held_out=True)
+@healthy()
 def normalising_flow() -> Training:
     """A likelihood in nats that passes zero; couplings that start as the identity."""
     return apart_models_b.flow()
 
 
-@healthy(held_out=True)
+@healthy()
 def raw_signal_samples() -> Training:
     """Gated causal convolutions on samples of 16 levels, some of them rare."""
     return apart_models_b.raw_signal()
 
 
-@healthy(held_out=True)
+@healthy()
 def unet_in_decibels() -> Training:
     """Skip connections, InstanceNorm, GELU, a loss in negative dB, RAdam."""
     return apart_models_b.unet()
 
 
-@healthy(held_out=True)
+@healthy()
 def complex_spectra() -> Training:
     """A complex mask, and a loss over three resolutions."""
     return apart_models_b.complex_spectra()
 
 
-@healthy(held_out=True)
+@healthy()
 def policy_gradient() -> Training:
     """The loss says nothing, the reward rises."""
     return apart_models_b.policy()
 
 
-@healthy(held_out=True)
+@healthy()
 def dictionary_of_codes() -> Training:
     """Eight of 64 units are on for each item, others for the next."""
     t = autoencoder.build(9)
@@ -68,7 +68,7 @@ def dictionary_of_codes() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def weights_of_four_bits() -> Training:
     """Weights are rounded in the forward pass, gradients go straight through."""
     t = enhancement.build(8)
@@ -77,7 +77,7 @@ def weights_of_four_bits() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def pruned_by_masks() -> Training:
     """Half of the weights of the inner layers are held at zero."""
     t = classifier.build(17)
@@ -86,7 +86,7 @@ def pruned_by_masks() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def rates_that_cycle() -> Training:
     """The rate goes up and down by a factor of 20, every 80 steps."""
     t = enhancement.build(9)
@@ -94,7 +94,7 @@ def rates_that_cycle() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def task_that_gets_harder() -> Training:
     """A curriculum: noise grows tenfold in three stages, in validation too, and the loss leaps up at each of them."""
     t = enhancement.build(10)
@@ -109,7 +109,7 @@ def task_that_gets_harder() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def second_task_that_is_slow() -> Training:
     """A second head tells the contrast of the picture, with a small weight and noise in its targets."""
     t = classifier.build(18, norm=lambda channels: nn.GroupNorm(4, channels), activation=nn.SiLU)
@@ -127,7 +127,7 @@ def second_task_that_is_slow() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def converged_at_the_start() -> Training:
     """A model that was trained before goes on with a tenth of the rate: a flat loss, and nothing to learn."""
     t = separation.build(6)
@@ -144,7 +144,7 @@ def converged_at_the_start() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy()
 def validated_at_every_step() -> Training:
     """A validation after each step, in float64, two items at a time."""
     t = autoencoder.build(10)

@@ -14,7 +14,7 @@ from faults.retrieval import BATCH, WIDTH, ranks
 ALIKE = ("feature-constant", "output-constant", "gradient-vanishing", "gradient-zero", "activation-vanishing", "norm-input-variance")  # fmt: skip
 
 
-@fault(retrieval, "feature-constant", "output-constant", "input-duplicate", modules=("text",), then=(*STUCK, *ALIKE, "attention-head-dead", "parameter-unchanged", "gradient-imbalance", "class-imbalance", "dead-units", "metric-constant"), held_out=True)  # fmt: skip
+@fault(retrieval, "feature-constant", "output-constant", "input-duplicate", modules=("text",), then=(*STUCK, *ALIKE, "attention-head-dead", "parameter-unchanged", "gradient-imbalance", "class-imbalance", "dead-units", "metric-constant"))  # fmt: skip
 def captions_of_default(t: Training) -> None:
     """The column of the captions was renamed, and the reader falls back to one word for all. Humbatova: wrong data;
     SageMaker TensorVariance."""
@@ -37,7 +37,7 @@ class Hot(retrieval.TwoTowers):
         return self.scale.exp() * audio @ text.T
 
 
-@fault(retrieval, "gradient-exploding", "gradient-clipping", "gradient-imbalance", "poor-initialisation", "activation-exploding", "activation-saturated", "loss-plateau", "stalled-optimisation", then=(*DIVERGES, *STUCK, *NONFINITE, "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(retrieval, "gradient-exploding", "gradient-clipping", "gradient-imbalance", "poor-initialisation", "activation-exploding", "activation-saturated", "loss-plateau", "stalled-optimisation", then=(*DIVERGES, *STUCK, *NONFINITE, "update-ratio-low"))  # fmt: skip
 def temperature_not_in_logarithm(t: Training) -> None:
     """The scale is set to 1 / 0.07 where its logarithm belongs: similarities of a million. Humbatova: wrong weights
     initialisation; TheDeepChecker: loss at the start."""
@@ -45,7 +45,7 @@ def temperature_not_in_logarithm(t: Training) -> None:
     nn.init.constant_(t.model.scale, 1 / 0.07)
 
 
-@fault(retrieval, "parameter-unchanged", "optimizer-misses-parameters", "optimizer-owns-others", modules=("text",), step=60, held_out=True)  # fmt: skip
+@fault(retrieval, "parameter-unchanged", "optimizer-misses-parameters", "optimizer-owns-others", modules=("text",), step=60)  # fmt: skip
 def thawed_too_late(t: Training) -> None:
     """The text tower is frozen for 60 steps and then thawed, but the optimizer was built from what required gradients at
     the start. TrainCheck: huggingface/accelerate#2665; SageMaker UnchangedTensor."""
@@ -58,7 +58,7 @@ def thawed_too_late(t: Training) -> None:
     t.before.append(thaw)
 
 
-@fault(retrieval, "nonfinite-buffer", "input-range", modules=("audio.norm1", ""), step=150, then=(*NONFINITE, *DIVERGES, *ALIKE, *STUCK, "dead-units", "input-drift", "overfit", "overtraining", "gradient-clipping", "weight-norm-drift"), held_out=True)  # fmt: skip
+@fault(retrieval, "nonfinite-buffer", "input-range", modules=("audio.norm1", ""), step=150, then=(*NONFINITE, *DIVERGES, *ALIKE, *STUCK, "dead-units", "input-drift", "overfit", "overtraining", "gradient-clipping", "weight-norm-drift"))  # fmt: skip
 def damaged_clip_in_statistics(t: Training) -> None:
     """One damaged file of floats up to 1e25 at step 150: the batch passes, the running variance is infinite from then on.
     GRIST: overflow; TrainCheck; pytorch/pytorch#88474."""
@@ -73,7 +73,7 @@ def damaged_clip_in_statistics(t: Training) -> None:
     t.sample = sample
 
 
-@fault(retrieval, "model-in-eval", step=50, then=("overfit", "overtraining"), held_out=True)
+@fault(retrieval, "model-in-eval", step=50, then=("overfit", "overtraining"))
 def never_back_to_training(t: Training) -> None:
     """`train()` is called before the loop, `eval()` in each validation. TrainCheck; Humbatova: training process;
     tk-rusch/coRNN#1."""
@@ -85,7 +85,7 @@ def never_back_to_training(t: Training) -> None:
     t.update = update
 
 
-@fault(retrieval, "nonfinite-activation", "nonfinite-loss", modules=("text",), step=120, then=(*NONFINITE, "nonfinite-buffer", "metric-constant"), held_out=True)  # fmt: skip
+@fault(retrieval, "nonfinite-activation", "nonfinite-loss", modules=("text",), step=120, then=(*NONFINITE, "nonfinite-buffer", "metric-constant"))  # fmt: skip
 def empty_caption(t: Training) -> None:
     """From step 120 on one caption has no words: a mean over none of them. GRIST: division by zero;
     pytorch/pytorch#24816."""
@@ -100,7 +100,7 @@ def empty_caption(t: Training) -> None:
     t.sample = sample
 
 
-@fault(retrieval, "metric-constant", step=49, held_out=True)
+@fault(retrieval, "metric-constant", step=49)
 def ranks_from_one(t: Training) -> None:
     """Ranks count from one, and recall at 1 asks for a rank below one: 0.0 at every validation. Humbatova: wrong
     validation metric."""
@@ -112,7 +112,7 @@ def ranks_from_one(t: Training) -> None:
     t.measure = measure
 
 
-@fault(retrieval, "metric-type", step=49, then=("metric-missing", "metric-unexpected"), held_out=True)
+@fault(retrieval, "metric-type", step=49, then=("metric-missing", "metric-unexpected"))
 def recall_of_each_clip(t: Training) -> None:
     """`mean()` is missing: a tensor of 32 hits is logged as recall. Humbatova: wrong tensor
     shape."""
@@ -123,7 +123,7 @@ def recall_of_each_clip(t: Training) -> None:
     t.measure = measure
 
 
-@fault(retrieval, "metric-nonfinite", step=49, held_out=True)
+@fault(retrieval, "metric-nonfinite", step=49)
 def reciprocal_of_rank_zero(t: Training) -> None:
     """The mean reciprocal rank with ranks that count from zero is infinite. GRIST: division by zero; Humbatova: wrong
     validation metric."""
@@ -138,14 +138,14 @@ def own_only(model: nn.Module, batch: Batch) -> Tensors:
     return {"loss": loss, "logits": logits, "targets": torch.arange(len(logits))}
 
 
-@fault(retrieval, "feature-constant", "output-constant", "loss-plateau", "prediction-collapse", step=30, then=(*STUCK, *ALIKE, "update-ratio-low", "dead-units", "module-unused", "parameter-unchanged", "metric-constant", "class-imbalance"), held_out=True)  # fmt: skip
+@fault(retrieval, "feature-constant", "output-constant", "loss-plateau", "prediction-collapse", step=30, then=(*STUCK, *ALIKE, "update-ratio-low", "dead-units", "module-unused", "parameter-unchanged", "metric-constant", "class-imbalance"))  # fmt: skip
 def negatives_forgotten(t: Training) -> None:
     """The loss pulls each clip to its caption and pushes nothing apart: all embeddings become one direction, and the loss
     is perfect. Humbatova: wrong loss."""
     t.forward, t.steps = own_only, 400
 
 
-@fault(retrieval, "attention-head-dead", "units-symmetric", modules=("text.encoder",), then=(*ALIKE, "poor-initialisation", "parameter-unchanged", "module-unused", "dead-units"), held_out=True)  # fmt: skip
+@fault(retrieval, "attention-head-dead", "units-symmetric", modules=("text.encoder",), then=(*ALIKE, "poor-initialisation", "parameter-unchanged", "module-unused", "dead-units"))  # fmt: skip
 def two_heads_loaded(t: Training) -> None:
     """Weights of a model with two heads are copied into zeros for one with four: the other two stay zero, since both sides
     of their product are. SageMaker AllZero; TheDeepChecker: zero weights."""
@@ -157,7 +157,7 @@ def two_heads_loaded(t: Training) -> None:
         attention.out_proj.weight[:, WIDTH // 2 :] = 0.0
 
 
-@fault(retrieval, "overfit", "overtraining", "input-duplicate", step=49, held_out=True)
+@fault(retrieval, "overfit", "overtraining", "input-duplicate", step=49)
 def sixty_four_pairs(t: Training) -> None:
     """The list of files was cut to 64 for a test, and dropout switched off. SageMaker Overfit."""
     few, plain = retrieval.pairs(64, seeded(99)), t.sample
@@ -173,7 +173,7 @@ def sixty_four_pairs(t: Training) -> None:
     t.sample, t.steps = sample, 400
 
 
-@fault(retrieval, "input-duplicate", then=("loss-plateau", "overfit", "overtraining"), held_out=True)
+@fault(retrieval, "input-duplicate", then=("loss-plateau", "overfit", "overtraining"))
 def loaders_share_a_seed(t: Training) -> None:
     """Four workers draw the same eight pairs, one seed for all: a batch of eight, four times. TrainCheck: data order;
     pytorch/pytorch#5059; speech: facebookresearch/fairseq#1383."""

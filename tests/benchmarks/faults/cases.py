@@ -27,6 +27,15 @@ from faults import (
     healthy_lookalikes,
     language,
     language_faults,
+    last_autoencoder,
+    last_classifier,
+    last_enhancement,
+    last_forecaster,
+    last_healthy,
+    last_language,
+    last_recogniser,
+    last_retrieval,
+    last_separation,
     recogniser,
     recogniser_faults,
     retrieval,
@@ -60,13 +69,21 @@ FAULTS = tuple(
         apart_separation,
         apart_enhancement,
         apart_retrieval,
+        last_classifier,
+        last_autoencoder,
+        last_language,
+        last_separation,
+        last_recogniser,
+        last_enhancement,
+        last_forecaster,
+        last_retrieval,
     )
     for value in vars(module).values()
     if isinstance(value, Fault)
 )
 HEALTHY = tuple(
     value
-    for module in (healthy, healthy_lookalikes, apart_healthy_a, apart_healthy_b)
+    for module in (healthy, healthy_lookalikes, apart_healthy_a, apart_healthy_b, last_healthy)
     for value in vars(module).values()
     if isinstance(value, Healthy)
 )
