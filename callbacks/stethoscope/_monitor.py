@@ -122,9 +122,7 @@ class Monitor:
         if (guard and optimizer is None) or (replay and not guard):
             raise ValueError("guard needs the optimizer whose writes it looks at, and replay needs a guard.")
         if reduce and overhead is not None:
-            raise ValueError(
-                f"reduce=True needs the same steps on all ranks; with {overhead=} each rank finds its own."
-            )
+            raise ValueError(f"reduce=True needs the same steps on all ranks; {overhead=} lets each find its own.")
         self.model = unwrap(model)
         self._planned_steps = planned_steps
         self._optimizers = several(optimizer)
@@ -354,7 +352,8 @@ class Monitor:
             self._notes.disabled(self._transfer, "transfer", error)
             self._transfer.send(ready, [part for part in parts if can_be_sent(part)])
         self._meet()
-        self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
+        arrived = self._delivery.ahead(self._arrived(wait)) if self._ranks.hold_back else self._arrived(wait)
+        self._delivery.deliver(self._ranks.pass_on(arrived, self.findings, wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:
         """What has arrived. Readings that make no records (on the meta device, say) are dropped and reported."""
