@@ -42,8 +42,13 @@ class Errands:
         self._queue.put((errand, call))
         if self._thread is None:
             self._thread = Thread(target=_work, args=(self._queue,), name=self._name, daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # the interpreter is shutting down
+                self._thread = None
+                errand.set_exception(error)
+                return errand
             weakref.finalize(self, self._queue.put, None)
-            self._thread.start()
             _at_work.add(self)
         return errand
 

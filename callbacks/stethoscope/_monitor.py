@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo  # what torch.optim uses, since torch
 
 from stethoscope._agreement import Agreement
 from stethoscope._delivery import Delivery
-from stethoscope._dropped import weakly, when_dropped
+from stethoscope._dropped import left_open, weakly, when_dropped
 from stethoscope._flattened import flattened, is_flattened
 from stethoscope._guard import Guard
 from stethoscope._incidents import Incidents
@@ -145,6 +145,7 @@ class Monitor:
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
         when_dropped(self, hooked := [self._probing.detach])
+        left_open.add(self)
         self._probing.arm(self._step, self._phase)
         self._guard: Guard | None = None
         if guard:
@@ -304,6 +305,7 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
+        left_open.discard(self)
         try:
             self._probing.detach()
             self._heartbeat.close()

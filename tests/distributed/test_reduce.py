@@ -260,7 +260,9 @@ def bad_while_late(rank):
     model, memory, told = net(), sinks.Memory(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     arguments = {"probes": [probes.Activations()], "watches": [watches.NonFinite()], "every": 1, "reduce": True}
-    with Monitor(model, optimizer, **arguments, sinks=memory, on_finding=lambda found: told.append(found.code)) as monitor:
+    with Monitor(
+        model, optimizer, **arguments, sinks=memory, on_finding=lambda found: told.append(found.code)
+    ) as monitor:
         for step in range(4):
             torch.distributed.barrier()
             if rank == 0 and step == 2:
