@@ -48,7 +48,8 @@ class Errands:
                 self._thread = None
                 errand.set_exception(error)
                 return errand
-            weakref.finalize(self, self._queue.put, None)
+            # at the end of the process somebody may yet have an errand: `stethoscope run` closes its monitors late
+            weakref.finalize(self, self._queue.put, None).atexit = False
             _at_work.add(self)
         return errand
 
