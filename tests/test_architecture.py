@@ -27,7 +27,7 @@ LAYERS = {
     "_transfer.py": {"_protocols", "_record"},
     "_combine.py": {"_record"},
     "_shards.py": set(),
-    "_dropped.py": set(),
+    "_dropped.py": {"_secrets"},
     "probes": {
         "",
         "_aside",

@@ -13,7 +13,7 @@ from stethoscope._secrets import redacted
 from stethoscope._writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from stethoscope._protocols import Run, Sink, State, Watch
 
@@ -29,6 +29,10 @@ class _Watching:
     watch: Watch
     key: str
     state: State
+
+    @property
+    def urgent(self) -> bool:
+        return bool(getattr(self.watch, "urgent", False))
 
 
 class Delivery:
@@ -59,6 +63,14 @@ class Delivery:
         self._on_finding, self._rank, self._notes = on_finding, rank, notes
         self._diagnosis = Relate()
         self._diagnosis_state: State = self._diagnosis.init()
+        self._ahead = False  # whether urgent watches are asked before all others
+
+    def ahead(self, arrived: Iterable[list[Record]]) -> Iterator[list[Record]]:
+        """Pass on deliveries that may be held back; what is urgent is judged now, and told in this call of `deliver`."""
+        self._ahead = True
+        for records in arrived:
+            self._notes.pending += self._judge(tuple(records), [each for each in self._watching if each.urgent])
+            yield records
 
     def deliver(self, arrived: Iterable[list[Record]], run: Run) -> None:
         """Conclude and write, delivery by delivery, then call `on_finding` for all that was found."""
@@ -84,14 +96,7 @@ class Delivery:
 
     def _conclude(self, arrived: Sequence[Record], run: Run) -> Sequence[Finding]:
         records = tuple(arrived)  # no part can take anything from what the next one sees
-        found: list[Finding] = []
-        for watching in list(self._watching) if records else ():
-            try:
-                watching.state, new = watching.watch.update(watching.state, records)
-                found += [check_finding(each) for each in new]
-            except Exception as error:
-                self._watching.remove(watching)
-                self._notes.disabled(watching.watch, "watch", error)
+        found = self._judge(records, [each for each in self._watching if not (self._ahead and each.urgent)])
         found = [redacted(finding) for finding in (*found, *self._notes.take())]
         if self._rank:
             found = [replace(finding, rank=self._rank) for finding in found]
@@ -111,6 +116,17 @@ class Delivery:
         for writer in self._writers:
             writer.put(run, step, own, related)
         return related
+
+    def _judge(self, records: Sequence[Record], asked: Sequence[_Watching]) -> list[Finding]:
+        found: list[Finding] = []
+        for watching in asked if records else ():
+            try:
+                watching.state, new = watching.watch.update(watching.state, records)
+                found += [check_finding(each) for each in new]
+            except Exception as error:
+                self._watching.remove(watching)
+                self._notes.disabled(watching.watch, "watch", error)
+        return found
 
     def judge_watches(self, steps: int) -> None:
         """Say which watches have never seen a record of theirs: their state is what it was at the start."""

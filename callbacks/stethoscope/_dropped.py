@@ -1,20 +1,62 @@
-"""A monitor that is dropped without `close` takes its hooks along, at a moment when torch is not at work with them."""
+"""A monitor that nobody closes: dropped, it takes its hooks along, at a moment when torch is not at work with them.
+
+Where the process ends first, it hands over what it still holds.
+"""
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
 import sys
 from threading import get_ident
-from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakMethod, finalize
+from typing import TYPE_CHECKING, Protocol, TypeVar
+from weakref import WeakKeyDictionary, WeakMethod, finalize
+
+from stethoscope._secrets import trace_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Sequence
 
 T = TypeVar("T")
+log = logging.getLogger("stethoscope")
 
 _CALLERS = {"torch.nn.modules.module", "torch.optim.optimizer", "torch._dynamo.eval_frame"}
 """Who calls hooks, going through a dictionary meanwhile and asking late how a hook is to be called; and who calls what is
 compiled, and does not expect another stance at its end than at its beginning."""
+
+
+class _Flushes(Protocol):
+    def flush(self) -> None: ...
+
+
+class _LeftOpen:
+    """What is to be flushed when the process ends: not its forks, whose parent does so."""
+
+    def __init__(self) -> None:
+        self._owners: WeakKeyDictionary[_Flushes, int] = WeakKeyDictionary()
+        self._registered = False
+
+    def add(self, owner: _Flushes) -> None:
+        if not self._registered:
+            self._registered = True
+            atexit.register(self.flush)  # as late as that, so that it comes before what ends the threads that it needs
+        self._owners[owner] = os.getpid()
+
+    def discard(self, owner: _Flushes) -> None:
+        self._owners.pop(owner, None)
+
+    def flush(self) -> None:
+        for owner, process in list(self._owners.items()):
+            if process != os.getpid():
+                continue
+            try:
+                owner.flush()
+            except Exception as error:  # on_finding, say: the others are still to be flushed
+                log.warning("What a monitor still held at the end of the process may be lost.\n%s", trace_of(error))
+
+
+left_open = _LeftOpen()
 
 
 class _Cycle:

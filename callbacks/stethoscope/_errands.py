@@ -42,8 +42,14 @@ class Errands:
         self._queue.put((errand, call))
         if self._thread is None:
             self._thread = Thread(target=_work, args=(self._queue,), name=self._name, daemon=True)
-            weakref.finalize(self, self._queue.put, None)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # the interpreter is shutting down
+                self._thread = None
+                errand.set_exception(error)
+                return errand
+            # at the end of the process somebody may yet have an errand: `stethoscope run` closes its monitors late
+            weakref.finalize(self, self._queue.put, None).atexit = False
             _at_work.add(self)
         return errand
 

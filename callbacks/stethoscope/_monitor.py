@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo  # what torch.optim uses, since torch
 
 from stethoscope._agreement import Agreement
 from stethoscope._delivery import Delivery
-from stethoscope._dropped import weakly, when_dropped
+from stethoscope._dropped import left_open, weakly, when_dropped
 from stethoscope._flattened import flattened, is_flattened
 from stethoscope._guard import Guard
 from stethoscope._incidents import Incidents
@@ -122,9 +122,7 @@ class Monitor:
         if (guard and optimizer is None) or (replay and not guard):
             raise ValueError("guard needs the optimizer whose writes it looks at, and replay needs a guard.")
         if reduce and overhead is not None:
-            raise ValueError(
-                f"reduce=True needs the same steps on all ranks; with {overhead=} each rank finds its own."
-            )
+            raise ValueError(f"reduce=True needs the same steps on all ranks; {overhead=} lets each find its own.")
         self.model = unwrap(model)
         self._planned_steps = planned_steps
         self._optimizers = several(optimizer)
@@ -147,6 +145,7 @@ class Monitor:
         measured = with_needs(check_parts(probes, "attach", "probes", "Activations"), chosen, every)
         self._probing = Probing(self.model, measured, every, self._notes, parse(overhead))
         when_dropped(self, hooked := [self._probing.detach])
+        left_open.add(self)
         self._probing.arm(self._step, self._phase)
         self._guard: Guard | None = None
         if guard:
@@ -306,6 +305,7 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
+        left_open.discard(self)
         try:
             self._probing.detach()
             self._heartbeat.close()
@@ -354,7 +354,8 @@ class Monitor:
             self._notes.disabled(self._transfer, "transfer", error)
             self._transfer.send(ready, [part for part in parts if can_be_sent(part)])
         self._meet()
-        self._delivery.deliver(self._ranks.pass_on(self._arrived(wait), self.findings, wait=wait), self._run)
+        arrived = self._delivery.ahead(self._arrived(wait)) if self._ranks.hold_back else self._arrived(wait)
+        self._delivery.deliver(self._ranks.pass_on(arrived, self.findings, wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:
         """What has arrived. Readings that make no records (on the meta device, say) are dropped and reported."""

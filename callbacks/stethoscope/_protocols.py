@@ -112,7 +112,10 @@ class Attachment(Protocol):
 
 @runtime_checkable
 class Watch(Protocol):
-    """A pure fold over records: no torch, no clock, no I/O. Called on the training's thread, once per step or log."""
+    """A pure fold over records: no torch, no clock, no I/O. Called on the training's thread, once per step or log.
+
+    With a true attribute `urgent` it does not wait for records that are to be combined over ranks: it sees this rank's own.
+    """
 
     @property
     def needs(self) -> tuple[Probe, ...]:

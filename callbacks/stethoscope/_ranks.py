@@ -61,6 +61,11 @@ class Ranks:
         """What takes findings to rank 0."""
         return [self._post] if self._post is not None else []
 
+    @property
+    def hold_back(self) -> bool:
+        """Whether deliveries may have to wait for other ranks."""
+        return self._reduction is not None
+
     def join(self, run: Run) -> Run:
         """Meet the others, once, and return the run under a name that all of them share, unless it is resumed."""
         if self._met or not self._several:

@@ -142,6 +142,40 @@ def test_torchrun_two_ranks_one_of_which_meets_a_nan(tmp_path):
     assert read_run(tmp_path / "run").id == read_run(tmp_path / "run", rank=1).id
 
 
+LEFT_OPEN = """
+import sys, torch
+from torch import nn
+from stethoscope import Monitor, presets
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+monitor = Monitor(model, **presets.first_aid(), sinks=sys.argv[1], every=1, reduce=True)
+for step in range(5):
+    x = torch.ones(8, 4) * (torch.nan if (rank, step) == (1, 4) else 1)
+    monitor.step(loss=model(x).square().mean())
+    torch.distributed.barrier()
+if rank == 1:
+    raise RuntimeError("the script's own")
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_ends_without_closing_its_monitor_leaves_every_step_and_finding(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(LEFT_OPEN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert "the script's own" in done.stderr
+    written = {rank: list(read(tmp_path / "run", rank=rank)) for rank in (0, 1)}
+    for deliveries in written.values():
+        assert [r.step for d in deliveries for r in d.records if r.name == "loss"] == list(range(5))
+    assert (4, 1) in [(f.step, f.rank) for d in written[1] for f in d.findings if f.code.startswith("nonfinite")]
+
+
 LIGHTNING = """
 import sys, torch
 from lightning.pytorch import LightningModule, Trainer

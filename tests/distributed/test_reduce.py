@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from stethoscope import Monitor, _reduce, presets, probes, sinks
+from stethoscope import Monitor, _reduce, presets, probes, sinks, watches
 
 PROBES = (
     probes.Activations(),
@@ -253,6 +253,40 @@ def test_a_rank_that_is_late_costs_the_steps_that_others_could_not_wait_for(two)
     assert [first["losses"], second["losses"]] == [6, 6]
     assert {*first["severities"], *second["severities"]} <= {"info"}
     assert max(first["worst"], second["worst"]) < 0.5
+
+
+def bad_while_late(rank):
+    """Rank 1 meets a NaN in a step for whose records it has to wait for rank 0."""
+    model, memory, told = net(), sinks.Memory(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments = {"probes": [probes.Activations()], "watches": [watches.NonFinite()], "every": 1, "reduce": True}
+    with Monitor(
+        model, optimizer, **arguments, sinks=memory, on_finding=lambda found: told.append(found.code)
+    ) as monitor:
+        for step in range(4):
+            torch.distributed.barrier()
+            if rank == 0 and step == 2:
+                time.sleep(0.5)
+            spoilt = torch.full((4, 7), torch.nan if rank == 1 and step == 2 else 1.0)
+            loss = model(spoilt).square().mean()
+            monitor.step(loss=loss)
+            if step == 2:
+                at_once = list(told)
+    return {
+        "at_once": at_once,
+        "found": [(f.code, f.rank, f.step) for f in monitor.findings],
+        "written": [(f.code, f.rank, f.step) for f in memory.findings],
+        "rms": [r.step for r in memory.records if r.name == "activation/rms" and r.module == "0"],
+    }
+
+
+def test_a_nan_is_told_in_its_step_however_late_other_ranks_are(two):
+    first, second = two.run(bad_while_late)
+    assert second["at_once"] == ["nonfinite-activation"]
+    assert second["found"] == second["written"] == [["nonfinite-activation", 1, 2]]
+    assert first["found"] == [["nonfinite-activation", 1, 2]]
+    assert first["at_once"] == []
+    assert [first["rms"], second["rms"]] == [[0, 1, 2, 3], []]  # and is combined all the same
 
 
 def one_more(rank):

@@ -149,3 +149,20 @@ def test_items_of_a_few_values_do_not_count_as_constant(width, share):
     attached.arm(True, "train")
     attached.take([("0", torch.arange(4.0)[:, None].expand(4, width))])
     assert read(attached)["input/constant"] == share
+
+
+def test_a_pass_inside_of_a_transform_is_left_alone_and_the_next_one_is_read(model):
+    attachment = Inputs().attach(model)
+    attachment.arm(True, "train")
+    torch.func.vmap(model)(torch.ones(3, 8))
+    model(torch.full((4, 8), 2.0))
+    assert read(attachment)["input/mean"] == 2.0
+
+
+def test_a_model_that_moves_within_a_step_is_measured_from_there_on(model):
+    attachment = Inputs().attach(model)
+    attachment.arm(True, "train")
+    model(torch.ones(4, 8))
+    model.to("meta")(torch.ones(4, 8, device="meta"))
+    readings = attachment.read({})
+    assert {tensor.device.type for tensor in readings.values()} == {"meta"}

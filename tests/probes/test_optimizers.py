@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from stethoscope import Monitor, probes, sinks
+from stethoscope._protocols import Key
 
 FROZEN, UNHELD, RESTING, IDLE, TRAINED = range(5)
 
@@ -170,3 +171,20 @@ def test_nothing_is_left_on_optimizers_afterwards():
         assert len(torch_optimizer._global_optimizer_post_hooks) == before + 1
     assert len(torch_optimizer._global_optimizer_post_hooks) == before
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_monitor_that_nobody_steps_any_more_does_not_grow():
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    attached = probes.Optimizers().attach(model)
+    attached.arm(on=True, phase="train")
+    sizes = []
+    for _ in range(3):
+        for _ in range(200):
+            model(torch.randn(6, 4)).square().mean().backward()
+            optimizer.step()
+        sizes.append(len(attached._columns))
+    readings = attached.read({})
+    attached.detach()
+    assert sizes[0] == sizes[2]
+    assert readings[Key("optimizer/steps")] == 600

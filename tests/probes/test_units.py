@@ -189,3 +189,17 @@ def test_what_only_passes_zeros_on_is_not_said_to_be_dead():
     found = read(model, torch.randn(64, 6))
     assert {module for name, module in found if name == "dead_fraction"} == {"0", "1", "4"}
     assert found["dead_fraction", "1"] == 0.5
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_model_that_moves_to_another_device_is_read_there(within):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 2), nn.Tanh(), nn.Linear(2, 1))
+    attached = probes.Units().attach(model)
+    attached.arm(on=True, phase="train")
+    model(torch.randn(4, 6))
+    if not within:
+        assert {tensor.device.type for tensor in attached.read({}).values()} == {"cpu"}
+        attached.arm(on=True, phase="train")
+    model.to("meta")(torch.randn(4, 6, device="meta"))
+    assert {tensor.device.type for tensor in attached.read({}).values()} == {"meta"}
+    attached.detach()

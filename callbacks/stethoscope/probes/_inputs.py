@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stethoscope._aside import is_aside
 from stethoscope._protocols import Attachment, Columns, Key, Readings
 from stethoscope._tree import tensors
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
+from stethoscope.probes._passes import replaying
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -73,7 +73,7 @@ class _Before(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_traced() or not self.owner.armed or get_ident() != self.owner.thread or is_aside():
+        if is_traced() or not self.owner.armed or get_ident() != self.owner.thread or replaying():
             return
         try:
             self.owner.take([*tensors(args), *tensors(kwargs)])
@@ -119,8 +119,10 @@ class InputsAttachment:
                 if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.uint8):
                     gathered.tokens.add(name)
                 sums, peak = _measure(x)
-                gathered.sums[name] = sums + gathered.sums[name] if name in gathered.sums else sums
-                gathered.peaks[name] = torch.maximum(peak, gathered.peaks[name]) if name in gathered.peaks else peak
+                before = gathered.sums.get(name)
+                if before is not None and before.device == sums.device:  # a model may be moved while it is observed
+                    sums, peak = sums + before, torch.maximum(peak, gathered.peaks[name])
+                gathered.sums[name], gathered.peaks[name] = sums, peak
 
     def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:
         """See `Attachment`."""

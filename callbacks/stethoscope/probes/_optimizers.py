@@ -34,6 +34,9 @@ without a gradient; it stepped with one."""
 FOLLOWED = 4
 """Parameters whose gradient is compared with that of the step before."""
 
+MOST = 100
+"""Steps of one optimizer within one of the monitor's that are read; more come when nobody steps the monitor any more."""
+
 _SCALED = GradScaler.step.__code__
 _SMALL = 65536
 _CARRIED = 0.02  # relative: bf16 sums are rounded to 0.4 %, a gradient that was zeroed differs by 100 %
@@ -124,6 +127,7 @@ class OptimizerHooks:
 
     def _forget(self) -> None:
         self._steps = self._in_eval = 0
+        self._steps_of: dict[int, int] = {}  # optimizer -> how many of them are its own
         self._stepped: dict[int, bool] = {}  # parameter -> whether it had a gradient
         self._held_frozen: set[int] = set()
         self._columns: list[Columns] = []
@@ -156,6 +160,9 @@ class OptimizerHooks:
         if not self._armed:
             return
         self._steps += 1
+        self._steps_of[id(optimizer)] = its_own = self._steps_of.get(id(optimizer), 0) + 1
+        if its_own > MOST:
+            return
         # a frozen backbone, or its BatchNorm alone, is put in eval mode on purpose: then the rest trains
         if not self._model.training and not any(module.training for module in self._moody):
             self._in_eval = len(self._moody)

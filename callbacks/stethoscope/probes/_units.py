@@ -207,7 +207,7 @@ class UnitHooks:
     def _range(self, site: _Site, which: str, x: Tensor, axis: int) -> None:
         low, high, spread = units.ranges(x, axis)
         before = site.now.get(f"{which} low")
-        if before is not None and before.shape == low.shape:
+        if before is not None and _alike(before, low):
             low, high = torch.minimum(before, low), torch.maximum(site.now[f"{which} high"], high)
             spread = torch.maximum(site.now[f"{which} spread"], spread)
         site.now.update({f"{which} low": low, f"{which} high": high, f"{which} spread": spread})
@@ -216,7 +216,7 @@ class UnitHooks:
     def _keep(self, site: _Site, name: str, value: Tensor) -> None:
         before = site.now.get(name)
         # over several calls in a step the mildest: what one call escapes is not lost
-        site.now[name] = value if before is None else torch.minimum(before, value)
+        site.now[name] = torch.minimum(before, value) if before is not None and _alike(before, value) else value
         self._order[site] = None
 
     def read(self, given: Mapping[str, Tensor]) -> Readings:
@@ -242,7 +242,7 @@ class UnitHooks:
             low, high = now[f"{which} low"], now[f"{which} high"]
             dead = (low == 0) & (high == 0)
             quiet = site.quiet.get(which)
-            quiet = dead.int() if quiet is None or quiet.shape != dead.shape else (quiet + 1) * dead
+            quiet = (quiet + 1) * dead if quiet is not None and _alike(quiet, dead) else dead.int()
             site.quiet[which] = quiet
             if which == "input" or not isinstance(site.module, units.PASSING_ON):
                 found.append((f"{prefix}dead_fraction", (quiet >= IN_A_ROW).to(low.dtype).mean()))
@@ -275,6 +275,11 @@ class UnitHooks:
             if strength is not None:
                 found.append(("dead_heads", units.dead(strength)))
         return found
+
+
+def _alike(before: Tensor, now: Tensor) -> bool:
+    """Whether they can be compared: a model may be moved to another device while it is observed."""
+    return before.shape == now.shape and before.device == now.device
 
 
 def _readable(x: Tensor, *, trained: bool) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite, isnan
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from stethoscope._record import Finding, Record
 from stethoscope.probes import Activations, Parameters
@@ -54,6 +54,8 @@ class NonFinite:
         >>> replay(NonFinite(), flags)[0].module
         'encoder.1'
     """
+
+    urgent: ClassVar[bool] = True  # flags and the loss stay with their rank
 
     loss: str = "loss"
 
