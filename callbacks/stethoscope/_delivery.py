@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._diagnosis import Relate
-from stethoscope._parts import Notes, check_finding, severity_for
+from stethoscope._parts import Notes, asked, check_finding, severity_for
 from stethoscope._record import JSON, Finding, Record
 from stethoscope._secrets import redacted
 from stethoscope._writer import Writer
@@ -72,7 +72,11 @@ class Delivery:
             for writer in self._writers:
                 writer.flush()  # what it raises may end the process
             for finding in told:
-                self._on_finding(finding)
+                try:
+                    self._on_finding(finding)
+                except BaseException as error:
+                    asked(error)
+                    raise
 
     def flush(self, run: Run) -> None:
         """Wait until sinks have written everything, and deliver what they had to say meanwhile."""
@@ -92,7 +96,7 @@ class Delivery:
             except Exception as error:
                 self._watching.remove(watching)
                 self._notes.disabled(watching.watch, "watch", error)
-        found = [redacted(finding) for finding in (*found, *self._notes.take())]
+        found = [_redacted(finding) for finding in (*found, *self._notes.take())]
         if self._rank:
             found = [replace(finding, rank=self._rank) for finding in found]
         try:
@@ -136,7 +140,13 @@ class Delivery:
     def close(self) -> None:
         """Close the sinks, and say what was lost."""
         for writer in self._writers:
-            writer.close()
+            with self._notes.going_on(writer.sink, "closing of the sink"):
+                writer.close()
+        for finding in self._notes.take():  # nothing comes after
+            self.findings.append(finding)
+            log.log(_LEVELS[finding.severity], "%s", finding)
+        if self._notes.unsaid:
+            log.warning("stethoscope itself failed %d times more than it has said in findings.", self._notes.unsaid)
 
     def state_dict(self) -> dict[str, JSON]:
         """Return what watches and diagnosis remember, as JSON."""
@@ -150,3 +160,12 @@ class Delivery:
         for watching in self._watching:
             watching.state = state["watches"].get(watching.key, watching.state)
         self._diagnosis_state = state["diagnosis"]
+
+
+def _redacted(finding: Finding) -> Finding:
+    """Return it without secrets. One that cannot be searched for them, since what it holds is odd, is told without its text."""
+    try:
+        return redacted(finding)
+    except Exception as error:
+        said = f"Its text could not be searched for secrets ({type(error).__name__}) and is left out."
+        return replace(finding, message=said, advice="", evidence={})
