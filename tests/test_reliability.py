@@ -12,13 +12,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stethoscope import Monitor, presets, sinks
+from stethoscope import Monitor, presets, sinks, watches
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from faulty import FailAt, batch, hooks, make, same_weights_as_unobserved
 
 PARTS = ("probes", "watches", "sinks")
+CORE = ("_",)
+FRAMES = {"step", "log", "phase", "close", "_use", "call", "going_on", "<dictcomp>"}
+"""What holds the guards themselves: calls of what is guarded, assignments, comparisons."""
+
+
+class FailInCore(FailAt):
+    """Raises below the guards of the core."""
+
+    def __call__(self, frame, event, arg):
+        return None if frame.f_code.co_name in FRAMES else super().__call__(frame, event, arg)
 
 
 def train(model, optimizer, monitor=None, steps=6):
@@ -59,6 +69,95 @@ def test_an_exception_at_any_line_of_a_part_changes_nothing_in_the_training_and_
     # torch's hook for all optimizers is process-wide: it may be that of a monitor which another test has left open
     if fault.at is not None and "_optimizers.py" not in fault.at:
         assert [f for f in monitor.findings if f.code == "part-disabled"], fault.at
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(0, 50_000),
+    guard=st.sampled_from([None, "raise"]),
+    error=st.sampled_from([RuntimeError, MemoryError]),
+)
+def test_an_exception_at_any_line_of_the_core_costs_what_was_at_hand_and_is_said(n, guard, error, tmp_path_factory):
+    model, optimizer = make()
+    monitor = Monitor(model, optimizer, **presets.full(), sinks=tmp_path_factory.mktemp("run"), every=2, guard=guard)
+    with FailInCore(n, error, CORE) as fault:
+        written = train(model, optimizer, monitor)
+    monitor.close()
+    assert written == list(range(6))
+    assert same_weights_as_unobserved(model, written), fault.at
+    assert not hooks(model), fault.at
+    said = [f for f in monitor.findings if f.code in {"part-disabled", "probe-read-nothing"} or "secrets" in f.message]
+    assert fault.at is None or said, fault.at
+
+
+def fails(*_):
+    raise MemoryError("injected")
+
+
+def test_a_core_that_fails_at_every_step_is_said_once_and_counted_and_later_findings_arrive(monkeypatch, caplog):
+    model, optimizer = make()
+    memory = sinks.Memory()
+    monitor = Monitor(model, optimizer, watches=[watches.NonFinite()], sinks=memory, every=1)
+    monkeypatch.setattr(monitor._probing, "overhead", fails)
+    written = train(model, optimizer, monitor)
+    monitor.step(loss=float("nan"))
+    monitor.close()
+    assert same_weights_as_unobserved(model, written)
+    said = [f.message for f in memory.findings if f.code == "part-disabled"]
+    assert len(said) == 1
+    assert said[0].startswith("The method _take_step of the Monitor failed with MemoryError: injected (")
+    assert "What it had at hand is lost, and it stays on; the training and all other parts go on." in said[0]
+    assert [r.step for r in memory.records if r.name == "loss" and r.source == "step"] == list(range(7))
+    assert "nonfinite-loss" in [f.code for f in monitor.findings]
+    assert "failed 6 times more than it has said" in caplog.text
+
+
+def test_what_on_finding_raises_and_what_strict_asks_for_still_reach_the_training(monkeypatch):
+    def stop(finding):
+        raise ValueError("enough")
+
+    monitor = Monitor(nn.Linear(2, 1), watches=[watches.NonFinite()], on_finding=stop)
+    with pytest.raises(ValueError, match="enough"):
+        monitor.step(loss=float("nan"))
+    monitor.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        monitor.step(loss=1.0)
+    strict = Monitor(nn.Linear(2, 1), strict=True)
+    monkeypatch.setattr(strict._probing, "overhead", fails)
+    with pytest.raises(MemoryError, match="injected"):
+        strict.step(loss=1.0)
+
+
+def test_a_guard_that_fails_in_a_call_of_the_model_or_in_a_step_goes_and_is_said(monkeypatch):
+    for place in ("enter", "leave", "forget"):
+        model, optimizer = make()
+        monitor = Monitor(model, optimizer, guard="raise")
+        monkeypatch.setattr(monitor._guard._before, place, fails)
+        written = train(model, optimizer, monitor)
+        monkeypatch.undo()
+        monitor.close()
+        assert same_weights_as_unobserved(model, written)
+        assert not hooks(model)
+        assert "injected" in next(f.message for f in monitor.findings if f.code == "part-disabled")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "nested"])
+def test_a_reading_without_numbers_is_left_out_and_nothing_is_said_to_be_switched_off(kind):
+    odd = {
+        "sparse": lambda: torch.ones(1).to_sparse(),
+        "meta": lambda: torch.ones(1, device="meta"),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged),
+    }[kind]()
+    memory = sinks.Memory()
+    with Monitor(nn.Linear(2, 1), sinks=memory) as monitor:
+        for _ in range(3):
+            monitor.step(loss=torch.tensor(1.0), odd=odd)
+            monitor.log({"odd": odd, "accuracy": torch.tensor(0.5)})
+    said = [f.message for f in monitor.findings if f.code == "part-disabled"]
+    assert len(said) <= 2
+    assert not any("switched off" in message for message in said)
+    assert [r.value for r in memory.records if r.name == "accuracy"] == [0.5] * 3
+    assert [r.value for r in memory.records if r.name == "loss"] == [1.0] * 3
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

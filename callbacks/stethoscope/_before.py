@@ -16,7 +16,7 @@ from stethoscope.audits._nonfinite_call import Call, autocasts
 from stethoscope.probes._hook import Hook, takes_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.utils.hooks import RemovableHandle
 
@@ -39,9 +39,11 @@ class Before:
     Args:
         model: unwrapped. Its outermost calls are followed, and those of its children that are called without it, as
             Lightning's training_step does.
+        failed: takes an error of ours, which must not reach the model's call.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, failed: Callable[[Exception], None]) -> None:
+        self.failed = failed
         self.calls: list[Call] = []
         self.too_large = 0
         """Calls of this step that were not kept, for the size of their inputs or their number."""
@@ -115,7 +117,7 @@ class Before:
         for path, each in tensors(output):
             # a leaf would keep the hook beyond this step
             if each.requires_grad and not each.is_leaf and not each.is_nested and size_of(each) <= MAX_GRADIENT:
-                each.register_hook(_Gradient(call.grad_outputs, path))  # type: ignore[no-untyped-call]
+                each.register_hook(_Gradient(self, call.grad_outputs, path))  # type: ignore[no-untyped-call]
 
     def limits(self) -> str:
         """Say which calls cannot be repeated as they were, `""` if all can."""
@@ -197,7 +199,10 @@ class _Entry(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self._before.enter(module, args, kwargs)
+            try:
+                self._before.enter(module, args, kwargs)
+            except Exception as error:
+                self._before.failed(error)
 
 
 class _Exit(Hook):
@@ -210,20 +215,26 @@ class _Exit(Hook):
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if not torch.compiler.is_compiling():
-            self._before.leave(output)
+            try:
+                self._before.leave(output)
+            except Exception as error:
+                self._before.failed(error)
 
 
 class _Gradient(Hook):
     """Keeps what the backward pass hands to an output; several backward passes add up."""
 
-    __slots__ = ("_kept", "_path")
+    __slots__ = ("_before", "_kept", "_path")
 
-    def __init__(self, kept: dict[str, Tensor], path: str) -> None:
-        self._kept, self._path = kept, path
+    def __init__(self, before: Before, kept: dict[str, Tensor], path: str) -> None:
+        self._before, self._kept, self._path = before, kept, path
 
     def __call__(self, gradient: Tensor) -> None:
-        before = self._kept.get(self._path)
-        self._kept[self._path] = gradient.detach() if before is None else before + gradient.detach()
+        try:
+            kept = self._kept.get(self._path)
+            self._kept[self._path] = gradient.detach() if kept is None else kept + gradient.detach()
+        except Exception as error:
+            self._before.failed(error)
 
 
 def _elsewhere() -> bool:

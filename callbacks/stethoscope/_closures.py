@@ -25,10 +25,16 @@ class Closures:
     Args:
         optimizers: whose steps to undo.
         look: takes an optimizer and its loss, and says whether the evaluation is bad.
+        failed: takes an error of ours, which must not reach the optimizer's step.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], look: Callable[[Optimizer, Tensor | None], bool]) -> None:
-        self._look = look
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        look: Callable[[Optimizer, Tensor | None], bool],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._look, self._failed = look, failed
         self._again = {id(each) for each in optimizers if isinstance(each, torch.optim.LBFGS)}
         self._before: dict[int, tuple[list[tuple[Tensor, Tensor]], dict[Any, Any]]] = {}
         self._bad: set[int] = set()
@@ -75,6 +81,12 @@ class Closures:
             optimizer.state.update(state)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            self._leave(optimizer)
+        except Exception as error:
+            self._failed(error)
+
+    def _leave(self, optimizer: Optimizer) -> None:
         self._depth[id(optimizer)] = self._depth.get(id(optimizer), 1) - 1
         if self._depth[id(optimizer)] > 0:
             return

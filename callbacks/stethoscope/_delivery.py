@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._diagnosis import Relate
-from stethoscope._parts import Notes, check_finding, severity_for
+from stethoscope._parts import Notes, asked, check_finding, severity_for
 from stethoscope._record import JSON, Finding, Record
 from stethoscope._secrets import redacted
 from stethoscope._writer import Writer
@@ -84,7 +84,11 @@ class Delivery:
             for writer in self._writers:
                 writer.flush()  # what it raises may end the process
             for finding in told:
-                self._on_finding(finding)
+                try:
+                    self._on_finding(finding)
+                except BaseException as error:
+                    asked(error)
+                    raise
 
     def flush(self, run: Run) -> None:
         """Wait until sinks have written everything, and deliver what they had to say meanwhile."""
@@ -97,7 +101,7 @@ class Delivery:
     def _conclude(self, arrived: Sequence[Record], run: Run) -> Sequence[Finding]:
         records = tuple(arrived)  # no part can take anything from what the next one sees
         found = self._judge(records, [each for each in self._watching if not (self._ahead and each.urgent)])
-        found = [redacted(finding) for finding in (*found, *self._notes.take())]
+        found = [_redacted(finding) for finding in (*found, *self._notes.take())]
         if self._rank:
             found = [replace(finding, rank=self._rank) for finding in found]
         try:
@@ -117,9 +121,9 @@ class Delivery:
             writer.put(run, step, own, related)
         return related
 
-    def _judge(self, records: Sequence[Record], asked: Sequence[_Watching]) -> list[Finding]:
+    def _judge(self, records: Sequence[Record], watches: Sequence[_Watching]) -> list[Finding]:
         found: list[Finding] = []
-        for watching in asked if records else ():
+        for watching in watches if records else ():
             try:
                 watching.state, new = watching.watch.update(watching.state, records)
                 found += [check_finding(each) for each in new]
@@ -152,7 +156,13 @@ class Delivery:
     def close(self) -> None:
         """Close the sinks, and say what was lost."""
         for writer in self._writers:
-            writer.close()
+            with self._notes.going_on(writer.sink, "closing of the sink"):
+                writer.close()
+        for finding in self._notes.take():  # nothing comes after
+            self.findings.append(finding)
+            log.log(_LEVELS[finding.severity], "%s", finding)
+        if self._notes.unsaid:
+            log.warning("stethoscope itself failed %d times more than it has said in findings.", self._notes.unsaid)
 
     def state_dict(self) -> dict[str, JSON]:
         """Return what watches and diagnosis remember, as JSON."""
@@ -166,3 +176,12 @@ class Delivery:
         for watching in self._watching:
             watching.state = state["watches"].get(watching.key, watching.state)
         self._diagnosis_state = state["diagnosis"]
+
+
+def _redacted(finding: Finding) -> Finding:
+    """Return it without secrets. One that cannot be searched for them, since what it holds is odd, is told without its text."""
+    try:
+        return redacted(finding)
+    except Exception as error:
+        said = f"Its text could not be searched for secrets ({type(error).__name__}) and is left out."
+        return replace(finding, message=said, advice="", evidence={})

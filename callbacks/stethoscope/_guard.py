@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stethoscope._before import MAX_CALLS, Before
 from stethoscope._closures import Closures
 from stethoscope._optimizer import bad_settings, bad_write
-from stethoscope._record import Finding, FindingsError
+from stethoscope._parts import is_asked
+from stethoscope._record import Finding, FindingsError, Record
 from stethoscope._shards import local
 from stethoscope._transfer import fetch
 from stethoscope._tree import plain
@@ -70,8 +71,9 @@ class Guard:
         self._names = {id(each): plain(name) for name, each in model.named_parameters()}
         self._wrote: set[int] = set()  # optimizers whose last write was made from finite gradients
         self._asked = self._bad = self._was_bad = self._was_idle = False
-        self._before = Before(model)
-        self._closures = Closures(optimizers, self._look)
+        self._off = False
+        self._before = Before(model, self._give_up)
+        self._closures = Closures(optimizers, self._look, self._give_up)
         self._handles = [optimizer.register_step_pre_hook(self._judge) for optimizer in optimizers]
 
     def observe(self, batch: Any, given: Mapping[str, Any]) -> None:
@@ -87,6 +89,24 @@ class Guard:
     # -- the optimizer is about to write -----------------------------------------------------------------------------
 
     def _judge(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._off:
+            return None
+        try:
+            return self._decide(optimizer, args, kwargs)
+        except Exception as error:
+            if is_asked(error):
+                raise
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Say that the guard has failed, and let the step be written; torch goes through the hooks, so they stay until it ends."""
+        if self._off:
+            return
+        self._off = True
+        self._notes.disabled(self, "guard", error)
+
+    def _decide(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._asked = True
         if getattr(optimizer, "grad_scale", None) is not None and self._first(self._bad_loss() is not None) is None:
             return None  # a fused optimizer under GradScaler: the scaler decides about gradients, on the device
@@ -100,6 +120,8 @@ class Guard:
 
     def _look(self, optimizer: Optimizer, loss: Tensor | None) -> bool:
         """Take one fused norm of everything; on a hit, look closely, repeat, report, act. Return whether it hit."""
+        if self._off:
+            return False
         owned = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
         try:
             value, bad = _bad_gradients(owned, loss)
@@ -112,8 +134,7 @@ class Guard:
                 known = [elsewhere(where)]
             names = [self._names.get(id(each), "a parameter outside of the model") for each in bad]
         except Exception as error:
-            self._notes.disabled(self, "guard", error)
-            self.detach()
+            self._give_up(error)
             return False
         if self._act == "skip":
             for each in owned:
@@ -136,8 +157,7 @@ class Guard:
         try:
             return self._agree(bad)
         except Exception as error:
-            self._notes.disabled(self, "guard", error)
-            self.detach()
+            self._give_up(error)
             return None
 
     def _hit(
@@ -242,6 +262,10 @@ class Guard:
             for each in found
         ]
 
+    def count(self, step: int, rank: int) -> list[Record]:
+        """Return how many steps were skipped so far, once any was."""
+        return [Record("guard/skipped", float(self.skipped), step, rank=rank, source="step")] if self.skipped else []
+
     # -- the step ends -----------------------------------------------------------------------------------------------
 
     def end_step(self, step: int) -> FindingsError | None:
@@ -250,6 +274,8 @@ class Guard:
         Where GradScaler has kept the optimizer from being asked, a loss that is not finite is a fault all the same: scaling
         comes after the loss, and what the forward pass has written into buffers is there.
         """
+        if self._off:
+            self.detach()
         idle, error = bool(self._handles) and not self._asked, None
         loss = self._bad_loss() if idle else None
         if idle and (where := self._first(loss is not None)) is not None:
@@ -302,6 +328,18 @@ class Guard:
             self._handles.pop().remove()
         self._closures.detach()
         self._before.detach()
+
+
+def check_guard(guard: object, optimizer: object, replay: object) -> None:
+    """Accept the arguments of `Monitor` that are about a guard.
+
+    Raises:
+        ValueError: they are none, or do not go together.
+    """
+    if guard not in (None, "raise", "skip"):
+        raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")
+    if (guard and optimizer is None) or (replay and not guard):
+        raise ValueError("guard needs the optimizer whose writes it looks at, and replay needs a guard.")
 
 
 def _spoilt(tensor: Tensor) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stethoscope._record import Finding
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -164,3 +166,9 @@ def _describe(given: object) -> str:
         inside = ", ".join(type(item).__name__ for item in given[:4])
         return f"a {type(given).__name__} of {len(given)} ({inside}{', ...' if len(given) > 4 else ''})"
     return f"{given!r:.80}" if isinstance(given, str | int | float | None) else f"a {type(given).__name__}"
+
+
+def unreadable(error: Exception, step: int, phase: str) -> Finding:
+    """What to say of something given to `log` that is no dictionary of metrics."""
+    said = str(error) if isinstance(error, TypeError) else f"The metrics cannot be read: {error!r}."
+    return Finding("metric-type", "error", said, "Give log() a dictionary of names to numbers.", step, phase=phase)

@@ -15,12 +15,12 @@ from stethoscope._agreement import Agreement
 from stethoscope._delivery import Delivery
 from stethoscope._dropped import left_open, weakly, when_dropped
 from stethoscope._flattened import flattened, is_flattened
-from stethoscope._guard import Guard
+from stethoscope._guard import Guard, check_guard
 from stethoscope._incidents import Incidents
-from stethoscope._metrics import normalise
+from stethoscope._metrics import normalise, unreadable
 from stethoscope._overhead import parse
-from stethoscope._parts import Notes, check_finding, check_parts, describe
-from stethoscope._probing import Probing, with_needs
+from stethoscope._parts import Notes, asked, check_finding, check_parts, check_steps, describe, goes_on
+from stethoscope._probing import Probing, unused, with_needs
 from stethoscope._protocols import Key, Probe, Sink, Watch
 from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
@@ -28,7 +28,7 @@ from stethoscope._resuming import VERSION, backwards, check_state
 from stethoscope._run import new_run
 from stethoscope._scalars import numbers_of_step, plan, several
 from stethoscope._stalled import Heartbeat
-from stethoscope._transfer import Part, Transfer, can_be_sent
+from stethoscope._transfer import NOT_SENT, Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
 from stethoscope.sinks import resolve
 
@@ -113,14 +113,8 @@ class Monitor:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}.")
-        if not isinstance(every, int):
-            raise TypeError(f"every must be a number of steps, an int, got {describe(every)}.")
-        if every < 1 or (planned_steps is not None and planned_steps < 1):
-            raise ValueError(f"every and planned_steps must be at least 1, got every={every}, {planned_steps=}.")
-        if guard not in (None, "raise", "skip"):
-            raise ValueError(f"guard must be None, 'raise' or 'skip', got {guard!r}.")
-        if (guard and optimizer is None) or (replay and not guard):
-            raise ValueError("guard needs the optimizer whose writes it looks at, and replay needs a guard.")
+        check_steps(every, planned_steps)
+        check_guard(guard, optimizer, replay)
         if reduce and overhead is not None:
             raise ValueError(f"reduce=True needs the same steps on all ranks; {overhead=} lets each find its own.")
         self.model = unwrap(model)
@@ -176,6 +170,7 @@ class Monitor:
     # -- what the loop calls -----------------------------------------------------------------------------------------
 
     @_disable_dynamo
+    @goes_on
     def observe(self, batch: object = None, **tensors: object) -> None:
         """Hand over tensors of the step under way before it ends; `step` adds to them.
 
@@ -206,29 +201,38 @@ class Monitor:
         """
         self._use()
         self.observe(batch, **{name: value for name, value in tensors.items() if not isinstance(value, Real)})
-        step, given = self._step, self._given
-        stamp = Record("", None, step, rank=self._run.rank, source="step")
-        ready, scalars = numbers_of_step(tensors, given, self._optimizers, stamp)
-        if not self._planned:
-            self._planned = True
-            ready += plan(self._planned_steps, self._optimizers, stamp)
-        ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(step).items()]
-        parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
-        parts += self._probing.read(given, stamp._replace(source="probe"))
-        error = self._guard.end_step(step) if self._guard is not None else None
-        if self._guard is not None and self._guard.skipped:
-            ready.append(stamp._replace(name="guard/skipped", value=float(self._guard.skipped)))
+        step, ready, parts, error = self._step, list[Record](), list[Part](), None
+        self._take_step(tensors, ready, parts)
+        with self._notes.going_on(self._guard, "decision of the"):
+            if self._guard is not None:
+                error = self._guard.end_step(step)
+                ready += self._guard.count(step, self._run.rank)
         self._given = {}
         self._step += 1
         self._notes.step = step
-        self._probing.arm(self._step, self._phase)
+        self._arm()
         self._deliver(ready, parts)
-        self._probing.lap(step)
-        self._heartbeat.beat(step, self._planned_steps)
+        with self._notes.going_on(self, "clock of the"):
+            self._probing.lap(step)
+            self._heartbeat.beat(step, self._planned_steps)
         if error is not None:
             raise error
 
+    @goes_on
+    def _take_step(self, named: Mapping[str, object], ready: list[Record], parts: list[Part]) -> None:
+        """Add what there is to know of the step that ends; what is there when something fails is not lost."""
+        stamp = Record("", None, self._step, rank=self._run.rank, source="step")
+        numbers, scalars = numbers_of_step(named, self._given, self._optimizers, stamp)
+        ready += numbers
+        parts += [Part({name: value}, stamp._replace(kind="tensor")) for name, value in scalars.items()]
+        if not self._planned:
+            self._planned = True
+            ready += plan(self._planned_steps, self._optimizers, stamp)
+        ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(self._step).items()]
+        parts += self._probing.read(self._given, stamp._replace(source="probe"))
+
     @_disable_dynamo
+    @goes_on
     def log(self, metrics: object, phase: str = "val") -> None:
         """Take any toolkit's metric dictionary, stamped with the last closed step (0 before the first).
 
@@ -242,22 +246,19 @@ class Monitor:
         self._use()
         self._probing.interrupt()
         stamp = Record("", None, self._notes.step, phase=phase, rank=self._run.rank, source="log")
-        ready: list[Record] = []
-        by_kind: dict[str, dict[Key, Tensor]] = {}
+        ready, parts = list[Record](), list[Part]()
         try:
             for name, value, kind in normalise(metrics):
                 if isinstance(value, Tensor):
-                    by_kind.setdefault(kind, {})[Key(name)] = value
+                    parts.append(Part({Key(name): value}, stamp._replace(kind=kind)))
                 else:
                     ready.append(stamp._replace(name=name, value=value, kind=kind))
         except Exception as error:
             # an epoch of training is worth more than one dictionary
             if self._notes.strict:
                 raise
-            said = str(error) if isinstance(error, TypeError) else f"The metrics cannot be read: {error!r}."
-            advice = "Give log() a dictionary of names to numbers."
-            self.add(Finding("metric-type", "error", said, advice, stamp.step, phase=phase))
-        self._deliver(ready, [Part(values, stamp._replace(kind=kind)) for kind, values in by_kind.items()])
+            self.add(unreadable(error, stamp.step, phase))
+        self._deliver(ready, parts)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -269,18 +270,18 @@ class Monitor:
             RuntimeError: the monitor is closed.
         """
         self._use()
-        self._probing.interrupt()
         outer, given = self._phase, self._given
         self._phase, self._given = name, {}
-        self._probing.arm(self._step, name)
+        self._arm()
         parts: list[Part] = []
         try:
             yield
-            stamp = Record("", None, self._notes.step, phase=name, rank=self._run.rank)
-            parts = self._probing.read(self._given, stamp)
+            with self._notes.going_on(self, "phase of the"):
+                stamp = Record("", None, self._notes.step, phase=name, rank=self._run.rank)
+                parts = self._probing.read(self._given, stamp)
         finally:
             self._phase, self._given = outer, given
-            self._probing.arm(self._step, outer)
+            self._arm()
         self._deliver([], parts)
 
     def add(self, found: Report | Finding) -> None:
@@ -294,6 +295,7 @@ class Monitor:
         self._notes.pending.extend(map(check_finding, found.findings if isinstance(found, Report) else [found]))
         self._deliver()
 
+    @goes_on
     def flush(self) -> None:
         """Wait until everything measured so far is delivered, and written by the sinks."""
         self._deliver(wait=True)
@@ -307,13 +309,13 @@ class Monitor:
         self._closed = True
         left_open.discard(self)
         try:
-            self._probing.detach()
-            self._heartbeat.close()
-            if self._guard is not None:
-                self._guard.close()
+            for each in (self._probing.detach, self._heartbeat.close, *([self._guard.close] if self._guard else [])):
+                with self._notes.going_on(self, "end of the"):
+                    each()
             self._deliver(wait=True)
-            self._delivery.judge_watches(self._step)
-            self._ranks.part(self.findings)
+            with self._notes.going_on(self, "end of the"):
+                self._delivery.judge_watches(self._step)
+                self._ranks.part(self.findings)
             self.flush()
         finally:
             self._delivery.close()
@@ -325,43 +327,42 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and not self._closed and not self._used:
-            self._notes.pending.append(
-                Finding(
-                    "probe-read-nothing",
-                    "warning",
-                    "Nothing was recorded: the monitor was closed before the first step() or log().",
-                    "Call monitor.step(loss=loss) in the loop, after optimizer.step().",
-                    evidence={"probe": "Monitor"},
-                )
-            )
+            self._notes.pending.append(unused())
         self.close()
 
     def _use(self) -> None:
         self._used = True
-        self._heartbeat.beat()
         if self._closed:
-            raise RuntimeError("This monitor is closed. Create a new one to observe further steps.")
+            raise asked(RuntimeError("This monitor is closed. Create a new one to observe further steps."))
+        with self._notes.going_on(self, "clock of the"):
+            self._heartbeat.beat()
+
+    @goes_on
+    def _arm(self) -> None:
+        if self._phase != "train":
+            self._probing.interrupt()
+        self._probing.arm(self._step, self._phase)
 
     def _meet(self) -> Any:
         self._run = self._ranks.join(self._run)
         return self._ranks.store
 
+    @goes_on
     def _deliver(self, ready: Sequence[Record] = (), parts: Sequence[Part] = (), *, wait: bool = False) -> None:
         try:
             if ready or parts:
                 self._transfer.send(ready, parts)
         except Exception as error:
-            self._notes.disabled(self._transfer, "transfer", error)
+            self._notes.disabled(self._transfer, "transfer", error, NOT_SENT)
             self._transfer.send(ready, [part for part in parts if can_be_sent(part)])
         self._meet()
         arrived = self._delivery.ahead(self._arrived(wait)) if self._ranks.hold_back else self._arrived(wait)
         self._delivery.deliver(self._ranks.pass_on(arrived, self.findings, wait=wait), self._run)
 
     def _arrived(self, wait: bool) -> Iterator[list[Record]]:
-        """What has arrived. Readings that make no records (on the meta device, say) are dropped and reported."""
         for records, error in self._transfer.receive(wait=wait):
             if error is not None:
-                self._notes.disabled(self._transfer, "transfer", error)
+                self._notes.disabled(self._transfer, "transfer", error, NOT_SENT)
             yield records
 
     # -- resuming ----------------------------------------------------------------------------------------------------

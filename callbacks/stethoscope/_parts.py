@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from stethoscope._record import Finding, Severity
+from stethoscope._record import Finding, FindingsError, Severity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+_ASKED = "_stethoscope_asked"
+
+E = TypeVar("E", bound=BaseException)
+_Method = TypeVar("_Method", bound=Callable[..., None])
 
 
 @dataclass
@@ -30,14 +38,23 @@ class Notes:
     step: int = 0
     pending: deque[Finding] = field(default_factory=deque[Finding])  # sinks add to it from threads of their own
     said: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+    unsaid: int = 0  # further failures of what stays on
 
-    def disabled(self, part: object, role: str, error: BaseException) -> None:
-        """Say that a part has failed and is off from here on. Raises the error again if strict."""
+    def disabled(self, part: object, role: str, error: BaseException, loss: str = "") -> None:
+        """Say that a part has failed and is off from here on. Raises the error again if strict.
+
+        Args:
+            part: that has failed.
+            role: what it is.
+            error: that it has raised.
+            loss: of a part that stays on, what this failure costs; it is said once per kind of error, then counted.
+        """
         if self.strict:
             raise error
-        failure = type(part).__name__, type(error).__name__
-        if role == "transfer" and failure in self.said:
-            return  # it stays on, since other probes need it, and would say so at every step
+        failure = f"{role} {type(part).__name__}", type(error).__name__
+        if loss and failure in self.said:
+            self.unsaid += 1
+            return
         self.said.add(failure)
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
@@ -46,13 +63,26 @@ class Notes:
             Finding(
                 "part-disabled",
                 severity_for(part),
-                f"The {role} {type(part).__name__} failed with {type(error).__name__}: {error}{where}. It is switched "
-                "off; the training and all other parts go on.",
+                f"The {role} {type(part).__name__} failed with {type(error).__name__}: {error}{where}. "
+                f"{loss or 'It is switched off;'} the training and all other parts go on.",
                 f"{first}Read the traceback in this finding's evidence; Monitor(strict=True) raises it where it happens.",
                 self.step,
                 evidence={"part": type(part).__name__, "traceback": "".join(traceback.format_exception(error))},
             )
         )
+
+    @contextmanager
+    def going_on(self, part: object, doing: str) -> Iterator[None]:
+        """Keep an error of ours from the training: it costs what was at hand inside, and is said.
+
+        Around whatever the training calls; parts have a guard of their own, closer to them.
+        """
+        try:
+            yield
+        except Exception as error:
+            if is_asked(error):
+                raise
+            self.disabled(part, doing, error, "What it had at hand is lost, and it stays on;")
 
     def unreadable(self, name: str, error: Exception) -> None:
         """Say once that something given to the monitor could not be looked into. Raises the error again if strict."""
@@ -74,6 +104,28 @@ class Notes:
     def take(self) -> list[Finding]:
         """Return what is pending and forget it."""
         return [self.pending.popleft() for _ in range(len(self.pending))]
+
+
+def asked(error: E) -> E:
+    """Mark an error that is meant for the training: it comes from `on_finding`, say."""
+    error.__dict__[_ASKED] = True
+    return error
+
+
+def is_asked(error: BaseException) -> bool:
+    """Whether an error is meant for the training."""
+    return isinstance(error, FindingsError) or _ASKED in error.__dict__
+
+
+def goes_on(method: _Method) -> _Method:
+    """Wrap a method of something with notes by `Notes.going_on`."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> None:
+        with self._notes.going_on(self, f"method {method.__name__} of the"):
+            method(self, *args, **kwargs)
+
+    return cast("_Method", call)
 
 
 def mark_preset(part: object) -> None:
@@ -106,6 +158,19 @@ def check_parts(given: Sequence[Any], method: str, argument: str, example: str) 
                 f"{argument} must hold objects with the method {method}, such as {example}(), got {describe(part)}.{hint}"
             )
     return list(given)
+
+
+def check_steps(every: object, planned_steps: int | None) -> None:
+    """Accept numbers of steps.
+
+    Raises:
+        TypeError: no number.
+        ValueError: out of range.
+    """
+    if not isinstance(every, int):
+        raise TypeError(f"every must be a number of steps, an int, got {describe(every)}.")
+    if every < 1 or (planned_steps is not None and planned_steps < 1):
+        raise ValueError(f"every and planned_steps must be at least 1, got every={every}, {planned_steps=}.")
 
 
 def check_finding(found: object) -> Finding:

@@ -228,6 +228,17 @@ def _covers(probe: Probe, every: int, other: Probe, others: int) -> bool:
     return bool(own.covers(asked))
 
 
+def unused() -> Finding:
+    """What to say of a monitor that was given nothing."""
+    return Finding(
+        "probe-read-nothing",
+        "warning",
+        "Nothing was recorded: the monitor was closed before the first step() or log().",
+        "Call monitor.step(loss=loss) in the loop, after optimizer.step().",
+        evidence={"probe": "Monitor"},
+    )
+
+
 def _arming(attachment: Attachment, on: bool, phase: str) -> Callable[[], None]:
     return lambda: attachment.arm(on, phase)
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _new = tuple.__new__
 """Makes a record of a tuple in half the time of `Record(...)`; there are thousands in a step of a deep model."""
 
+NOT_SENT = "A tensor among the readings (sparse, nested or on meta) has no numbers to send and is left out;"
+
 MAX_PENDING = 64
 """Deliveries under way; with more, the oldest is waited for, so that memory stays bounded."""
 

@@ -88,12 +88,7 @@ class Writer:
             self._queue.append(delivery)
             self._waiting += len(delivery.records)
             self._changed.notify_all()
-            if self._thread is None or not self._thread.is_alive():  # an interrupt may come between making and starting
-                self._thread = threading.Thread(target=self._work, name=f"stethoscope-{self._name}", daemon=True)
-                try:
-                    self._thread.start()
-                except RuntimeError:  # the interpreter is shutting down
-                    self._thread, self._apart = None, False
+            self._start()
         _at_work.add(self)
         if not self._apart:
             self._work()
@@ -104,6 +99,10 @@ class Writer:
             return False
         with self._changed:
             while self._queue:
+                self._start()
+                if not self._apart:
+                    self._work()
+                    return True
                 written = self._written
                 if written == self._given_up:
                     return False  # findings and checkpoints come again and again; the training does not wait each time
@@ -137,6 +136,29 @@ class Writer:
     def _name(self) -> str:
         return type(self.sink).__name__
 
+    def _start(self) -> None:
+        """Have a thread at work, with the lock held: an interrupt may have come between making one and starting it."""
+        if self._apart and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._run, name=f"stethoscope-{self._name}", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # the interpreter is shutting down, or there are too many threads
+                self._thread, self._apart = None, False
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except (
+            BaseException
+        ) as error:  # of ours, since a sink's are caught: nothing more can be said of what was written
+            with self._changed:
+                self._thread = None
+                if self._queue:
+                    self._fail(self._queue.popleft(), error)
+                self._waiting = sum(len(each.records) for each in self._queue)
+                self._written += 1
+                self._changed.notify_all()
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -144,13 +166,7 @@ class Writer:
                     self._thread = None
                     return
                 delivery = self._queue[0]
-            try:
-                self._write(delivery)
-            except BaseException as error:
-                if threading.current_thread() is threading.main_thread():
-                    raise
-                # sys.exit() and the like would end this thread without a word
-                self._fail(delivery, error)
+            self._write(delivery)
             with self._changed:
                 self._queue.popleft()
                 self._waiting -= len(delivery.records)

@@ -12,6 +12,7 @@ from stethoscope import sinks as _sinks
 from stethoscope._dropped import when_dropped
 from stethoscope._monitor import Monitor
 from stethoscope.integrations import _monitored
+from stethoscope.integrations._keep_out import for_the_user, keeps_out
 from stethoscope.integrations._loss import Losses
 from stethoscope.integrations._options import monitor_options
 from stethoscope.integrations._validation import Validation
@@ -93,7 +94,9 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         }
         self._parts = bool(probes or watches or sinks is not None)  # what a checkpoint cannot hold
         self.monitor: Monitor | None = None
+        self.given_up = False
         self._saved: dict[str, Any] = {}  # from a checkpoint
+        self._last: dict[str, Any] = {}  # for a checkpoint
         self._lost = False  # whether transformers has made this callback anew from a checkpoint, without its parts
         self._first = False  # whether this callback is ahead of those of report_to
         self._losses: Losses | None = None
@@ -129,6 +132,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
 
     # -- a monitor's life --------------------------------------------------------------------------------------------
 
+    @keeps_out
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -141,6 +145,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         """Put hooks on the model, and go on where a checkpoint ended."""
         self.close()
         assert model is not None
+        self._last = {}
         if self._lost:
             log.warning(
                 "restore_callback_states_from_checkpoint=True has made MonitorTrainerCallback anew, without its probes, watches and "
@@ -149,7 +154,8 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer  # Accelerate's wrapper takes no hooks
         options = {**self._options, "planned_steps": self._options["planned_steps"] or state.max_steps or None}
-        monitor = Monitor(model, optimizer, sinks=self._where(args), guard=self._guard, **options)
+        with for_the_user():
+            monitor = Monitor(model, optimizer, sinks=self._where(args), guard=self._guard, **options)
         # where a checkpoint was made without this callback, transformers would miss the key at its next one
         stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step and isinstance(stored, dict):
@@ -160,6 +166,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         when_dropped(monitor, [self._losses.close])
         self._logged, self._judged, self._saved = set(), False, {}
 
+    @keeps_out
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -177,6 +184,12 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
             validation.close()
         finally:
             self.monitor.close()
+
+    def give_up(self, error: Exception) -> None:
+        """Say that this callback has failed, and let go of the model. Checkpoints keep what was known last."""
+        if self.monitor is not None and self._losses is not None:
+            self.monitor._notes.disabled(self, "integration", error)  # noqa: SLF001 - it is one of its parts
+        self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -201,6 +214,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    @keeps_out
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,
@@ -222,6 +236,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         if self._guard is not None and loss is not None:
             self.monitor.observe(loss=loss)
 
+    @keeps_out
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the step."""
         if self.monitor is None or self._losses is None:
@@ -231,6 +246,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
 
     # -- metrics -----------------------------------------------------------------------------------------------------
 
+    @keeps_out
     def on_log(
         self,
         args: TrainingArguments,
@@ -247,6 +263,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
             self.monitor.log(dict(logs), phase="train")
         logs.update(self._riding.take())
 
+    @keeps_out
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -267,6 +284,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
             for finding in unknown_monitors(asked, {"train": self._logged, "val": list(metrics)}):
                 self.monitor.add(finding)
 
+    @keeps_out
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
@@ -282,11 +300,16 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes to `trainer_state.json`: our arguments as far as JSON holds them, our state."""
-        saved = self.monitor.state_dict() if self.monitor is not None and self._losses is not None else {}
+        self._save()
         return {
             "args": {**self._plain, "sinks": () if self._parts else None},
-            "attributes": {"_saved": saved, "_lost": self._parts},
+            "attributes": {"_saved": self._last, "_lost": self._parts},
         }
+
+    @keeps_out
+    def _save(self) -> None:
+        if self.monitor is not None and self._losses is not None:
+            self._last = self.monitor.state_dict()
 
 
 class _Riding:

@@ -17,6 +17,7 @@ from torch import Tensor
 from stethoscope._monitor import Monitor
 from stethoscope._protocols import Probe, Sink, Watch  # noqa: TC001  # LightningCLI reads the annotations
 from stethoscope.integrations import _monitored
+from stethoscope.integrations._keep_out import for_the_user, keeps_out
 from stethoscope.integrations._options import monitor_options
 from stethoscope.watches import MetricSchema, unknown_monitors
 
@@ -97,6 +98,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
             "planned_steps": planned_steps,
         }
         self.monitor: Monitor | None = None
+        self.given_up = False
         self._observing = False  # whether the monitor is open
         self._fitting = False
         self._state: dict[str, Any] = {}  # of the last monitor, or from a checkpoint
@@ -113,15 +115,18 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     # -- a monitor's life --------------------------------------------------------------------------------------------
 
+    @keeps_out
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remember whether this is a fit."""
         self._fitting = stage == "fit"
 
+    @keeps_out
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put hooks on the model, which is on its device by now, before anything compiled is called."""
         self._open(trainer, pl_module)
         self._before_epoch, self._names, self._epoch_over = {}, "", False
 
+    @keeps_out
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint or the last fit of this trainer ended: all state is restored by now."""
         monitor = self._at_work()
@@ -131,15 +136,18 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         if monitor.planned_steps is None:
             monitor.planned_steps = _planned_steps(trainer)
 
+    @keeps_out
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off. Lightning calls nothing else after an exception."""
         self._take_epoch(trainer)
         self._close()
 
+    @keeps_out
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hooks off and write everything, before the loggers close."""
         self._close()
 
+    @keeps_out
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do the same after a validation or test of its own."""
         self._close()
@@ -149,7 +157,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         sinks = _loggers(trainer) if self._sinks is None else self._sinks
         # a validation or test of its own has no optimizer to guard
         guard = self._guard if trainer.optimizers else None
-        self.monitor = Monitor(pl_module, trainer.optimizers, sinks=sinks, guard=guard, **self._options)
+        with for_the_user():
+            self.monitor = Monitor(pl_module, trainer.optimizers, sinks=sinks, guard=guard, **self._options)
         self._observing = True
         self._losses, self._rates = {}, {}
 
@@ -163,18 +172,26 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
             self.monitor.close()
             self._state = self.monitor.state_dict()
 
+    def give_up(self, error: Exception) -> None:
+        """Say that this callback has failed, and let go of the model. The checkpoints keep what was known last."""
+        if self.monitor is not None and self._observing:
+            self.monitor._notes.disabled(self, "integration", error)  # noqa: SLF001 - it is one of its parts
+        self._close()
+
     def _at_work(self) -> Monitor:
         assert self.monitor is not None
         return self.monitor
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    @keeps_out
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Offer the batch to the probes."""
         self._judge_names(trainer)
         self._backwards = 0
         self._at_work().observe(batch=batch)
 
+    @keeps_out
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss with its graph, without waiting for the device: what the graph has saved goes with backward."""
         if loss.numel() != 1:
@@ -191,6 +208,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
             self._backwards += 1
         self._losses.setdefault(name, []).append(loss)
 
+    @keeps_out
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Keep the learning rates: at the end of the batch the schedulers have moved on."""
         if self._rates:
@@ -201,6 +219,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
             name: rate.clone() if isinstance(rate, Tensor) else rate for name, rate in rates.items() if rate is not None
         }
 
+    @keeps_out
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -213,6 +232,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         rates, self._losses, self._rates = self._rates, {}, {}
         self._at_work().step(**losses, **rates)
 
+    @keeps_out
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last epoch's metrics. Say so if Lightning has counted no optimizer step."""
         self._take_epoch(trainer)
@@ -224,30 +244,36 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     # -- phases and metrics ------------------------------------------------------------------------------------------
 
+    @keeps_out
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record under the phase `val`, except for the sanity check."""
         if not trainer.sanity_checking:
             self._judge_names(trainer)
             self._enter(trainer, pl_module, "val")
 
+    @keeps_out
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to training, and take what validation has logged."""
         if not trainer.sanity_checking:
             self._leave(trainer, "val")
 
+    @keeps_out
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record under the phase `test`."""
         self._enter(trainer, pl_module, "test")
 
+    @keeps_out
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the test has logged."""
         self._leave(trainer, "test")
 
+    @keeps_out
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics of the last epoch: they stay in the trainer until they are logged again."""
         self._take_epoch(trainer)
         self._before_epoch, self._overwritten = dict(trainer.callback_metrics), {}
 
+    @keeps_out
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the epoch is over; the module's hook of the same name comes after this one and may log."""
         self._judge_names(trainer)
@@ -304,7 +330,13 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the monitor at work, or of the last one; plain data."""
-        return self.monitor.state_dict() if self.monitor is not None and self._observing else self._state
+        self._save()
+        return self._state
+
+    @keeps_out
+    def _save(self) -> None:
+        if self.monitor is not None and self._observing:
+            self._state = self.monitor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the monitor needs it. A test of an earlier checkpoint does not turn back time."""

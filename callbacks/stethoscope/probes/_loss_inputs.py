@@ -121,6 +121,7 @@ class _Walk:
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(plain(name), each) for name, each in model.named_modules() if takes_hooks(each)]
         self._armed = False
+        self.failure: Exception | None = None
         self._handles: list[RemovableHandle] = []
 
     def arm(self, on: bool, phase: str) -> None:
@@ -128,10 +129,12 @@ class _Walk:
         self.detach()
         self._armed = on and phase == "train"
         if self._armed:
-            self._handles = [each.register_forward_hook(_Signs(name)) for name, each in self._modules]
+            self._handles = [each.register_forward_hook(_Signs(self, name)) for name, each in self._modules]
 
     def read(self, given: Mapping[str, Tensor]) -> Readings:
         """See `Attachment`."""
+        if self.failure is not None:
+            raise self.failure
         losses = [each for each in given.values() if each.numel() == 1 and each.grad_fn is not None]
         if not self._armed or not losses:
             return Readings(())
@@ -234,12 +237,15 @@ def _signature(node: _Node) -> str:
 class _Signs(Hook):
     """Writes a module's name on the node of what it returns. A node's notes keep nothing alive."""
 
-    __slots__ = ("name",)
+    __slots__ = ("name", "owner")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, owner: _Walk, name: str) -> None:
+        self.owner, self.name = owner, name
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if isinstance(output, Tensor) and output.grad_fn is not None and not is_traced():
-            node: _Node = output.grad_fn
-            node.metadata.setdefault(_NAME, self.name)
+        try:
+            if isinstance(output, Tensor) and output.grad_fn is not None and not is_traced():
+                node: _Node = output.grad_fn
+                node.metadata.setdefault(_NAME, self.name)
+        except Exception as error:  # instrumentation never stops a training
+            self.owner.failure = error
