@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class Buffers:
 
     Other buffers may be Inf for good reasons (masks of -Inf, `best = inf`) and are not looked at.
 
-    **Records**, in training only, per buffer, at the end of the step: `buffer/nonfinite`, 2 where it holds NaN or Inf, 1 where a value is larger than
+    **Records**, in training only, at the end of the step: `buffer/count`, how many there are; per buffer `buffer/nonfinite`, 2 where it holds NaN or Inf, 1 where a value is larger than
     1e18, whose square leaves float32 (left out where neither holds).
 
     **Cost:** on observed steps one fused norm over all such buffers. Never waits for the device.
@@ -53,7 +55,7 @@ class BufferReader:
     """What one `Buffers` reads."""
 
     def __init__(self, model: nn.Module) -> None:
-
+        self._home = next((each.device for each in model.parameters()), torch.device("cpu"))
         self._owners = [
             (f"{path}.{name}".lstrip("."), module, name)
             for path, module in model.named_modules()
@@ -76,6 +78,7 @@ class BufferReader:
             value = getattr(module, name, None)
             if (
                 isinstance(value, Tensor)
+                and not is_lazy(value)
                 and value.is_floating_point()
                 and value.numel()
                 and not hasattr(value, "to_local")
@@ -83,7 +86,10 @@ class BufferReader:
                 keys, values = places.setdefault((value.device, value.dtype), ([], []))
                 keys.append(Key("buffer/nonfinite", path))
                 values.append(value)
-        columns = []
+        count = stats.upload(
+            [float(sum(len(keys) for keys, _ in places.values()))], torch.float32, next(iter(places), (self._home,))[0]
+        )
+        columns = [Columns([Key("buffer/count")], count, [0])]
         with torch.no_grad():
             for keys, values in places.values():
                 sizes = torch.stack(torch._foreach_norm(values, float("inf")))  # noqa: SLF001
