@@ -27,6 +27,7 @@ OUTLYING = (
 SLOW = 5  # observed steps in a row: as many as clipping takes, which is often the cause
 DECAY = 0.01  # share of a weight per step: what 100 steps have taught is gone. 1e-3 (momentum 0.9, 0.1 * 1e-3) is the most that is usual
 STRONG = 1e-3  # share of a weight per step, with which a norm that has fallen is no chance
+RESTS = 100  # steps that one of several optimizers may wait for its first: a critic or generator that goes every few
 FEWEST = 2  # weights that a verdict on an initialisation needs
 
 
@@ -42,7 +43,7 @@ class ParameterHealth:
       observed steps.
     - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero, or although gradients
       arrive, since no optimizer has ever stepped; or the parameter gets a gradient that is not zero, and no optimizer holds it: info where it
-      requires one and gets none, or while an optimizer that the monitor knows has not stepped yet.
+      requires one and gets none, or in the first 100 steps, while an optimizer that the monitor knows has not stepped yet.
     - `optimizer-duplicate-parameters`: several optimizers step with one and the same gradient.
     - `parameter-changed`: a frozen parameter changes. A warning, but info where it looks like a moving average of a trained one.
     - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
@@ -160,7 +161,7 @@ class ParameterHealth:
             top = max([state["rates"].get("top", 0.0), *rates.values()])
             # a schedule that is through, or has been cut off, is another story
             moving = not rates or max(rates.values()) > SETTLED * top
-            waiting = found["optimizer/known"].get("", math.inf) < planned
+            waiting = found["optimizer/known"].get("", math.inf) < planned and judging.step < RESTS
             roles.unchanged(judging, found, ran, look.untrained(), moving=moving, waiting=waiting)
             roles.duplicates(judging, found["parameter/optimizers"], found["parameter/role"])
             look.ratios(rates)
