@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -133,6 +134,62 @@ def test_growth_over_time_must_last():
 
     assert replay(ActivationHealth(), levels(1, 1, 1, 5000, 1, 1)) == []
     assert [f.code for f in replay(ActivationHealth(), levels(1, 1, 1, 5000, 6000))] == ["activation-exploding"]
+
+
+class Parts(nn.Module):
+    """One module in the middle of two layers."""
+
+    def __init__(self, middle, scale=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.middle, self.norm, self.head = nn.Linear(8, 16), middle, nn.LayerNorm(16), nn.Linear(16, 4)
+        self.scale = scale
+
+    def forward(self, x):
+        x = self.middle(self.scale * self.inner(x))
+        return self.head(self.norm(x[0] if isinstance(x, tuple) else x))
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return 1e6 * x
+
+
+class Steps(nn.Module):
+    """A recurrent network over 40 copies of its input, the first of the states of the batch last."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.rnn = nn.RNN(16, 16, nonlinearity="relu", batch_first=True)
+        nn.init.eye_(self.rnn.weight_hh_l0)
+        with torch.no_grad():
+            self.rnn.weight_hh_l0.mul_(gain)
+
+    def forward(self, x):
+        return self.rnn(x[:, None].expand(-1, 40, -1))[0][:, -1]
+
+
+def test_a_gain_above_one_over_time_explodes_from_the_start_on():
+    lazy = lambda model: torch.optim.SGD(model.parameters(), lr=1e-6)  # noqa: E731
+    model = Parts(Steps(1.3))
+    assert ("activation-exploding", "middle.rnn") in train(model, optimizer=lazy(model))
+    model = Parts(Steps(0.9))
+    assert train(model, optimizer=lazy(model)) == []
+
+
+@pytest.mark.parametrize("middle", [Scale(), nn.LayerNorm(16), nn.BatchNorm1d(16)])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_what_is_meant_to_be_large_or_is_given_next_to_nothing_does_not_explode(middle, scale):
+    middle = copy.deepcopy(middle)
+    found = train(Parts(middle, scale if not isinstance(middle, Scale) else 1e-3), steps=30)
+    assert "activation-exploding" not in [code for code, _ in found]
+
+
+def test_an_embedding_does_not_explode():
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Flatten(), nn.LayerNorm(48), nn.Linear(48, 4))
+    nn.init.normal_(model[0].weight, std=1000.0)
+    found = train(model, forward=lambda x: model((10 * x[:, :3].sigmoid()).long()), steps=30)
+    assert "activation-exploding" not in [code for code, _ in found]
 
 
 def test_a_normalisation_of_next_to_nothing():

@@ -148,15 +148,63 @@ def test_growth_over_time_must_last():
     assert replay(GradientHealth(), norms(500, 600, 500, 700)) == []
 
 
-def test_a_loss_of_zero_has_no_gradient():
-    zero = [
-        r
-        for i in range(5)
-        for r in (Record("loss", 0.0, i * 10, source="step"), Record("gradient/norm", 0.0, i * 10, "a.b"))
-    ]
-    assert replay(GradientHealth(), zero) == []
-    found = replay(GradientHealth(), [r for r in zero if r.name != "loss"])
-    assert [(f.code, f.severity) for f in found] == [("gradient-zero", "error")]
+def test_a_loss_that_comes_down_to_zero_has_no_gradient_and_one_that_begins_there_teaches_nothing():
+    def run(first, loss=0.0):
+        for i in range(5):
+            yield (
+                Record("loss", loss if i else 1.0, i * 10, source="step")
+                if first
+                else Record("loss", loss, i * 10, source="step")
+            )
+            yield Record("gradient/norm", first if not i else 0.0, i * 10, "a.b")
+
+    told = [("gradient-zero", "error")]
+    assert replay(GradientHealth(), list(run(1.0))) == []
+    assert [(f.code, f.severity) for f in replay(GradientHealth(), list(run(0.0)))] == told
+    assert [(f.code, f.severity) for f in replay(GradientHealth(), list(run(1.0, loss=0.5)))] == told
+
+
+def test_ctc_whose_inputs_are_all_too_short_for_their_texts():
+    def run(length):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        ctc = nn.CTCLoss(zero_infinity=True)
+        with Monitor(model, optimizer, watches=[GradientHealth()], every=5, strict=True) as monitor:
+            for _ in range(30):
+                scores = model(torch.randn(length, 4, 8)).log_softmax(-1)
+                sizes = torch.full((4,), length), torch.full((4,), 6)
+                loss = ctc(scores, torch.randint(1, 5, (4, 6)), *sizes)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                monitor.step(loss=loss)
+        return [(f.code, f.severity) for f in monitor.findings]
+
+    assert run(4) == [("gradient-zero", "error")]
+    assert run(20) == []
+
+
+@pytest.mark.parametrize("every", [5, 25])
+@pytest.mark.parametrize(
+    ("bad", "told"), [(range(100), True), (range(30, 100), True), (range(12), False), (range(0, 100, 5), False)]
+)
+def test_a_scaler_that_skips_each_step_is_told_and_one_that_looks_for_its_scale_is_not(bad, told, every):
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu")
+    with Monitor(model, optimizer, watches=[GradientHealth()], every=every, strict=True) as monitor:
+        for step in range(100):
+            x = torch.randn(16, 8)
+            loss = model(x).square().mean() + (model[0].weight.sum() * (torch.inf if step in bad else 0.0))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            monitor.step()
+    assert [(f.code, f.severity, f.module) for f in monitor.findings] == (
+        [("step-skipped", "warning", "0")] if told else []
+    )
 
 
 def scaled(model, clip, *, unscale, steps=60):
@@ -210,7 +258,7 @@ NAMES = [
 ]
 anything = st.builds(
     Record,
-    st.sampled_from([*NAMES, "optimizer/steps", "activation/rms"]),
+    st.sampled_from([*NAMES, "optimizer/steps", "optimizer/total", "activation/rms"]),
     st.floats(),
     st.integers(0, 5),
     st.sampled_from(["", "a.w", "b.w", "c.w", "d.w", "e.w"]),

@@ -180,7 +180,7 @@ CASES = {
     "Lion": (lambda: mlp(norm=nn.LayerNorm), lambda p: Lion(p, lr=3e-4)),
     "fine-tuning at 5e-6": (lambda: mlp(norm=nn.LayerNorm), lambda p: torch.optim.AdamW(p, lr=5e-6)),
     "a frozen backbone": (lambda: frozen(mlp()), SGD),
-    "a backbone that is left out of the optimizer": (mlp, lambda p: SGD(list(p)[-2:])),
+    "a backbone that is left out of the optimizer": (lambda: frozen(mlp()), lambda p: SGD(list(p)[-2:])),
     "LoRA": (adapted, ADAM),
     "experts that are not called": (lambda: Experts(False), ADAM),
     "experts that are weighed by zero": (lambda: Experts(True), ADAM),

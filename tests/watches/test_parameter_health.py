@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stethoscope import Monitor, Record
+from stethoscope.testing import replay
 from stethoscope.watches import ParameterHealth
 
 
@@ -71,11 +72,58 @@ def test_an_optimizer_of_other_parameters_changes_nothing():
     assert found == [("parameter-unchanged", "warning", "0")]
 
 
-def test_few_that_were_left_out_look_forgotten_and_many_look_meant():
-    model = mlp()
-    assert train(model, torch.optim.Adam(list(model.parameters())[2:])) == [("parameter-unchanged", "warning", "0")]
-    model = mlp()
-    assert train(model, torch.optim.Adam(model[-1].parameters())) == [("parameter-unchanged", "info", "0")]
+def test_what_gets_gradients_and_no_optimizer_holds_is_told_however_much_it_is():
+    for start in (2, 6):
+        model = mlp()
+        found = train(model, torch.optim.Adam(list(model.parameters())[start:]))
+        assert found == [("parameter-unchanged", "warning", "0")]
+
+
+def test_what_is_thawed_after_the_optimizer_was_built_is_told_and_what_is_added_to_it_is_not():
+    def run(add):
+        model = mlp()
+        model[:4].requires_grad_(False)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+        def thaw(step):
+            if step == 20:
+                model[:4].requires_grad_(True)
+                if add:
+                    optimizer.add_param_group({"params": list(model[:4].parameters())})
+
+        return train(model, optimizer, after=thaw)
+
+    assert run(add=False) == [("parameter-unchanged", "warning", "0")]
+    assert run(add=True) == []
+
+
+def test_a_teacher_that_nobody_has_frozen_is_an_aside():
+    model = nn.ModuleDict({"student": mlp(), "teacher": mlp(depth=4)})
+
+    def forward(x):
+        with torch.no_grad():
+            soft = model["teacher"](x)
+        return model["student"](x) + 0.1 * soft
+
+    found = train(model, torch.optim.Adam(model["student"].parameters()), forward=forward)
+    assert found == [("parameter-unchanged", "info", "teacher.0")]
+
+
+@pytest.mark.parametrize(("started", "steps"), [(False, 60), (True, 60), (False, 150)])
+def test_a_critic_whose_optimizer_waits_is_an_aside_for_a_while(started, steps):
+    model = nn.ModuleDict({"g": mlp(), "d": nn.Linear(4, 1)})
+    both = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in model.values()]
+    with Monitor(model, both, watches=[ParameterHealth()], every=5, strict=True) as monitor:
+        for step in range(steps):
+            model.zero_grad()
+            loss = model["d"](model["g"](torch.randn(16, 8))).square().mean()
+            loss.backward()
+            both[0].step()
+            if started and step % 7 == 0:
+                both[1].step()
+            monitor.step(loss=loss)
+    told = [("parameter-unchanged", "info"), ("parameter-unchanged", "warning")][: 1 + steps // 100]
+    assert [(f.code, f.severity) for f in monitor.findings] == ([] if started else told)
 
 
 def test_steps_below_the_resolution_of_bfloat16():
@@ -138,6 +186,115 @@ def test_weights_that_decay_away():
     assert ("weight-norm-drift", "warning", "") in found
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "decay"), [("AdamW", 0.1, 0.5), ("SGD", 0.5, 0.1), ("Adafactor", 0.1, 0.2)]
+)
+def test_decay_that_takes_percents_per_step_is_told_from_its_settings(optimizer, rate, decay):
+    model = mlp()
+    found = train(model, getattr(torch.optim, optimizer)(model.parameters(), lr=rate, weight_decay=decay), steps=20)
+    assert ("weight-norm-drift", "warning", "") in found
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        ("AdamW", {"lr": 1e-3, "weight_decay": 1.0}),  # what grokking is shown with
+        ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}),
+        ("Adam", {"lr": 1e-3, "weight_decay": 20.0}),  # bounded by the learning rate
+        ("Adafactor", {"lr": 1e-2, "weight_decay": 0.1}),
+    ],
+)
+def test_usual_decay_is_fine(optimizer, settings):
+    model = mlp()
+    found = train(model, getattr(torch.optim, optimizer)(model.parameters(), **settings))
+    assert "weight-norm-drift" not in [code for code, *_ in found]
+
+
+def test_a_norm_that_falls_to_a_seventh_is_told_where_decay_is_strong():
+    def records(decay):
+        for step in range(0, 100, 10):
+            yield Record("parameter/norm", 7.0 if step < 50 else 1.0, step, "a.weight")
+            yield Record("optimizer/decay", decay, step)
+
+    codes = [f.code for f in replay(ParameterHealth(), list(records(5e-3)))]
+    assert codes == ["weight-norm-drift"]
+    assert replay(ParameterHealth(), list(records(1e-5))) == []
+
+
+class Blocks(nn.Module):
+    """Pre-norm blocks; the second norm of each may be forgotten."""
+
+    def __init__(self, forgotten):
+        super().__init__()
+        self.inner, self.head, self.forgotten = nn.Linear(8, 16), nn.Linear(16, 4), forgotten
+        parts = {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm}
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {name: make(16) for name, make in parts.items()}
+                | {"attention": nn.MultiheadAttention(16, 2, batch_first=True), "mlp": nn.Linear(16, 16)}
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        x = self.inner(x)[:, None]
+        for i, block in enumerate(self.blocks):
+            y = block["norm1"](x)
+            x = x + block["attention"](y, y, y)[0]
+            x = x + block["mlp"](x if i in self.forgotten else block["norm2"](x)).tanh()
+        return self.head(x[:, 0])
+
+
+def test_a_part_that_is_called_in_no_block_is_told_and_one_left_over_is_an_aside():
+    assert train(Blocks((0, 1, 2))) == [("module-unused", "warning", "blocks.0.norm2")]
+    assert train(Blocks((2,))) == [("module-unused", "info", "blocks.2.norm2")]
+    assert train(Blocks(())) == []
+
+
+class Outer(torch.optim.Optimizer):
+    """As SAM and Lookahead: another optimizer steps inside of its step, on the same parameters."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_two_optimizers_that_use_one_gradient_are_told():
+    model = mlp()
+    second = torch.optim.SGD(model[-1].parameters(), lr=1e-3)
+    assert train(model, after=lambda _: second.step()) == [("optimizer-duplicate-parameters", "warning", "6")]
+    model = mlp()
+    clipped = torch.optim.SGD(model[-1].parameters(), lr=1e-3)
+
+    def clip(_):
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        clipped.step()
+
+    assert ("optimizer-duplicate-parameters", "warning", "6") in train(model, after=clip)
+
+
+def test_a_wrapper_around_an_optimizer_is_one():
+    model = mlp()
+    assert train(model, Outer(torch.optim.SGD(model.parameters(), lr=0.01))) == []
+
+
+def test_optimizers_that_take_turns_or_have_a_loss_each_may_share_parameters():
+    model = mlp()
+    adam, lbfgs = torch.optim.Adam(model.parameters(), lr=1e-3), torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Monitor(model, [adam, lbfgs], watches=[ParameterHealth()], every=5, strict=True) as monitor:
+        for step in range(60):
+            for optimizer in (adam if step < 30 else lbfgs,) if step < 40 else (adam, lbfgs):
+                loss = model(torch.randn(16, 8)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            monitor.step(loss=loss)
+    assert [f.code for f in monitor.findings] == []
+
+
 def test_a_module_that_never_runs_and_one_whose_output_is_not_used():
     model = mlp()
     model.add_module("extra", nn.Linear(4, 4))
@@ -181,11 +338,12 @@ def test_branches_that_begin_at_zero_are_fine(zero):
     assert train(Residual()) == []
 
 
-NAMES = ["norm", "update_ratio", "unchanged", "role", "held", "gain", "copies"]
+NAMES = ["norm", "update_ratio", "unchanged", "role", "held", "gain", "copies", "optimizers"]
 anything = st.builds(
     Record,
     st.sampled_from(
-        [f"parameter/{n}" for n in NAMES] + ["gradient/norm", "optimizer/steps", "optimizer/nonfinite", "lr"]
+        [f"parameter/{n}" for n in NAMES]
+        + ["gradient/norm", "optimizer/steps", "optimizer/nonfinite", "optimizer/known", "optimizer/decay", "lr"]
     ),
     st.floats() | st.integers(0, 4).map(float),
     st.integers(0, 5),

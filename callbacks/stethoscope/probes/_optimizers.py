@@ -17,6 +17,7 @@ from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._select import named_parameters
+from stethoscope.probes._turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -52,10 +53,13 @@ class Optimizers:
     that stepped holds a parameter that is frozen and has a gradient left; `gradient/applied_norm` per parameter,
     2-norm of the gradient as the optimizer has used it, after clipping; `gradient/scale`, by which a `GradScaler` has divided in between;
     `optimizer/in_eval`, how many modules a step found acting as in validation (BatchNorm, dropout), all of them and the model itself
-    being in eval mode (left out where there are none); `gradient/carried`, share in [0, 1] of a few followed parameters whose gradient still holds that of the step before;
+    being in eval mode (left out where there are none); `optimizer/known`, optimizers that hold any of the parameters and have ever stepped;
+    `optimizer/total`, calls of `step` since the monitor began; `optimizer/decay`, the largest share of a weight that a step's weight
+    decay takes by itself, see `decay_of` (left out where it is none); `parameter/optimizers`, how many have stepped a parameter with one and
+    the same gradient (left out where it is one); `gradient/carried`, share in [0, 1] of a few followed parameters whose gradient still holds that of the step before;
     `optimizer/nonfinite`, 1 where the state kept for a parameter holds NaN or Inf (left out where it does not).
 
-    **Cost:** one global hook on optimizers, which compares two numbers per step; on observed steps two reductions per
+    **Cost:** one global hook on optimizers, which counts and compares two numbers per step; on observed steps two reductions per
     parameter and one per tensor of the optimizer's state, fused. Never waits for the device.
 
     Args:
@@ -120,6 +124,9 @@ class OptimizerHooks:
         self._moody = [module for module in model.modules() if _has_moods(module)]
         self._armed = False
         self._followed: list[_Followed] = []
+        self._turns = Turns()
+        self._holders: set[int] = set()
+        self._total = 0
         self._handles: list[RemovableHandle] = [register_optimizer_step_post_hook(_Stepped(self))]
         self._following: list[RemovableHandle] = []
         self._roles: tuple[list[float], Tensor] | None = None
@@ -130,6 +137,7 @@ class OptimizerHooks:
         self._steps_of: dict[int, int] = {}  # optimizer -> how many of them are its own
         self._stepped: dict[int, bool] = {}  # parameter -> whether it had a gradient
         self._held_frozen: set[int] = set()
+        self._decay = 0.0
         self._columns: list[Columns] = []
 
     def arm(self, on: bool, phase: str) -> None:
@@ -141,6 +149,7 @@ class OptimizerHooks:
         self._armed = on and self.failure is None
         if not self._armed:
             return
+        self._turns.arm()
         # what no optimizer holds is not zeroed either, and does no harm
         for parameter in _few([each for _, each in self._names if id(each) in self._held or not self._known]):
             followed = _Followed(parameter)
@@ -153,10 +162,15 @@ class OptimizerHooks:
 
     def stepped(self, optimizer: Optimizer) -> None:
         """An optimizer has written."""
+        self._total += 1
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._known.get(id(optimizer)) != count:
             self._known[id(optimizer)] = count
-            self._held |= {id(each) for group in optimizer.param_groups for each in group["params"]} & set(self._index)
+            ours = self._ours(optimizer)
+            self._held |= {id(each) for each in ours}
+            self._turns.holds(optimizer, ours)
+            if ours:
+                self._holders.add(id(optimizer))
         if not self._armed:
             return
         self._steps += 1
@@ -166,7 +180,9 @@ class OptimizerHooks:
         # a frozen backbone, or its BatchNorm alone, is put in eval mode on purpose: then the rest trains
         if not self._model.training and not any(module.training for module in self._moody):
             self._in_eval = len(self._moody)
-        ours = [each for group in optimizer.param_groups for each in group["params"] if id(each) in self._index]
+        ours = self._ours(optimizer)
+        self._turns.stepped(optimizer, ours)
+        self._decay = max(self._decay, decay_of(optimizer) if ours else 0.0)
         for each in ours:
             if each.requires_grad:
                 self._stepped[id(each)] = each.grad is not None or self._stepped.get(id(each), False)
@@ -180,6 +196,9 @@ class OptimizerHooks:
         self._read_norms(
             "optimizer/nonfinite", [(each, value) for each in ours for value in _state(optimizer, each)], flags=True
         )
+
+    def _ours(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        return [each for group in optimizer.param_groups for each in group["params"] if id(each) in self._index]
 
     def _read_norms(self, name: str, found: Iterable[tuple[Tensor, Tensor | None]], *, flags: bool = False) -> None:
         places: dict[tuple[torch.device, torch.dtype], tuple[list[Key], list[Tensor]]] = {}
@@ -210,10 +229,27 @@ class OptimizerHooks:
             count = len(names)
             trainable = [role for role in roles if role != FROZEN]
             share = sum(role != UNHELD for role in trainable) / max(1, len(trainable))
-            numbers = self._upload([*roles, *held, float(self._steps), share, float(self._in_eval)], device)
+            twice = [(name, many) for name, each in self._names if (many := self._turns.twice.get(id(each), 1)) > 1]
+            facts = {
+                "optimizer/steps": float(self._steps),
+                "optimizer/held_fraction": share,
+                "optimizer/known": float(len(self._holders)),
+                "optimizer/total": float(self._total),
+                "optimizer/in_eval": float(self._in_eval),
+                "optimizer/decay": self._decay,
+            }
+            values = [*roles, *held, *facts.values(), *(float(many) for _, many in twice)]
+            numbers, start = self._upload(values, device), 2 * count
+            always = len(facts) - 2
+            keys = [Key(name) for name in facts]
             columns = [
-                Columns([Key("optimizer/steps"), Key("optimizer/held_fraction")], numbers, [2 * count, 2 * count + 1]),
-                Columns([Key("optimizer/in_eval")], numbers, [2 * count + 2], sparse=True),
+                Columns(keys[:always], numbers, range(start, start + always)),
+                Columns(keys[always:], numbers, range(start + always, start + len(facts)), sparse=True),
+                Columns(
+                    [Key("parameter/optimizers", name) for name, _ in twice],
+                    numbers,
+                    range(start + len(facts), len(values)),
+                ),
                 Columns([Key("parameter/role", name) for name in names], numbers, range(count)),
                 Columns([Key("parameter/held", name) for name in names], numbers, range(count, 2 * count), sparse=True),
                 *self._columns,
@@ -223,6 +259,7 @@ class OptimizerHooks:
             if carried:
                 flags = torch.stack([flag.to(carried[0].device, non_blocking=True) for flag in carried])
                 columns.append(Columns([Key("gradient/carried")], flags.mean().view(1), [0]))
+        self._turns.release()
         self._forget()
         return Readings(columns)
 
@@ -239,6 +276,7 @@ class OptimizerHooks:
         return self._roles[1].clone()
 
     def _release(self) -> None:
+        self._turns.release()
         for handle in self._following:
             handle.remove()
         self._following.clear()
@@ -271,6 +309,32 @@ def _has_moods(module: nn.Module) -> bool:
 def _state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     kept: Mapping[str, Any] = optimizer.state.get(parameter, {})
     return [value for value in kept.values() if isinstance(value, Tensor) and value.is_floating_point() and value.dim()]
+
+
+def decay_of(optimizer: Optimizer) -> float:
+    """Return the largest share of a weight that one step's weight decay takes where no gradient opposes it, over all groups.
+
+    `lr * weight_decay` where the decay is decoupled (Loshchilov and Hutter 2019), over `1 - momentum` for SGD, whose momentum gathers it. 0
+    where it passes through a division by the gradient's size (Adam, RMSprop), which bounds it by the learning rate, and where the learning
+    rate is on a device, which is not waited for.
+
+    Examples:
+        >>> weight = [nn.Parameter(torch.ones(2))]
+        >>> decay_of(torch.optim.AdamW(weight, lr=0.1, weight_decay=0.5))
+        0.05
+    """
+    sgd = type(optimizer) is torch.optim.SGD
+    apart = sgd or isinstance(optimizer, torch.optim.AdamW | torch.optim.Adafactor)
+    shares = [0.0]
+    for group in optimizer.param_groups:
+        rate, decay, momentum = group.get("lr"), group.get("weight_decay"), group.get("momentum", 0.0) if sgd else 0.0
+        if isinstance(rate, Tensor) and rate.device.type == "cpu":
+            rate = float(rate)
+        if not (group["params"] and (apart or group.get("decoupled_weight_decay"))):
+            continue
+        if isinstance(rate, int | float) and isinstance(decay, int | float) and isinstance(momentum, int | float):
+            shares.append(rate * decay / max(1 - momentum, 1e-3))
+    return max(shares)
 
 
 def _scale() -> Tensor | None:

@@ -8,11 +8,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding
-from stethoscope.probes import Activations, Units
-from stethoscope.watches._streaks import Judging, listing, train_values
+from stethoscope.probes import Activations, Parameters, Units
+from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Record
@@ -34,14 +34,15 @@ class ActivationHealth:
     - `feature-constant`: from some module to the end of the model, all items of a batch get the same (their difference is below `same` of the
       largest value); or `constant_share` of the units of a tanh, GELU or the like do not vary at all.
     - `activation-exploding`: a module's rms is `growth` times its own level of the first observations and above `large`, or above `huge`; both
-      relative to the model's input where that is larger than 1. The last module is not looked at: targets may be large.
+      relative to the model's input where that is larger than 1. Or a module with parameters returns more than `large` times what it is
+      given, and times the model's input or 1. The last module is not looked at: targets may be large.
     - `activation-vanishing`: what the last module is given has an rms below `faint` of the model's input, or of 1 where that is larger.
     - `norm-input-variance`: half of the groups that a normalisation gets vary less than its eps.
     - `attention-head-dead`: a head that contributes less than a thousandth of the strongest one.
     - `dtype-headroom`, of float16: fewer than `headroom_bits` octaves to overflow, or all values below the smallest normal number.
 
     States must hold for `observations` observed steps that span `steps` steps. Many modules make one finding.
-    **Cost:** host only, one pass over the records of observed steps. **Needs:** rms of activations, and `probes.Units`.
+    **Cost:** host only, one pass over the records of observed steps. **Needs:** rms of activations, `probes.Units`, and norms of parameters.
 
     Args:
         observations: observed steps in a row before anything is said.
@@ -80,8 +81,8 @@ class ActivationHealth:
 
     @property
     def needs(self) -> tuple[Probe, ...]:
-        """The scale of activations, and what becomes of units."""
-        return Activations(statistics=("rms",)), Units()
+        """The scale of activations, what becomes of units, and which modules have parameters."""
+        return Activations(statistics=("rms",)), Units(), Parameters(statistics=("norm",))
 
     def init(self) -> State:
         """Nothing seen."""
@@ -89,7 +90,9 @@ class ActivationHealth:
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
-        found = train_values(records, "activation/rms", "activation/input_rms", *(f"unit/{name}" for name in UNITS))
+        found = train_values(
+            records, "activation/rms", "activation/input_rms", "parameter/norm", *(f"unit/{name}" for name in UNITS)
+        )
         unit = {name: found[f"unit/{name}"] for name in UNITS}
         if not found["activation/rms"] and not any(unit.values()):
             return state, ()
@@ -99,7 +102,8 @@ class ActivationHealth:
         look.saturated(unit["saturated_fraction"], unit["certain_fraction"])
         look.saturated(unit["input_saturated_fraction"], unit["input_certain_fraction"], before=True)
         look.constant(unit["batch_spread"], unit["constant_fraction"])
-        look.scale(_leaves(found["activation/rms"]), _leaves(found["activation/input_rms"]))
+        owners = {owner(name) for name in found["parameter/norm"]}
+        look.scale(_leaves(found["activation/rms"]), _leaves(found["activation/input_rms"]), owners)
         look.starved(unit["starved_fraction"])
         look.heads(unit["dead_heads"])
         look.headroom(unit["headroom_bits"], unit["floor_bits"])
@@ -212,7 +216,7 @@ class _Look:
                 shares,
             )
 
-    def scale(self, outputs: Mapping[str, float], inputs: Mapping[str, float]) -> None:
+    def scale(self, outputs: Mapping[str, float], inputs: Mapping[str, float], owners: Container[str]) -> None:
         if not inputs or not outputs:
             return
         given = next(iter(inputs.values()))
@@ -228,6 +232,8 @@ class _Look:
             for name, value in inner.items()
             if value > watch.huge * unit
             or (name in levels and value > max(watch.large * unit, watch.growth * median(levels[name])))
+            # what has no parameters is as large as it is meant to be: a mask of -1e9, an exponential
+            or (name in owners and name in inputs and value > watch.large * max(unit, inputs[name]))
         }
         news = self.judging.hold("activation-exploding", high, inner, times=2)
         if news:

@@ -20,6 +20,7 @@ from stethoscope.watches._gradient_modules import (
     norm_of,
     trend,
 )
+from stethoscope.watches._skipped_steps import skipped
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class GradientHealth:
       `large` times that of the weights, twice in a row.
     - `gradient-zero`: exactly zero, or none at all, in a module that runs. Only info where it looks like an expert that
       is not chosen: modules before it and others of its name get gradients, and all of them are given the same, or it nothing. An error
-      where gradients arrive, but are gone when the optimizer steps and leaves all as it is.
+      where gradients arrive, but are gone when the optimizer steps and leaves all as it is, or where all are zero, unless a loss that did
+      teach has come down to exactly zero.
+    - `step-skipped`: gradients hold NaN or Inf and no optimizer has stepped for more than 20 steps in a row, 30 from the start on.
     - `gradient-imbalance`: one module's gradient lies `imbalance` times above the median of all modules, absolutely and relatively.
     - `gradient-clipping`: the optimizer gets less than `clipped_share` of the norm in all of the last five observed steps.
     - `gradient-accumulation`: gradients of the step before were not zeroed.
@@ -100,7 +103,7 @@ class GradientHealth:
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"held": {}, "totals": [], "moved": False, "shares": []}
+        return {"held": {}, "totals": [], "moved": False, "taught": False, "shares": [], "skipped": None}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
@@ -115,6 +118,7 @@ class GradientHealth:
             "parameter/role",
             "parameter/unchanged",
             "optimizer/steps",
+            "optimizer/total",
             "activation/rms",
             "activation/input_rms",
         )
@@ -126,13 +130,14 @@ class GradientHealth:
         bad = {name: count for name, count in found["gradient/nonfinite"].items() if name and count}
         bad |= {name: 1.0 for name, norm in gradients.items() if name and math.isnan(norm)}
         if bad or not math.isfinite(gradients.get("", 0.0)):
+            written = found["optimizer/steps"].get("", 1.0) > 0
             # a step that a scaler skips is how mixed precision works
-            look.nonfinite(
-                bad,
-                everywhere=len(bad) >= sum(map(bool, gradients)),
-                applied=found["optimizer/steps"].get("", 1.0) > 0,
-            )
+            look.nonfinite(bad, everywhere=len(bad) >= sum(map(bool, gradients)), applied=written)
+            total = found["optimizer/total"].get("", math.nan)
+            look.state["skipped"] = None if written else skipped(judging, state.get("skipped"), list(bad), total)
             return {**look.state, "held": judging.held}, judging.findings
+        look.state["skipped"] = None
+        judging.model("step-skipped", False)
         judging.model("nonfinite-gradient", False)
         roles = found["parameter/role"]
         if UNHELD in roles.values():
@@ -203,19 +208,26 @@ class _Look:
     def zero(self, modules: Mapping[str, Module], given: Mapping[str, float], *, lossless: bool) -> None:
         zero = {name: 0.0 for name, each in modules.items() if each.gradient == 0}
         if modules and len(zero) == len(modules):  # none where no optimizer of torch holds any parameter
-            # a hinge loss of exactly zero has nothing left to teach
-            if self.judging.model("gradient-zero-everywhere", not lossless):
+            # a hinge loss that has come down to exactly zero has nothing left to teach; one that begins there has taught nothing
+            reached = lossless and self.state.get("taught", True)
+            if self.judging.model("gradient-zero-everywhere", not reached):
+                since = (
+                    f"since {self.watch.observations} observed steps"
+                    if not lossless
+                    else "since the first observed step, and so is the loss"
+                )
                 self.judging.tell(
                     Finding(
                         "gradient-zero",
                         "error",
-                        f"All gradients are exactly zero, since {self.watch.observations} observed steps.",
+                        f"All gradients are exactly zero, {since}.",
                         "Look for a loss that is cut off from the model (detach, no_grad, item, argmax, rounding), a "
-                        "loss weight of zero, or units that are all dead.",
+                        "loss weight or mask of zero, targets longer than the inputs (CTC with zero_infinity), or units that are all dead.",
                     ),
                     list(zero),
                 )
             return
+        self.state["taught"] = True
         self.judging.model("gradient-zero-everywhere", False)
         order = list(modules)
         quiet = {name for name in zero if looks_unchosen(name, order, zero, given)}

@@ -7,10 +7,10 @@ from math import isfinite, isnan
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from stethoscope._record import Finding, Record
-from stethoscope.probes import Activations, Parameters
+from stethoscope.probes import Activations, Buffers, Parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Severity
@@ -40,7 +40,11 @@ class NonFinite:
     Weights that are non-finite when a step begins are reported even if no module has passed them on yet; the step before
     then ended with a bad gradient or a bad write of the optimizer. Inf often turns into NaN in a later module, so the first of each is named.
 
-    **Cost:** host only, one pass over the records.   **Needs:** one flag per module and per parameter at every step.
+    Running statistics of normalisations that hold NaN, Inf or values above 1e18 while the loss is finite are reported as well
+    (`nonfinite-buffer`), on observed steps.
+
+    **Cost:** host only, one pass over the records.   **Needs:** one flag per module and per parameter at every step, one per running
+    statistic on observed ones.
 
     Args:
         loss: name under which the loss is given to `Monitor.step`.
@@ -61,15 +65,16 @@ class NonFinite:
 
     @property
     def needs(self) -> tuple[Probe, ...]:
-        """One flag per module and per parameter, at every step."""
+        """One flag per module and per parameter, at every step, and per running statistic on observed ones."""
         return (
             Activations(statistics=("nonfinite",), every=1),
             Parameters(statistics=("nonfinite",), every=1),
+            Buffers(),
         )
 
     def init(self) -> State:
         """Nothing seen; no parameter known to be non-finite; no phase in a bad state; no flag known to be harmless."""
-        return {"seen": False, "weights": [], "bad": [], "harmless": {}}
+        return {"seen": False, "weights": [], "bad": [], "harmless": {}, "buffers": []}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
@@ -102,6 +107,12 @@ class NonFinite:
             findings.append(_explain(origin, first_nan, culprit, losses, severity, place, evidence))
         elif weights and not known and not severity:
             findings.append(_waiting(weights, place))
+        buffers = {r.module: r.value for r in raised if r.name == "buffer/nonfinite" and isinstance(r.value, float)}
+        if any(r.name == "buffer/count" for r in records):
+            # in a bad step they are spoilt by what the step's own finding names
+            if buffers and not state.get("buffers") and not severity and not weights:
+                findings.append(_spoilt(buffers, place))
+            state = {**state, "buffers": [] if severity or weights else list(buffers)[:100]}
         bad = [each for each in state["bad"] if each != phase] + ([phase] if severity else [])
         weights = weights[:100] if phase == "train" else known
         if not severity and not weights:
@@ -231,5 +242,22 @@ def _waiting(weights: Sequence[str], place: dict[str, Any]) -> Finding:
         "Go back to an earlier checkpoint; look at the gradient norms, eps and the learning rate of the step before.",
         module=weights[0].rpartition(".")[0],
         evidence={"origin": "backward or optimizer", "parameter": weights[0], "count": len(weights)},
+        **place,
+    )
+
+
+def _spoilt(buffers: Mapping[str, float], place: dict[str, Any]) -> Finding:
+    name = next((each for each, flag in buffers.items() if flag > 1), next(iter(buffers)))
+    lost = buffers[name] > 1
+    more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+    return Finding(
+        "nonfinite-buffer",
+        "error" if lost else "warning",
+        f"The running statistic {name!r}{more} holds {'NaN or Inf' if lost else 'values above 1e18'}, though the loss is finite: a batch has "
+        "spoilt it, and validation will read it.",
+        "Look for the batch (an input of 1e20, a NaN under GradScaler, which skips the step but not the forward pass); reset_running_stats() and "
+        "some batches in train mode" + (", or a checkpoint: it does not heal." if lost else " heal it sooner."),
+        module=name.rpartition(".")[0],
+        evidence={"buffers": list(buffers)[:100], "count": len(buffers)},
         **place,
     )

@@ -25,6 +25,9 @@ OUTLYING = (
     40.0  # the same, and its factor over the median; a table of deviation 1 that is tied to an output has 32 at 1024
 )
 SLOW = 5  # observed steps in a row: as many as clipping takes, which is often the cause
+DECAY = 0.01  # share of a weight per step: what 100 steps have taught is gone. 1e-3 (momentum 0.9, 0.1 * 1e-3) is the most that is usual
+STRONG = 1e-3  # share of a weight per step, with which a norm that has fallen is no chance
+RESTS = 100  # steps that one of several optimizers may wait for its first: a critic or generator that goes every few
 FEWEST = 2  # weights that a verdict on an initialisation needs
 
 
@@ -39,15 +42,19 @@ class ParameterHealth:
     - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising, in five
       observed steps.
     - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero, or although gradients
-      arrive, since no optimizer has ever stepped; or the parameter requires a gradient, and no optimizer holds it: info where that is most of the model (meant, it seems).
+      arrive, since no optimizer has ever stepped; or the parameter gets a gradient that is not zero, and no optimizer holds it: info where it
+      requires one and gets none, or in the first 100 steps, while an optimizer that the monitor knows has not stepped yet.
+    - `optimizer-duplicate-parameters`: several optimizers step with one and the same gradient.
     - `parameter-changed`: a frozen parameter changes. A warning, but info where it looks like a moving average of a trained one.
     - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
       or above 100 in one (40, where that is 40 times the median); a layer's weight of two outputs or more, not the last one, of
       which all values are equal.
     - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.
-    - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less.
+    - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less (half of it where weight decay takes
+      more than 0.1 % per step); or weight decay by itself takes more than 1 % per step.
     - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module looks like an expert
-      that is not chosen, or runs, unless others of its stack are trained and something of another kind after it is, too.
+      that is not chosen, or runs, unless others of its stack are trained and something of another kind after it is, too. A part that
+      several layers have and none of them calls is a warning.
     - `model-in-eval`: the optimizer steps while the model, with all of its BatchNorm and dropout, is in eval mode.
     - `nonfinite-optimizer`: what the optimizer keeps for a parameter holds NaN or Inf.
 
@@ -101,7 +108,16 @@ class ParameterHealth:
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"held": {}, "first": None, "moved": False, "rates": {}, "ran": [], "gains": False, "untrained": None}
+        return {
+            "held": {},
+            "first": None,
+            "moved": False,
+            "rates": {},
+            "ran": [],
+            "gains": False,
+            "untrained": None,
+            "planned": 0.0,
+        }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
@@ -120,17 +136,21 @@ class ParameterHealth:
             "parameter/gain",
             "parameter/copies",
             "parameter/constant",
+            "parameter/optimizers",
             "gradient/norm",
             "optimizer/steps",
+            "optimizer/known",
+            "optimizer/decay",
             "optimizer/nonfinite",
             "optimizer/in_eval",
             "activation/rms",
         )
+        planned = max([state.get("planned", 0.0), *map(_planned, records)])
         if not any(found[name] for name in found if name.startswith("parameter/")):
-            return state, ()
+            return ({**state, "planned": planned} if planned != state.get("planned", 0.0) else state), ()
         ran = [*state["ran"], *(name for name in found["activation/rms"] if name not in set(state["ran"]))]
         judging = Judging(state["held"], records[0].step, self.observations, self.steps)
-        look = _Look(self, {**state, "ran": ran}, judging, found)
+        look = _Look(self, {**state, "ran": ran, "planned": planned}, judging, found)
         if found["parameter/gain"]:
             look.gains(found["parameter/gain"], found["parameter/constant"])
         if found["parameter/copies"]:
@@ -141,7 +161,9 @@ class ParameterHealth:
             top = max([state["rates"].get("top", 0.0), *rates.values()])
             # a schedule that is through, or has been cut off, is another story
             moving = not rates or max(rates.values()) > SETTLED * top
-            roles.unchanged(judging, found, ran, look.untrained(), moving=moving)
+            waiting = found["optimizer/known"].get("", math.inf) < planned and judging.step < RESTS
+            roles.unchanged(judging, found, ran, look.untrained(), moving=moving, waiting=waiting)
+            roles.duplicates(judging, found["parameter/optimizers"], found["parameter/role"])
             look.ratios(rates)
         else:
             roles.unstepped(judging, found)
@@ -308,7 +330,22 @@ class _Look:
             self.state["first"] = size
             return
         factor = size / first
-        off = factor > self.watch.drift or factor < 1 / self.watch.drift
+        decay = self.found["optimizer/decay"].get("", 0.0)
+        if self.judging.model("weight-decay-high", decay > DECAY):
+            self.judging.tell(
+                Finding(
+                    "weight-norm-drift",
+                    "warning",
+                    f"Weight decay takes {decay:.2g} of each weight per step (lr * weight_decay; 1e-7 to 1e-4 are usual): a weight that the "
+                    f"gradient does not renew is halved within {math.ceil(math.log(2) / decay)} steps.",
+                    "Lower weight_decay: AdamW multiplies by 1 - lr * weight_decay per step, and SGD with momentum m by about "
+                    "1 - lr * weight_decay / (1 - m).",
+                ),
+                values={"decay": decay, "first": first, "now": size},
+            )
+        least = self.watch.drift / (2 if decay > STRONG else 1)
+        # what strong decay does to the norm has been told by its cause
+        off = factor > self.watch.drift or (factor < 1 / least and decay <= DECAY)
         if self.judging.model("weight-norm-drift", off):
             grown = factor > 1
             self.judging.tell(
@@ -322,6 +359,11 @@ class _Look:
                 ),
                 values={"first": first, "now": size},
             )
+
+
+def _planned(record: Record) -> float:
+    value = record.value if record.name == "plan/optimizers" else None
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _ratio(names: Sequence[str], ratios: Values, norms: Values) -> float:

@@ -25,9 +25,18 @@ Values: TypeAlias = "dict[str, float]"
 
 
 def unchanged(
-    judging: Judging, found: Mapping[str, Values], ran: Sequence[str], untrained: Sequence[str], *, moving: bool
+    judging: Judging,
+    found: Mapping[str, Values],
+    ran: Sequence[str],
+    untrained: Sequence[str],
+    *,
+    moving: bool,
+    waiting: bool,
 ) -> None:
-    """Judge what the step should have moved and has not; `moving` says that a learning rate is above zero."""
+    """Judge what the step should have moved and has not.
+
+    `moving` says that a learning rate is above zero, `waiting` that an optimizer of the plan has not stepped yet.
+    """
     roles, still = found["parameter/role"], found["parameter/unchanged"]
     gradients, norms = found["gradient/norm"], found["parameter/norm"]
     if not still:
@@ -50,7 +59,6 @@ def unchanged(
     # what is left out at random, or is an expert, has had a gradient before and will have one again
     never = set(untrained)
     idle = [name for name in same if roles[name] == IDLE and name in never]
-    some = any(role in (RESTING, IDLE, TRAINED) for role in roles.values())
     news = judging.hold("parameter-unchanged", stuck, roles)
     if news:
         judging.tell(
@@ -65,27 +73,54 @@ def unchanged(
             ),
             news,
         )
-    news = judging.hold("parameter-unchanged-unheld", unheld, roles)
+    _unheld(judging, unheld, gradients, roles, waiting=waiting)
+    _unused(judging, idle, roles, ran)
+
+
+def _unheld(judging: Judging, names: Sequence[str], gradients: Values, roles: Values, *, waiting: bool) -> None:
+    """Judge what no optimizer holds: a gradient that is worked out and thrown away tells what was forgotten from what rests."""
+    wasted = [name for name in names if gradients.get(name, 0.0) > 0 and not waiting]
+    quiet = [name for name in names if not gradients.get(name, 0.0) > 0 or waiting]
+    for code, hits in (("parameter-unchanged-unheld", wasted), ("parameter-unchanged-resting", quiet)):
+        news = judging.hold(code, hits, roles)
+        if news:
+            judging.tell(
+                Finding(
+                    "parameter-unchanged",
+                    "warning" if hits is wasted else "info",
+                    f"{len(news)} of {len(roles)} parameters require gradients{', get them' if hits is wasted else ''} and never change "
+                    f"({listing(news)}): no optimizer {'that has stepped ' if waiting else ''}holds them.",
+                    "Build the optimizer from this model's parameters(), after the last module was added, replaced or thawed "
+                    "(add_param_group takes what came later); if it is meant, requires_grad_(False) says so and saves their gradients.",
+                    module=owner(news[0]),
+                ),
+                news,
+            )
+
+
+def duplicates(judging: Judging, twice: Values, roles: Values) -> None:
+    """Judge parameters that several optimizers have stepped with one and the same gradient."""
+    news = judging.hold("optimizer-duplicate-parameters", twice, roles)
     if news:
-        meant = some and 2 * len(unheld) > len([name for name, role in roles.items() if role != FROZEN])
         judging.tell(
             Finding(
-                "parameter-unchanged",
-                "info" if meant else "warning",
-                f"{len(news)} of {len(roles)} parameters require gradients and never change ({listing(news)}): no optimizer holds them.",
-                "Build the optimizer from this model's parameters(), after the last module was added or replaced; where it is "
-                "meant, turn requires_grad off, which saves their gradients.",
+                "optimizer-duplicate-parameters",
+                "warning",
+                f"{len(news)} parameters ({listing(news)}) are stepped by {twice[news[0]]:.0f} optimizers in each step, with one and the same "
+                "gradient: they move twice as far as each learning rate says.",
+                "Split the parameters by name into disjoint lists, one per optimizer, and assert that together they are all.",
                 module=owner(news[0]),
             ),
             news,
+            twice,
         )
-    _unused(judging, idle, roles, ran)
 
 
 def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str]) -> None:
     alive = {_kind(name) for name, role in roles.items() if role == TRAINED}
     dropped = set(_dropped([name for name in idle if owner(name) in ran and _kind(name) in alive], roles, ran))
-    quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped}
+    missing = set(_missing([name for name in idle if owner(name) not in ran], roles))
+    quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped | missing}
     for code, hits in (("module-unused", [n for n in idle if n not in quiet]), ("module-unused-quiet", quiet)):
         news = judging.hold(code, [name for name in idle if name in hits], roles)
         if not news:
@@ -123,6 +158,18 @@ def _dropped(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[st
         if used_after and (middle or _element(module) not in alive):
             found.append(name)
     return found
+
+
+def _missing(names: Sequence[str], roles: Values) -> list[str]:
+    """Those that are left out in each of several layers: `norm2` of all blocks, where `norm1` is trained. An expert is used somewhere."""
+    trained = {_place(name) for name, role in roles.items() if role == TRAINED}
+    places = [_place(name) for name in names]
+    return [name for name, place in zip(names, places, strict=True) if places.count(place) > 1 and place not in trained]
+
+
+def _place(name: str) -> str:
+    """The name without the numbers of layers; other than `_kind`, it tells `norm1` from `norm2`."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _kind(name: str) -> str:
