@@ -12,6 +12,7 @@ from stethoscope.watches import (
     ClassHealth,
     GradientHealth,
     InputDrift,
+    InputHealth,
     Jumps,
     LearningRate,
     LossInput,
@@ -73,7 +74,13 @@ def full() -> Preset:
         True
     """
     base = separation()
-    health = (LossInput(), ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
+    health = (
+        LossInput(),
+        InputHealth(),
+        ParameterHealth(),
+        ActivationHealth(),
+        GradientHealth(),
+    )  # causes before what they explain
     return _marked(
         (*base["probes"], Inputs()),
         (*health, *base["watches"], LearningRate(), ClassHealth(), Overfit(), InputDrift(), MetricSchema()),

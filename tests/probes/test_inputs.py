@@ -149,3 +149,4 @@ def test_items_of_a_few_values_do_not_count_as_constant(width, share):
     attached.arm(True, "train")
     attached.take([("0", torch.arange(4.0)[:, None].expand(4, width))])
     assert read(attached)["input/constant"] == share
+    attached.detach()
