@@ -48,18 +48,18 @@ class InputHealth:
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"held": {}}
+        return {"held": {}, "seen": False}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
         values = train_values(records, "input/repeated", "input/returned", "input/column_rms")
-        if not any(values.values()):
+        if not any(record.name.startswith("input/") for record in records):
             return state, ()
         judging = Judging(state["held"], max(record.step for record in records), times=3, steps=0)
         _copies(judging, values["input/repeated"].get(""), values["input/returned"].get("", 0.0))
         layers = values["input/column_rms"]
         _scale(judging, layers if len(layers) == 1 else {name: value for name, value in layers.items() if name})
-        return {"held": judging.held}, judging.findings
+        return {"held": judging.held, "seen": True}, judging.findings
 
 
 def _copies(judging: Judging, repeated: float | None, returned: float) -> None:
