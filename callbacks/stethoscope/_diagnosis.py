@@ -325,6 +325,17 @@ RULES: tuple[Rule, ...] = (
         holds=_gradients_flow,
         says=_owner,
     ),
+    Rule(
+        code="batch-order",
+        explains=(
+            "references-alike",
+            "output-silent",
+            "output-collapse",
+            "assignment-ambiguous",
+            "loss-plateau",
+            "stalled-from-start",
+        ),
+    ),
     Rule(code="output-silent", explains=("loss-plateau", "loss-at-80-db", "assignment-ambiguous")),
     Rule(code="references-alike", explains=("loss-plateau", "output-collapse", "assignment-ambiguous")),
     Rule(code="stalled-from-start", explains=("loss-plateau", "assignment-ambiguous")),

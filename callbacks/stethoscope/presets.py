@@ -9,6 +9,7 @@ from stethoscope.probes import Activations, Gradients, Inputs, Parameters, Separ
 from stethoscope.watches import (
     ActivationHealth,
     Assignment,
+    BatchOrder,
     ClassHealth,
     GradientHealth,
     InputDrift,
@@ -60,7 +61,8 @@ def separation() -> Preset:
     """
     base = first_aid()
     return _marked(
-        (*base["probes"], Separation()), (*base["watches"], OutputCollapse(), OutputCollapse(phase="val"), Assignment())
+        (*base["probes"], Separation()),
+        (BatchOrder(), *base["watches"], OutputCollapse(), OutputCollapse(phase="val"), Assignment()),
     )
 
 
