@@ -67,7 +67,7 @@ def separation() -> Preset:
 
 
 def full() -> Preset:
-    """Everything: `separation`, the health of the network, batches given to `step`, metric dictionaries given to `log`.
+    """Everything: `separation`, the health of the network, the data, metric dictionaries given to `log`.
 
     What has nothing to look at stays silent.
 
