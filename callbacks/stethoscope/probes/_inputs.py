@@ -67,6 +67,7 @@ class Inputs:
         >>> _ = model(torch.tensor([[3.0, -4.0, 3.0, -4.0]]))
         >>> round(float(attached.read({})[Key("input/rms")]), 3)
         3.536
+        >>> attached.detach()
     """
 
     every: int | None = None
