@@ -49,6 +49,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "input/roughness": "mean",
     "input/length": "mean",
     "input/constant": "mean",
+    "input/repeated": "mean",
+    "input/returned": "mean",
+    "input/column_rms": "max",
     "separation": "mean",
 }
 """Record name, without `input_` and without the path of a tensor, to operation. What is not here stays with its rank."""

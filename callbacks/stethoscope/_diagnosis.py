@@ -23,6 +23,7 @@ CLEAR_DB = 3.0  # margin of an assignment that is beyond doubt
 UNCLEAR_DB = 1.0  # margin at which assignments count as ties
 APART = 0.9  # |cos| below which outputs are apart
 ALIKE = 0.95  # |cos| above which they are one
+LARGE = 50.0  # rms of a column of the data: weights begin as if it were 1, so the first steps are 2500 times too large
 HELD = 0.5  # share of the parameters above which the optimizer is this model's
 MEMORY = 1000  # steps, or half the run, for which a finding is taken to last
 KEEP = 0.8  # of the running means of the numbers below
@@ -34,6 +35,7 @@ NUMBERS = (
     "gradient/norm",
     "optimizer/held_fraction",
     "lr",
+    "input/column_rms",
 )
 """Records of the whole model whose running means the rules may look at."""
 
@@ -111,6 +113,19 @@ def _assignment(now: Numbers) -> tuple[str, str]:
     return message, advice
 
 
+def _far(now: Numbers) -> bool:
+    return now.get("input/column_rms", 0.0) > LARGE
+
+
+def _scale(now: Numbers) -> tuple[str, str]:
+    message = (
+        f"The data reaches the first trained layer with a column (feature, channel) whose rms is "
+        f"{now.get('input/column_rms', math.nan):.3g}; weights begin as if it were about 1, and this training has not coped."
+    )
+    advice = "Standardise it with the mean and spread of the training data (pictures / 255), or put a BatchNorm first."
+    return message, advice
+
+
 def _owner(now: Numbers) -> tuple[str, str]:
     message = (
         f"Nothing learns although gradients flow (norm {now.get('gradient/norm', math.nan):.3g}) and the learning rate is "
@@ -131,6 +146,19 @@ NOT_FINITE = (
     "nonfinite-loss",
 )
 BLOWN_UP = (*NOT_FINITE, "output-nonfinite", "loss-diverged", "loss-spike", "weight-norm-drift")
+SPOILED = (
+    "dead-units",
+    "activation-exploding",
+    "activation-saturated",
+    "gradient-exploding",
+    "gradient-vanishing",
+    "gradient-clipping",
+    "feature-constant",
+    "prediction-collapse",
+    "loss-diverged",
+    "loss-plateau",
+)
+"""What data on another scale than the weights does to a training."""
 NO_SIGNAL = ("gradient-vanishing", "gradient-zero", "gradient-imbalance", "feature-constant", "prediction-collapse")
 
 RULES: tuple[Rule, ...] = (
@@ -154,6 +182,44 @@ RULES: tuple[Rule, ...] = (
             "gradient-exploding",
             *NO_SIGNAL,
             *BLOWN_UP,
+            "loss-plateau",
+        ),
+    ),
+    # What the data is: layers, gradients and loss follow from it.
+    Rule(
+        code="input-range",
+        explains=(
+            *SPOILED,
+            "gradient-zero",
+            "gradient-imbalance",
+            "update-ratio-high",
+            "update-ratio-low",
+            "norm-input-variance",
+            "loss-spike",
+            "dtype-headroom",
+            "weight-norm-drift",
+        ),
+    ),
+    *(Rule(code="input-range", explains=(), drawn_from=(symptom,), holds=_far, says=_scale) for symptom in SPOILED),
+    Rule(
+        code="input-constant",
+        explains=(
+            "feature-constant",
+            "dead-units",
+            "norm-input-variance",
+            *NO_SIGNAL,
+            "loss-plateau",
+            "input-duplicate",
+        ),
+    ),
+    Rule(
+        code="input-duplicate",
+        explains=(
+            "feature-constant",
+            "prediction-collapse",
+            "class-imbalance",
+            "overfit",
+            "overtraining",
             "loss-plateau",
         ),
     ),
@@ -258,6 +324,17 @@ RULES: tuple[Rule, ...] = (
         drawn_from=("loss-plateau", "parameter-unchanged"),
         holds=_gradients_flow,
         says=_owner,
+    ),
+    Rule(
+        code="batch-order",
+        explains=(
+            "references-alike",
+            "output-silent",
+            "output-collapse",
+            "assignment-ambiguous",
+            "loss-plateau",
+            "stalled-from-start",
+        ),
     ),
     Rule(code="output-silent", explains=("loss-plateau", "loss-at-80-db", "assignment-ambiguous")),
     Rule(code="references-alike", explains=("loss-plateau", "output-collapse", "assignment-ambiguous")),

@@ -159,7 +159,8 @@ class Probing:
         # notes are an offer of the protocol, not a duty
         taken: list[Finding] = self._guarded(attached, _noting(attached.attachment)) or []
         if from_preset(attached.probe):
-            taken = [replace(note, severity="info") for note in taken]
+            # nobody asked for the probe; what can only be a mistake of the script is told all the same
+            taken = [note if note.evidence.get("certain") else replace(note, severity="info") for note in taken]
         self._notes.pending += taken
 
     def _judge(self, attached: _Attached, step: int, *, read: bool) -> None:

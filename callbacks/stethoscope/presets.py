@@ -9,9 +9,11 @@ from stethoscope.probes import Activations, Gradients, Inputs, Parameters, Separ
 from stethoscope.watches import (
     ActivationHealth,
     Assignment,
+    BatchOrder,
     ClassHealth,
     GradientHealth,
     InputDrift,
+    InputHealth,
     Jumps,
     LearningRate,
     LossInput,
@@ -59,12 +61,13 @@ def separation() -> Preset:
     """
     base = first_aid()
     return _marked(
-        (*base["probes"], Separation()), (*base["watches"], OutputCollapse(), OutputCollapse(phase="val"), Assignment())
+        (*base["probes"], Separation()),
+        (BatchOrder(), *base["watches"], OutputCollapse(), OutputCollapse(phase="val"), Assignment()),
     )
 
 
 def full() -> Preset:
-    """Everything: `separation`, the health of the network, batches given to `step`, metric dictionaries given to `log`.
+    """Everything: `separation`, the health of the network, the data, metric dictionaries given to `log`.
 
     What has nothing to look at stays silent.
 
@@ -73,7 +76,13 @@ def full() -> Preset:
         True
     """
     base = separation()
-    health = (LossInput(), ParameterHealth(), ActivationHealth(), GradientHealth())  # causes before what they explain
+    health = (
+        LossInput(),
+        InputHealth(),
+        ParameterHealth(),
+        ActivationHealth(),
+        GradientHealth(),
+    )  # causes before what they explain
     return _marked(
         (*base["probes"], Inputs()),
         (*health, *base["watches"], LearningRate(), ClassHealth(), Overfit(), InputDrift(), MetricSchema()),

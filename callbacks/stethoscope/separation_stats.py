@@ -27,6 +27,12 @@ QUIETER_DB = 15.0
 MOST_SOURCES = 6
 """Assignments are counted out, n! of them; beyond this many sources there is no margin and no SI-SDR."""
 
+UNRELATED = 0.1
+"""|cos| of the mixture and the sum of the references below which they may not belong together: 20 dB of noise leave 0.1."""
+
+FRAMES = 64
+"""Parts of an item whose levels make its course; each is longer than most delays and early reflections."""
+
 _EPS = 1e-8
 _DISTANT = 60.0  # dB: outputs of a scale-free loss may lie this far below the mixture without being quiet
 
@@ -229,3 +235,43 @@ def sir_sar_db(products: Tensor, sources: int) -> tuple[Tensor, Tensor]:
 def mean_over(values: Tensor, keep: Tensor) -> Tensor:
     """Mean of the values where `keep` holds, NaN where it never does: two tensors of one shape -> 0-d."""
     return torch.where(keep, values, 0.0).sum() / keep.sum()
+
+
+def unrelated(mixture: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Which mixtures have nothing to do with what they are said to be made of, and which of these fit another item's.
+
+    An item is unrelated where the |cos| with its own mixture is below 0.1, unless over the batch the courses of the levels, rms of 64
+    parts, correlate better with those of the own mixtures than with those of others, by three standard errors. Another item's
+    fits where |cos| > 0.5.
+
+    Args:
+        mixture: (B, T), mean-free.
+        total: (B, T), the sum of the references, mean-free.
+
+    Returns:
+        (B,) and (B,), 0 or 1; all 0 for fewer than three items or 4 * 64 samples, which say nothing.
+    """
+    items, size = mixture.shape
+    if items < 3 or size < 4 * FRAMES:
+        return mixture.new_zeros(items), mixture.new_zeros(items)
+    cos = (_unit(total) @ _unit(mixture).T).abs()
+    own = torch.eye(items, device=cos.device, dtype=torch.bool)
+    course = _unit(_course(total)) @ _unit(_course(mixture)).T
+    others = course.masked_fill(own, torch.nan)
+    usual = others.nanmean()
+    spread = (others - usual).square().nanmean().sqrt()
+    belong = course.diagonal().mean() - usual > 3 * spread / items**0.5
+    heard = (total.square().sum(1) > 0) & (mixture.square().sum(1) > 0)
+    alone = heard & (cos.diagonal() < UNRELATED) & ~belong
+    fits = alone & (cos.masked_fill(own, 0.0).amax(1) > 0.5)
+    return alone.float(), fits.float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.square().sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
+
+
+def _course(x: Tensor) -> Tensor:
+    """(B, T) to the mean-free levels of its 64 parts."""
+    parts = x[:, : x.shape[1] // FRAMES * FRAMES].reshape(len(x), FRAMES, -1).square().mean(-1).sqrt()
+    return parts - parts.mean(1, keepdim=True)

@@ -4,8 +4,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from stethoscope._aside import aside
 from stethoscope.probes import Inputs
 
 
@@ -149,6 +153,7 @@ def test_items_of_a_few_values_do_not_count_as_constant(width, share):
     attached.arm(True, "train")
     attached.take([("0", torch.arange(4.0)[:, None].expand(4, width))])
     assert read(attached)["input/constant"] == share
+    attached.detach()
 
 
 def test_a_pass_inside_of_a_transform_is_left_alone_and_the_next_one_is_read(model):
@@ -157,6 +162,7 @@ def test_a_pass_inside_of_a_transform_is_left_alone_and_the_next_one_is_read(mod
     torch.func.vmap(model)(torch.ones(3, 8))
     model(torch.full((4, 8), 2.0))
     assert read(attachment)["input/mean"] == 2.0
+    attachment.detach()
 
 
 def test_a_model_that_moves_within_a_step_is_measured_from_there_on(model):
@@ -166,3 +172,123 @@ def test_a_model_that_moves_within_a_step_is_measured_from_there_on(model):
     model.to("meta")(torch.ones(4, 8, device="meta"))
     readings = attachment.read({})
     assert {tensor.device.type for tensor in readings.values()} == {"meta"}
+    attachment.detach()
+
+
+def test_there_are_no_hooks_between_observed_steps(model):
+    def hooks():
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+    attached = Inputs().attach(model)
+    assert hooks() == 0
+    attached.arm(True, "train")
+    assert hooks() == 4  # the model and its parts, until one of them is called, and the layer that data may reach
+    model(torch.ones(2, 8))
+    read(attached)
+    attached.arm(False, "train")
+    attached.arm(True, "train")
+    assert hooks() == 2
+    attached.arm(True, "val")
+    assert hooks() == 1
+    attached.arm(False, "train")
+    assert hooks() == 0
+    attached.arm(True, "train")
+    attached.detach()
+    assert hooks() == 0
+
+
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def extract_features(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_of_a_model_without_forward_the_part_that_is_called_first_is_read():
+    attached = Inputs().attach(model := Parts())
+    for _ in range(2):
+        attached.arm(True, "train")
+        model.extract_features(torch.full((2, 8), 3.0))
+        found = read(attached, {"batch/0": torch.ones(2, 8)})
+        assert found["input/rms"] == found["input/column_rms"] == 3
+    attached.arm(True, "val")
+    model.layers[1](torch.ones(2, 8))
+    assert read(attached) == {}
+    attached.detach()
+
+
+def test_passes_of_audits_checkpointing_and_evaluation_do_not_count(model):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.body = 0, model
+
+        def forward(self, x):
+            self.calls += 1
+            return self.body(x)
+
+    attached = Inputs().attach(outer := Checkpointed())
+    attached.arm(True, "train")
+    with aside():
+        outer(torch.full((4, 8), 9.0))
+    outer.eval()
+    outer(torch.full((4, 8), 9.0))
+    outer.train()
+    x = torch.full((4, 8), 2.0, requires_grad=True)
+    checkpoint(outer, x, use_reentrant=False).sum().backward()
+    assert outer.calls == 4  # checkpointing calls twice
+    found = read(attached)
+    assert (found["input/rms"], found["input/column_rms"]) == (2, 2)
+    attached.detach()
+
+
+def test_padding_and_masks_leave_the_level_as_it_is(model):
+    attached = Inputs().attach(nn.Identity())
+    attached.arm(True, "train")
+    x = torch.randn(4, 50)
+    attached.take([("0", x)])
+    whole = read(attached)
+    attached.take([("0", nn.functional.pad(x, (0, 150)))])
+    padded = read(attached)
+    assert padded["input/rms"] == pytest.approx(whole["input/rms"], rel=1e-5)
+    assert padded["input/mean"] == pytest.approx(whole["input/mean"], rel=1e-4)
+    attached.take([("0", torch.zeros(4, 50))])
+    assert read(attached)["input/rms"] == 0
+    attached.detach()
+
+
+def test_the_tensor_with_values_carries_the_plain_name_wherever_it_stands():
+    attached = Inputs().attach(nn.Identity())
+    attached.arm(True, "train")
+    attached.take([("0", torch.full((4,), 900.0)), ("1", torch.full((4, 20), 2.0))])
+    found = read(attached)
+    assert (found["input/rms"], found["input/rms.0"]) == (2, 900)
+    attached.detach()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(4, 40),
+    st.integers(8, 40),
+    st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.float64, torch.int64, torch.uint8, torch.bfloat16]),
+)
+def test_copies_are_counted_exactly(items, width, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 50, (items, width), generator=generator).to(dtype)
+    x = x[torch.randint(items, (items,), generator=generator)]
+    distinct = len({tuple(row) for row in x.tolist()})
+    attached = Inputs().attach(nn.Identity())
+    attached.arm(True, "train")
+    attached.take([("0", x)])
+    first = read(attached)
+    attached.take([("0", x)])
+    again = read(attached)
+    attached.detach()
+    assert first["input/repeated"] == pytest.approx(1 if distinct == 1 else (items - distinct) / items)
+    assert first["input/returned"] == 0
+    assert again["input/returned"] == float(distinct < items)

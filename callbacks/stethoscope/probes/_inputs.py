@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope._protocols import Attachment, Columns, Key, Readings
-from stethoscope._tree import tensors
+from stethoscope._tree import has_no_forward, tensors
+from stethoscope.probes._compiled import Eagerly
+from stethoscope.probes._data_layers import DataLayers
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 from stethoscope.probes._passes import replaying
+from stethoscope.probes._repeats import Repeats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from stethoscope._protocols import Attachment, Probe
+    from stethoscope._record import Finding
 
 STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant")
 
@@ -29,17 +33,29 @@ MAX_TENSORS = 8
 ENOUGH_VALUES = 8
 """Of an item that may count as constant: fewer are alike by chance, and one always is."""
 
+MOST_VALUES = 2**20
+"""Of one tensor that are measured, whole items, evenly spread."""
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """Measures the tensors that the model is called with; where it has no `forward` of its own, those of the batch.
+    """Measures the tensors that the model is called with, in every phase.
 
-    **Records**, per phase, over all calls since the last reading: `input/mean`; `input/rms`; `input/absmax`;
-    `input/roughness`, the rms of differences along the last axis over the rms, 0 for a constant and 1.41 for white noise (it
-    falls with the bandwidth of audio and with the blur of images); `input/length`, size of the last axis; `input/constant`,
-    share of items (first axis) of 8 and more values that are all equal, in [0, 1]. The first tensor carries the plain name, others their
-    path, e.g. `input/rms.mask`. Token numbers (integers other than uint8) have a length only.
-    **Cost:** one pre-hook on the model and about five passes over its input on observed steps; device, no wait.
+    The model as a whole is read; where it has no `forward`, or its parts are called one by one, the part that is called first;
+    where no call can be seen (another thread), the batch that is given to `step`. Only one of them is read in a run.
+
+    **Records**, per phase, over all calls since the last reading: `input/mean` and `input/rms` of the values other than exactly 0, so that
+    padding, masks and dropout leave the level as it is; `input/absmax`; `input/roughness`, the rms of differences along the last axis
+    over the rms, 0 for a constant and 1.41 for white noise (it falls with the bandwidth of audio and with the blur of images);
+    `input/length`, size of the last axis; `input/constant`, share of items (first axis) of 8 and more values that are all equal, in
+    [0, 1]. The first tensor of 8 and more values per item carries the plain name (the first of all where none has), others their path,
+    e.g. `input/rms.mask`. Token numbers (integers other than uint8) have a length only.
+    In training also: `input/repeated`, share of items that equal an earlier one of their batch in all tensors, 1 where all are alike
+    (4 items of 8 values at least; constant ones do not count), and `input/returned`, share of these copies that the batch before had as
+    well; `input/column_rms`, per trained linear, convolutional or recurrent layer that is given data, the largest rms of a column (feature
+    or channel), over the median one (at least 1) where a normalisation follows at once; without a module: the largest of all.
+    **Cost:** hooks on observed steps only; about six passes over at most 2^20 values of each tensor, device, no wait. What
+    torch.compile has compiled runs eagerly on observed training steps.
 
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.
@@ -51,6 +67,7 @@ class Inputs:
         >>> _ = model(torch.tensor([[3.0, -4.0, 3.0, -4.0]]))
         >>> round(float(attached.read({})[Key("input/rms")]), 3)
         3.536
+        >>> attached.detach()
     """
 
     every: int | None = None
@@ -65,7 +82,7 @@ class Inputs:
 
 
 class _Before(Hook):
-    """Called before each call of the model."""
+    """Called before each call of the model, or of the part that stands for it."""
 
     __slots__ = ("owner",)
 
@@ -73,10 +90,10 @@ class _Before(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_traced() or not self.owner.armed or get_ident() != self.owner.thread or replaying():
+        if is_traced() or not self.owner.wanted():
             return
         try:
-            self.owner.take([*tensors(args), *tensors(kwargs)])
+            self.owner.called(module, args, kwargs)
         except Exception as error:  # instrumentation never stops a training
             self.owner.armed, self.owner.failure = False, error
 
@@ -85,81 +102,136 @@ class _Gathered:
     """Sums over the calls of one phase, one column per tensor."""
 
     def __init__(self) -> None:
-        self.sums: dict[
-            str, Tensor
-        ] = {}  # name to (calls, mean, mean square, mean square difference, length, constant)
+        self.sums: dict[str, Tensor] = {}  # name to what `_measure` returns
         self.peaks: dict[str, Tensor] = {}
         self.tokens: set[str] = set()
 
 
 class InputsAttachment:
-    """The live hook of one `Inputs`."""
+    """The live hooks of one `Inputs`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.armed = False
         self.failure: Exception | None = None
         self.thread = get_ident()
+        self.notes: list[Finding] = []
+        self._model = model
         self._phases: dict[str, _Gathered] = {}
         self._phase = "train"
-        self._handle: RemovableHandle | None = None
-        if takes_hooks(model):
-            self._handle = model.register_forward_pre_hook(_Before(self), with_kwargs=True)
+        self._entries = [each for each in _entries(model) if takes_hooks(each)]
+        self._source: nn.Module | str | None = None  # what is read: comparing two kinds of it would say nothing
+        self._handles: list[RemovableHandle] = []
+        self._repeats, self._layers = Repeats(model), DataLayers(model, self.wanted)
+        self._eagerly = Eagerly("Inputs")
 
     def arm(self, on: bool, phase: str) -> None:
         """See `Attachment`."""
-        self.armed, self._phase = on and self._handle is not None, phase
+        self.armed, self._phase = on and self.failure is None, phase
+        self._eagerly.set(self.armed, None, phase)
+        if self.armed and not self._handles:
+            for entry in self._entries:
+                self._handles.append(entry.register_forward_pre_hook(_Before(self), with_kwargs=True))
+        elif not self.armed:
+            self._release()
+        self._layers.arm(self.armed and phase == "train")
+
+    def wanted(self) -> bool:
+        """Whether a pass that is under way is one to be read."""
+        return (
+            self.armed
+            and get_ident() == self.thread
+            and (self._phase != "train" or self._model.training)
+            and not replaying()
+        )
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An entry is called: the first one ever is the one that is read from here on."""
+        if self._source is None:
+            self._source, self._entries = module, [module]
+        if module is self._source:
+            self.take([*tensors(args), *tensors(kwargs)])
 
     def take(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Add the tensors of one call."""
         gathered = self._phases.setdefault(self._phase, _Gathered())
-        usable = [(path, x) for path, x in named if _readable(x)]
+        usable = [(path, _real(x)) for path, x in named if _readable(x)][:MAX_TENSORS]
         with torch.no_grad():
-            for i, (path, x) in enumerate(usable[:MAX_TENSORS]):
-                name = f".{path}" if i else ""
-                if not (x.is_floating_point() or x.is_complex() or x.dtype == torch.uint8):
+            main = next((i for i, (_, x) in enumerate(usable) if x[0].numel() >= ENOUGH_VALUES), 0)
+            for i, (path, x) in enumerate(usable):
+                name = "" if i == main else f".{path}"
+                if not (x.is_floating_point() or x.dtype == torch.uint8):
                     gathered.tokens.add(name)
                 sums, peak = _measure(x)
                 before = gathered.sums.get(name)
                 if before is not None and before.device == sums.device:  # a model may be moved while it is observed
                     sums, peak = sums + before, torch.maximum(peak, gathered.peaks[name])
                 gathered.sums[name], gathered.peaks[name] = sums, peak
+            if usable and self._phase == "train":
+                self._repeats.take(usable[main][1], [x for i, (_, x) in enumerate(usable) if i != main])
 
     def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:
         """See `Attachment`."""
-        if self.failure is not None:
-            raise self.failure
+        failure = self.failure or self._layers.failure
+        if failure is not None:
+            raise failure
+        self.notes += self._eagerly.notes()
         if not self.armed:
             return {}
-        if self._phase not in self._phases:
-            # a model without a forward of its own (extract_features): the batch is the next best
+        if self._phase not in self._phases and self._source in (None, "batch"):
             batch = [(name, x) for name, x in given.items() if name.partition("/")[0] == "batch"]
-            if not batch:
-                return {}
-            self.take(batch)
-        gathered = self._phases.pop(self._phase)
+            if batch:
+                self._source = "batch"
+                self.take(batch)
+        columns = self._statistics(self._phases.pop(self._phase, _Gathered()))
+        if self._phase == "train":
+            columns += self._of_training()
+        return Readings(columns) if columns else {}
+
+    @staticmethod
+    def _statistics(gathered: _Gathered) -> list[Columns]:
         columns = []
         for name, sums in gathered.sums.items():
-            calls, mean, square, change, length, constant = sums.unbind()
-            rough = torch.where(square > 0, change / square, torch.zeros_like(square)).sqrt()
-            values = (
-                mean / calls,
-                (square / calls).sqrt(),
-                gathered.peaks[name],
-                rough,
-                length / calls,
-                constant / calls,
-            )
+            calls, mean, square, power, change, length, constant = sums.unbind()
+            rough = torch.where(power > 0, change / power, torch.zeros_like(power)).sqrt()
+            level = (square / calls).sqrt()
+            values = (mean / calls, level, gathered.peaks[name], rough, length / calls, constant / calls)
             kept = [4] if name in gathered.tokens else list(range(len(STATISTICS)))
             columns.append(Columns([Key(f"input/{STATISTICS[i]}{name}") for i in kept], torch.stack(values), kept))
-        return Readings(columns)
+        return columns
+
+    def _of_training(self) -> list[Columns]:
+        columns = []
+        copies = self._repeats.read()
+        if copies is not None:
+            columns.append(Columns([Key("input/repeated"), Key("input/returned")], copies, [0, 1]))
+        layers = self._layers.read()
+        if layers:
+            values = torch.stack([value.to(next(iter(layers.values())).device) for value in layers.values()])
+            keys = [Key("input/column_rms", name) for name in layers if name]
+            rows = [i for i, name in enumerate(layers) if name]
+            columns.append(Columns(keys, values, rows))
+            columns.append(Columns([Key("input/column_rms")], values.amax(0, keepdim=True), [0]))
+        return columns
 
     def detach(self) -> None:
         """See `Attachment`."""
         self.armed = False
+        self._eagerly.release()
+        self._release()
+        self._layers.arm(False)
         self._phases.clear()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+
+    def _release(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The model, and parts of it that may be called without it: its children, and those of lists without a forward."""
+    found = [] if has_no_forward(model) else [model]
+    for child in model.children():
+        found += _entries(child) if has_no_forward(child) else [child]
+    return found
 
 
 def _readable(x: Tensor) -> bool:
@@ -167,15 +239,23 @@ def _readable(x: Tensor) -> bool:
     return not (x.is_nested or x.is_quantized) and x.layout == torch.strided and x.dim() > 0 and x.numel() > 0
 
 
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.detach().resolve_conj()).flatten(-2) if x.is_complex() else x.detach()
+
+
 def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(calls, mean, mean square, mean square difference, length, share of constant items), and the largest absolute value."""
+    """What one call adds to the sums of a tensor, and its largest absolute value.
+
+    1, mean and mean square of the values other than 0, mean square of all, mean square difference, length, share of constant items.
+    """
     length = float(x.shape[-1])
-    x = torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
-    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    x = x[:: -(-x.numel() // MOST_VALUES)]
+    x = x if x.dtype == torch.float64 else x.float()
     items = x.reshape(x.shape[0], -1)
     low, high = items.aminmax(dim=1)
     constant = (low == high).to(x.dtype).mean() if items.shape[1] >= ENOUGH_VALUES else x.new_zeros(())
     change = x.diff(dim=-1).square().mean() if x.shape[-1] > 1 else x.new_zeros(())
-    one = x.new_ones(())
-    sums = torch.stack([one, x.mean(), x.square().mean(), change, one * length, constant])
+    share = (x != 0).to(x.dtype).mean().clamp(min=1 / x.numel())
+    one, power = x.new_ones(()), x.square().mean()
+    sums = torch.stack([one, x.mean() / share, power / share, power, change, one * length, constant])
     return sums, torch.maximum(high.amax(), -low.amin())

@@ -36,6 +36,7 @@ class Separation:
     | `level_db`, `ref_level_db` | level of the quietest output, reference, dB re 1 |
     | `alike_fraction`, `quiet_fraction`, `copy_fraction` | share of finite items: outputs alike, one silent, all mixture |
     | `nonfinite_fraction` | share of items with NaN or Inf in an output |
+    | `unrelated_fraction`, `misplaced_fraction` | share of mixtures unrelated to the sum of their references; of these, share that another item's fits |
     | `batch_cos`, `mix_batch_cos` | one output only: abs(cos) with the next item's output, mixture |
     | `si_sdr_db`, `worst_si_sdr_db`, `si_sdri_db` | SI-SDR of the best assignment, of its worst source, improvement, dB |
     | `source<i>_si_sdr_db` | SI-SDR of reference i, dB |
@@ -129,7 +130,7 @@ class _Attached:
             try:
                 batch = SignalBatch.of(self._spec, given)
             except LayoutError as error:
-                self._note(str(error))
+                self._note(str(error), certain=error.certain)
                 return {}
             with _full_precision(batch.estimates.device):
                 readings = {f"separation/{name}": value for name, value in self._measure(batch, given).items()}
@@ -150,6 +151,10 @@ class _Attached:
         silent = stats.quiet(levels[:, :outputs], levels_in, levels_ref)
         out["quiet_fraction"] = stats.mean_over(silent.float(), finite)
         out |= self._alike(batch, cos, levels[:, :outputs], finite)
+        if references is not None and batch.mixture_row is not None and batch.same_length:
+            alone, fits = stats.unrelated(batch.signals[:, batch.mixture_row], references.sum(1))
+            out["unrelated_fraction"] = stats.mean_over(alone, finite)
+            out["misplaced_fraction"] = fits.sum() / alone.sum().clamp(min=1)
         scores = None
         if references is not None and max(outputs, references.shape[1]) <= stats.MOST_SOURCES:
             scores, more = self._match(batch, cos, levels_ref, finite)
@@ -250,13 +255,16 @@ class _Attached:
         last[slot] = best.to(torch.int16)
         return {"flips": flipped.sum() / again.sum().clamp(min=1), "revisits": again.sum().float()}
 
-    def _note(self, message: str) -> None:
+    def _note(self, message: str, *, certain: bool) -> None:
         if message not in self._told:
             self._told.add(message)
             advice = (
                 "Give (B, S, T), or set source_axis; a list of (B, T) tensors and (B, T) for one output are fine too."
             )
-            self.notes.append(Finding("separation-layout", "warning", message, advice, phase=self._phase))
+            evidence = {"certain": certain}
+            self.notes.append(
+                Finding("separation-layout", "warning", message, advice, phase=self._phase, evidence=evidence)
+            )
 
 
 def _with_next(signals: Tensor) -> Tensor:

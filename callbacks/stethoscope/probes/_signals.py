@@ -33,7 +33,16 @@ class Names(Protocol):
 
 
 class LayoutError(ValueError):
-    """What was given cannot be read as signals."""
+    """What was given cannot be read as signals.
+
+    Args:
+        message: what was given, and what is legal.
+        certain: whether it can only be a mistake, in the script as well.
+    """
+
+    def __init__(self, message: str, *, certain: bool = False) -> None:
+        super().__init__(message)
+        self.certain = certain
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ class SignalBatch:
     outputs: int
     sources: int
     mixture_row: int | None
+    same_length: bool
+    """Whether mixture and references are equally long, up to 5 %: features and waveforms are not."""
 
     @property
     def estimates(self) -> Tensor:
@@ -67,6 +78,7 @@ class SignalBatch:
         assert estimates is not None
         rows = [_signals(estimates, spec.source_axis, spec.estimates)]
         references = find(given, spec.references or "references")
+        _compare(estimates, references)
         mixture = given.get(spec.mixture or "mixture")
         outputs, sources, mixture_row = rows[0].shape[1], 0, None
         if references is not None:
@@ -85,6 +97,7 @@ class SignalBatch:
             if name in given and given[name].shape[:1].numel() != items:
                 raise LayoutError(f"{name!r} has shape {tuple(given[name].shape)}, the batch has {items} items.")
         device = rows[0].device
+        same_length = max(row.shape[-1] for row in rows[1:] or rows) * 0.95 <= size
         signals = torch.cat([row[..., :size].to(device, non_blocking=True) for row in rows], 1)
         lengths = given.get(spec.lengths or "lengths")
         count: Tensor | int = size
@@ -96,7 +109,7 @@ class SignalBatch:
                 lengths = lengths * (size // estimates[0].shape[1])  # frames of complex bins
             count = lengths = lengths.long().clamp(1, size)
         signals = stats.centred(signals, lengths)
-        return SignalBatch(signals, stats.gram(signals), count, outputs, sources, mixture_row)
+        return SignalBatch(signals, stats.gram(signals), count, outputs, sources, mixture_row, same_length)
 
 
 def find(given: Mapping[str, Tensor], name: str) -> Tensor | Sequence[Tensor] | None:
@@ -107,6 +120,26 @@ def find(given: Mapping[str, Tensor], name: str) -> Tensor | Sequence[Tensor] | 
     while f"{name}/{len(parts)}" in given:
         parts.append(given[f"{name}/{len(parts)}"])
     return parts
+
+
+def _compare(estimates: object, references: object) -> None:
+    """Refuse references that have the sizes of the estimates in another order."""
+    if not isinstance(estimates, torch.Tensor) or not isinstance(references, torch.Tensor):
+        return
+    one, two = tuple(estimates.shape), tuple(references.shape)
+    if len(one) != 3 or len(two) != 3:
+        return
+    (*few, many), (*others, most) = sorted(one), sorted(two)
+    long = one.index(many)
+    # time may differ a little, the rest may not; two and three items of two and three sources may be either
+    alike = few == others and abs(many - most) <= 0.05 * many and many > 32
+    rest = [size for size in one if size != many], [size for size in two if size != most]
+    if alike and (two.index(most) != long or rest[0] != rest[1]):
+        raise LayoutError(
+            f"The references have shape {two}, the estimates {one}: the same sizes in another order. Unless "
+            "the loss puts them in order itself, it compares other samples than you mean.",
+            certain=True,
+        )
 
 
 def _signals(given: Tensor | Sequence[Tensor], source_axis: int, name: str) -> Tensor:

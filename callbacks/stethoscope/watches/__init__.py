@@ -2,8 +2,10 @@
 
 from stethoscope.watches._activation_health import ActivationHealth as ActivationHealth
 from stethoscope.watches._assignment import Assignment as Assignment
+from stethoscope.watches._batch_order import BatchOrder as BatchOrder
 from stethoscope.watches._class_health import ClassHealth as ClassHealth
 from stethoscope.watches._gradient_health import GradientHealth as GradientHealth
+from stethoscope.watches._input_health import InputHealth as InputHealth
 from stethoscope.watches._inputdrift import InputDrift as InputDrift
 from stethoscope.watches._jumps import Jumps as Jumps
 from stethoscope.watches._learning_rate import LearningRate as LearningRate

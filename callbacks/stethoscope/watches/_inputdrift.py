@@ -50,6 +50,7 @@ class InputDrift:
     standard deviations of the training observations (at least 5 of them) *and* by more than: level (rms) 6 dB; mean 0.5 of
     the rms; roughness 3 dB; share of constant items 0.25; length a factor of 4 (info). `input-constant` when at
     least half of the items of a training step's first tensor are constant.
+    The first tensor of 8 and more values per item is judged: masks, timesteps, what a decoder is given and targets differ on purpose.
     Raised again only after the phase was back within its bounds. Drift within training (a curriculum) is no finding.
     **Cost:** host, O(tensors).   **Needs:** `Inputs`; other phases run inside of `monitor.phase(name)`.
 
@@ -76,14 +77,14 @@ class InputDrift:
         train: dict[str, list[float]] = dict(state["train"])
         raised = list(state["raised"])
         found: list[Finding] = []
-        rms = {(record.name, record.phase): record.value for record in records if record.name.startswith("input/rms")}
+        rms = {record.phase: record.value for record in records if record.name == "input/rms"}
         for record in records:
-            quantity = next((q for q in _QUANTITIES if record.name.partition(".")[0] == q.record), None)
+            quantity = next((q for q in _QUANTITIES if record.name == q.record), None)
             if quantity is None or record.source != "probe" or not isinstance(record.value, (int, float)):
                 continue
             if record.phase == "train":
                 self._constant(record, raised, found)
-            value = _value(quantity, record, rms.get((record.name.replace("input/mean", "input/rms"), record.phase)))
+            value = _value(quantity, record, rms.get(record.phase))
             if value is None:
                 continue
             if record.phase == "train":
@@ -106,13 +107,12 @@ class InputDrift:
         if key in raised:
             return
         raised.append(key)
-        path = record.name.partition(".")[2]
         unit = f" {quantity.unit}" if quantity.unit else " of its rms" if quantity.text == "mean" else ""
         found.append(
             Finding(
                 "input-drift",
                 quantity.severity,
-                f"In phase {record.phase} the {quantity.text} of the input{f' {path!r}' if path else ''} is {_text(value)}{unit}, in training "
+                f"In phase {record.phase} the {quantity.text} of the input is {_text(value)}{unit}, in training "
                 f"{_text(mean)}{unit} (standard deviation {_text(spread)}{unit}, {number:.0f} steps).",
                 quantity.advice,
                 step=record.step,

@@ -1,0 +1,131 @@
+"""How large the data is where it meets the first weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from stethoscope.probes._hook import Hook, is_traced, takes_hooks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.utils.hooks import RemovableHandle
+
+WEIGHTED = (nn.Linear, _ConvNd, nn.RNNBase, nn.RNNCellBase)
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+MOST_VALUES = 2**18
+"""Of one tensor that are looked at, whole items, evenly spread."""
+
+
+class DataLayers:
+    """Measures what trained linear, convolutional and recurrent layers are given where that is data, not activations.
+
+    Data is what carries no history of the graph: it came from outside, through no trained weight. Each column (feature, channel) has
+    an rms; the largest counts. What a normalisation follows at once may have any scale in common, so there the largest column is
+    set against the median one, of at least 1.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Callable[[], bool]) -> None:
+        self._model, self._wanted = model, wanted
+        self._handles: list[RemovableHandle] = []
+        self._found: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self._normalised: set[str] = set()
+        self._out: tuple[int, str] | None = None
+        self.failure: Exception | None = None
+
+    def arm(self, on: bool) -> None:
+        """Hook the layers, or remove all hooks."""
+        if not on:
+            while self._handles:
+                self._handles.pop().remove()
+        elif not self._handles:
+            for name, module in self._model.named_modules():
+                if isinstance(module, WEIGHTED) and _trained(module) and takes_hooks(module):
+                    self._handles.append(module.register_forward_hook(_Layer(self, name)))
+                elif isinstance(module, NORMS) and takes_hooks(module):
+                    self._handles.append(module.register_forward_pre_hook(_Norm(self)))
+
+    def layer(self, name: str, module: nn.Module, x: object, out: object) -> None:
+        """A layer has run."""
+        if not isinstance(x, Tensor) or not x.is_leaf or isinstance(x, nn.Parameter) or not x.is_floating_point():
+            return
+        if not self._wanted() or not torch.is_grad_enabled() or x.is_nested or x.numel() == 0 or x.dim() == 0:
+            return
+        with torch.no_grad():
+            rms = _columns(module, x)
+            largest, usual = rms.amax(), rms.median().clamp(min=1)
+            if name in self._found:
+                before = self._found[name]
+                largest, usual = torch.maximum(largest, before[0]), torch.minimum(usual, before[1])
+            self._found[name] = largest, usual, len(rms)
+        if isinstance(out, Tensor):
+            self._out = id(out), name
+
+    def norm(self, x: object) -> None:
+        """A normalisation is about to run."""
+        if self._out is not None and id(x) == self._out[0]:
+            self._normalised.add(self._out[1])
+        self._out = None
+
+    def read(self) -> dict[str, Tensor]:
+        """Layer to its number, since the last call."""
+        found = {
+            name: largest / usual if name in self._normalised else largest
+            for name, (largest, usual, columns) in self._found.items()
+            if columns > 1 or name not in self._normalised
+        }
+        self._found, self._out = {}, None
+        self._normalised.clear()
+        return found
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _columns(module: nn.Module, x: Tensor) -> Tensor:
+    """(columns,) rms."""
+    if isinstance(module, _ConvNd):
+        axes = len(module.kernel_size)
+        if x.dim() <= axes:
+            return x.detach().float().square().mean().sqrt()[None]
+        x = x.movedim(-axes - 1, -1)
+    x = x.detach()
+    if x.dim() > 1:
+        x = x[:: -(-x.numel() // MOST_VALUES)]
+    return x.float().reshape(-1, x.shape[-1]).square().mean(0).sqrt()
+
+
+class _Layer(Hook):
+    """Called after a layer."""
+
+    __slots__ = ("name", "owner")
+
+    def __init__(self, owner: DataLayers, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        if is_traced() or not args or self.owner.failure is not None:
+            return
+        try:
+            self.owner.layer(self.name, module, args[0], output)
+        except Exception as error:  # instrumentation never stops a training
+            self.owner.failure = error
+
+
+class _Norm(Hook):
+    """Called before a normalisation."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self, owner: DataLayers) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        if not is_traced() and args:
+            self.owner.norm(args[0])
