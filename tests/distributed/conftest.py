@@ -22,7 +22,11 @@ class World:
 
     def __init__(self, size, log):
         self.size, self.log = size, log
-        self.logs = [(log / f"{rank}.log").open("a") for rank in range(size)]
+        self.launch()
+
+    def launch(self):
+        size = self.size
+        self.logs = [(self.log / f"{rank}.log").open("a") for rank in range(size)]
         self.ranks = [
             subprocess.Popen(
                 [sys.executable, str(HERE / "rank.py"), str(rank), str(size)],
@@ -35,7 +39,9 @@ class World:
         ]
 
     def start(self, function, *, backend="gloo", **arguments):
-        """Start a scenario on all ranks."""
+        """Start a scenario on all ranks. A world that an earlier test has stopped begins anew."""
+        if not self.ranks:
+            self.launch()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -44,7 +50,7 @@ class World:
             process.stdin.write(json.dumps(line | {"backend": backend, "arguments": arguments}) + "\n")
             process.stdin.flush()
 
-    def answer(self, rank, timeout=60):
+    def answer(self, rank, timeout=180):
         """Wait for what a rank returns."""
         process = self.ranks[rank]
         if not select.select([process.stdout], [], [], timeout)[0]:
@@ -69,6 +75,7 @@ class World:
             process.stdout.close()
         for log in self.logs:
             log.close()
+        self.ranks = []
 
 
 @pytest.fixture(scope="session")

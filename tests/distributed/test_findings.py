@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stethoscope import Monitor, sinks, watches
+from stethoscope import Monitor, _reduce, sinks, watches
 from stethoscope.sinks import read, read_run
 
 
@@ -101,6 +101,7 @@ def killed(rank, folder):
     model = DistributedDataParallel(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     failed = ""
+    _reduce.WAIT_S = 1.0  # for the rank that is gone
     try:
         with Monitor(model, optimizer, watches=[watches.NonFinite()], sinks=folder, every=2, reduce=True) as monitor:
             for step in range(20):
@@ -131,4 +132,4 @@ def test_after_a_rank_was_killed_the_files_of_both_can_be_read(new_world, tmp_pa
         lines = (tmp_path / f"records{'.rank1' if rank else ''}.jsonl").read_bytes().splitlines()
         assert all(json.loads(line) for line in lines)
     assert [d.step for d in read(tmp_path, rank=None) if any(r.name == "loss" for r in d.records)] == list(range(10))
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 120  # with the start of both processes; torch itself waits for half an hour
