@@ -32,16 +32,24 @@ _NAMES = (
     r"(?:api|access|secret|private|signing|account)[_-]?key|(?:api|auth|access|refresh|session|bearer|hf)[_-]?token"
     r"|(?:client[_-]?)?secret|passw(?:or)?d|passphrase|credentials?"
 )
+_COUNT = r"(?!\d{1,7}(?![\w.%+/=-]))"
+"""Not a small number: `--pad-token 0`, `?num_tokens=12`."""
+_SNAKE = r"(?!(?:[a-z]+\d{0,3}|\d{1,3})(?:_(?:[a-z]+\d{0,3}|\d{1,3}))+(?!\w))"
+"""Not a name of a module or metric: `layers_12_attention_dense`."""
 _FORMS = (
     re.compile(r"(?<=://)()[^/\s@]+(?=@)"),
-    re.compile(r"([?&][\w.-]{0,40}(?:token|key|secret|sig|passw|credential)[\w.-]{0,40}=)[^&\s\"'#]+", re.IGNORECASE),
+    re.compile(
+        rf"([?&][\w.-]{{0,40}}(?:token|key|secret|sig|passw|credential)[\w.-]{{0,40}}=){_COUNT}[^&\s\"'#]+",
+        re.IGNORECASE,
+    ),
     re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?)[^\s\"',]+", re.IGNORECASE),
     re.compile(r"(\bbearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
     re.compile(rf"((?<![a-z])(?:{_NAMES})(?![a-z])[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&]+", re.IGNORECASE),
-    re.compile(rf"((?<![\w-])--?[\w-]{{0,40}}(?:{_NAMES}|token)\s+)[^\s\"',;-][^\s\"',;]*", re.IGNORECASE),
+    re.compile(rf"((?<![\w-])--?[\w-]{{0,40}}(?:{_NAMES}|token)\s+){_COUNT}[^\s\"',;-][^\s\"',;]*", re.IGNORECASE),
     # words of the trade: only what is long, holds a digit and is no path of a module is taken for a secret
     re.compile(
-        r"((?<![a-z])(?:token|key)[\"']?\s*[:=]\s*[\"']?)(?=[^\s\"',;&.]{0,40}\d)[^\s\"',;&.]{16,}", re.IGNORECASE
+        rf"((?<![a-z])(?:token|key)[\"']?\s*[:=]\s*[\"']?){_SNAKE}(?=[^\s\"',;&.]{{0,40}}\d)[^\s\"',;&.]{{16,}}",
+        re.IGNORECASE,
     ),
     re.compile(r"()-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
     re.compile(
