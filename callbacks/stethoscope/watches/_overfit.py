@@ -141,7 +141,7 @@ class Overfit:
         worse = drop > 0 and now.value - best.value > bar
         better = learnt > 0 and best.train - now.train > self.fall * learnt
         falls = better and all(_clear(block, now, noise) for block in (best, *after[:1]))
-        climbed = worse and better and (told or (falls and climbs([block.value for block in after], best.value)))
+        climbed = worse and (told or (falls and climbs([block.value for block in after], best.value)))
         judging = Judging(state["held"], step, self.times, 0)
         numbers = {"best": best.value, "now": now.value, "train_then": best.train, "train_now": now.train}
         if judging.model("overfit", behind or climbed):
