@@ -114,3 +114,50 @@ def test_loss_of_one_of_several_optimizers_may_climb():
     assert [f.severity for f in replay(Jumps(), [game, *series(loss=climbing)])] == ["info"]
     broken = [game, *series(loss=[1.0] * 30 + [float("nan")] * 5)]
     assert [f.severity for f in replay(Jumps(), broken)] == ["error"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_harder_stage_that_is_learnt_again_is_no_divergence(seed):
+    rng = random.Random(seed)
+    values = [
+        (1 + 0.8 * stage) * math.exp(-i / 150) + 0.3 + 0.15 * stage + 0.05 * rng.gauss(0, 1)
+        for stage in range(4)
+        for i in range(400)
+    ]
+    assert [f for f in replay(Jumps(), series(loss=values)) if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param(lambda i: 2.5, id="stays"),
+        pytest.param(lambda i: 1 + i / 100, id="climbs"),
+        pytest.param(lambda i: 2.2 + 0.8 * math.exp(-i / 60), id="falls by a third and stays"),
+    ],
+)
+def test_a_leap_that_is_not_made_good_is_divergence(seed, after):
+    rng = random.Random(seed)
+    values = [2 * math.exp(-i / 100) + 0.5 + 0.05 * rng.gauss(0, 1) for i in range(600)]
+    values += [after(i) + 0.1 * rng.gauss(0, 1) for i in range(500)]
+    assert [f.code for f in replay(Jumps(), series(loss=values)) if f.severity != "info"] == ["loss-diverged"]
+
+
+def heavy(rng: random.Random, share: float) -> float:
+    """A loss of a network whose blocks are left out by chance."""
+    return math.exp(0.2 * rng.gauss(0, 1)) + (4 + 4 * rng.expovariate(1) if rng.random() < share else 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_loss_that_had_heavy_tails_from_its_start_is_no_news(seed):
+    rng = random.Random(seed)
+    found = replay(Jumps(), series(loss=[heavy(rng, 0.02) for _ in range(1500)]))
+    assert found
+    assert {f.severity for f in found} == {"info"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_spikes_that_become_frequent_are_news(seed):
+    rng = random.Random(seed)
+    values = [heavy(rng, 0.04 if i > 800 else 0.001) for i in range(1500)]
+    assert "warning" in [f.severity for f in replay(Jumps(), series(loss=values))]

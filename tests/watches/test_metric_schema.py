@@ -382,3 +382,49 @@ def test_any_stream_is_judged_alike_in_one_go_and_resumed(stream, cut, schema):
 def test_a_value_in_place_of_a_type_is_refused_in_words(value):
     with pytest.raises(ValueError, match=r"Metric 'loss': .* is no type for a metric"):
         MetricSchema({"loss": value})
+
+
+def run(results, losses, *, planned=None, trained=None, name="exact"):
+    """An evaluation at every 50th step."""
+    records = [] if planned is None else [Record("plan/steps", planned, 0, source="step")]
+    for i, (result, loss) in enumerate(zip(results, losses, strict=True)):
+        at = 50 * i + 49
+        if trained is not None:
+            records += [Record("loss", trained[i], step, source="step") for step in range(at - 4, at + 1)]
+        records += [
+            Record(key, value, at, phase="val", source="log") for key, value in (("loss", loss), (name, result))
+        ]
+    return records
+
+
+IMPROVES = [3.0, 2.0, 1.5, 1.2, 1.0, 0.9]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.125, 61.3])
+@pytest.mark.parametrize("name", ["exact", "val_wer", "accuracy", "si_sdr"])
+def test_a_result_that_stays_while_the_loss_improves_is_constant_after_half_of_the_run(value, name):
+    found = replay(MetricSchema(), run([value] * 6, IMPROVES, planned=300, name=name))
+    perfect = value == 0.0 and name == "val_wer"
+    assert [(f.code, f.severity, f.step) for f in found] == ([] if perfect else [("metric-constant", "warning", 199)])
+    by_training = run([value] * 6, [1.0] * 6, planned=300, trained=IMPROVES, name=name)
+    assert codes(replay(MetricSchema(), by_training)) == ([] if perfect else [("metric-constant", name)])
+
+
+@pytest.mark.parametrize(
+    ("results", "losses", "name"),
+    [
+        pytest.param([0.0] * 6, [3.0, 2.9, 3.0, 2.8, 2.9, 2.9], "exact", id="nothing is learnt"),
+        pytest.param([0.0, 0.0, 0.0, 0.01, 0.05, 0.1], IMPROVES, "exact", id="right after a third"),
+        pytest.param([1.0] * 6, IMPROVES, "accuracy", id="all right"),
+        pytest.param([0.5] * 6, IMPROVES, "margin", id="a setting"),
+        pytest.param([0.25, 0.25, 0.5, 0.5, 0.5, 0.625], IMPROVES, "accuracy", id="few items"),
+    ],
+)
+def test_usual_results_are_not_constant(results, losses, name):
+    assert replay(MetricSchema(), run(results, losses, planned=300, name=name)) == []
+
+
+def test_without_a_plan_twenty_evaluations_are_needed():
+    losses = [3 * 0.8**i for i in range(22)]
+    assert replay(MetricSchema(), run([0.0] * 19, losses[:19])) == []
+    assert [f.step for f in replay(MetricSchema(), run([0.0] * 22, losses))] == [999]

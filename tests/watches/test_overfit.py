@@ -128,3 +128,65 @@ def test_usual_gaps_between_training_and_validation_are_none(train, val, seed):
 def test_other_spellings_of_validation_are_heard():
     renamed = [r._replace(phase="valid") if r.source == "log" else r for r in history(FALLING, (4, 3, 2.5, 2.6, 3.1, 3.3, 3.6))]  # fmt: skip
     assert codes(renamed) == ["overfit"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_validation_that_wanders_around_a_converged_model_is_noise(seed):
+    rng = random.Random(seed)
+    train = [0.05 + 0.05 * math.exp(-i / 15) + 0.01 * rng.gauss(0, 1) for i in range(600)]
+    wander = [0.045]
+    for _ in range(40):
+        wander.append(0.045 + 0.8 * (wander[-1] - 0.045) + 0.006 * rng.gauss(0, 1))
+    assert [f for f in replay(Overfit(), long(train, lambda i: wander[i])) if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_validation_of_few_items_at_every_step_is_judged_over_blocks_of_steps(seed, planned):
+    rng = random.Random(seed)
+    train = [1.2 + 1.1 * math.exp(-i / 60) + 0.15 * rng.gauss(0, 1) for i in range(300)]
+    slow = [0.0]
+    for _ in range(301):  # what eight items say depends on where the weights are, and these move smoothly
+        slow.append(0.9 * slow[-1] + 0.04 * rng.gauss(0, 1))
+    said = replay(
+        Overfit(),
+        [
+            *([Record("plan/steps", 300, 0, source="step")] if planned else []),
+            *long(train, lambda i: 1.4 + 0.9 * math.exp(-i / 50) + slow[i], every=1),
+        ],
+    )
+    assert [f for f in said if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize("every", [1, 5, 30])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_climb_beyond_the_noise_is_told_however_often_is_validated(seed, every):
+    rng = random.Random(seed)
+    train = [2.0 * math.exp(-i / 150) + 0.1 * rng.gauss(0, 1) + 0.2 for i in range(900)]
+    said = replay(
+        Overfit(),
+        long(train, lambda i: 1.0 + math.exp(-i * every / 60) + i * every / 700 + 0.05 * rng.gauss(0, 1), every),
+    )
+    assert {f.code for f in said if f.severity == "warning"} == {"overfit"}
+    assert said[0].step < 800
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flow_that_learns_little_of_a_noisy_loss_is_left_alone(seed):
+    rng = random.Random(seed)
+    train = [1.0 + 0.3 * math.exp(-i / 50) + 0.3 * rng.gauss(0, 1) for i in range(1000)]
+    said = replay(Overfit(), long(train, lambda i: 1.0 + 0.3 * math.exp(-i * 20 / 50) + 0.08 * rng.gauss(0, 1)))
+    assert [f for f in said if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize(("accuracy", "severity"), [(0.96, "info"), (96.0, "info"), (0.7, "warning")])
+def test_a_climb_is_an_info_where_the_accuracy_is_as_good_as_it_was(accuracy, severity):
+    watch, state, said = Overfit(), Overfit().init(), []
+    for i in range(300):
+        state, _ = watch.update(state, [Record("loss", 2.0 * math.exp(-i / 60), i, source="step")])
+        if i % 20 == 19:
+            loss = 0.1 + 2 * math.exp(-i / 20) + i / 400
+            logged = [Record(n, v, i, phase="val", source="log") for n, v in (("acc", accuracy), ("loss", loss))]
+            state, found = watch.update(json.loads(json.dumps(state)), logged)
+            said += found
+    assert [(f.code, f.severity) for f in said] == [("overfit", severity)]

@@ -232,7 +232,7 @@ def test_loss_that_has_fallen_to_nearly_nothing_is_an_info_however_early(seed):
     values = [2 * math.exp(-i / 60) + 0.02 * math.exp(e) for i, e in enumerate(noise(sd=0.1, seed=seed))]
     found = replay(Plateau(), [plan, *series(loss=values)])
     assert [f.severity for f in found] == ["info"]
-    assert "0.01 of its start is left" in found[0].message
+    assert "of its start is left: it may simply have converged" in found[0].message
     shifted = replay(Plateau(), [plan, *series(loss=[v - 1 for v in values])])
     assert [f.severity for f in shifted] == ["warning"]  # below zero a share of the loss means nothing
 
@@ -271,3 +271,36 @@ def test_half_of_a_run_without_learning_is_told_once_whatever_the_slope(seed):
     assert "hardly left its start" in found[0].message
     learns = [1.386 - 0.5 * i / 300 + 0.05 * e for i, e in enumerate(noise(300, seed=seed))]
     assert replay(Plateau(), [plan, *series(loss=learns)]) == []
+
+
+@pytest.mark.parametrize("value", [0.0, 0.6931, -3.5])
+def test_a_loss_that_is_one_number_from_the_start_is_told_at_once(value):
+    found = replay(Plateau(), series(loss=[value] * 3000))
+    assert [(f.severity, f.step) for f in found] == [("warning", 19)]
+    assert "exactly" in found[0].message
+    assert replay(Plateau(), series(loss=[value] * 19 + [value - 1e-3 * i for i in range(1, 100)])) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_half_of_a_run_at_a_high_level_is_a_warning_and_at_a_low_one_an_info(seed):
+    plan = Record("plan/steps", 1000, 0, source="step")
+    collapsed = [4 - 1.5 * min(1, i / 350) + 0.05 * e for i, e in enumerate(noise(1000, seed=seed))]
+    found = replay(Plateau(), [plan, *series(loss=collapsed)])
+    assert [f.severity for f in found].count("warning") == 1
+    assert found[-1].severity == "warning"
+    good = [4 - 3 * min(1, i / 450) + 0.05 * e for i, e in enumerate(noise(1000, seed=seed))]
+    assert {f.severity for f in replay(Plateau(), [plan, *series(loss=good)])} <= {"info"}
+    late = [4 - 1.5 * min(1, i / 700) + 0.05 * e for i, e in enumerate(noise(1000, seed=seed))]
+    assert {f.severity for f in replay(Plateau(), [plan, *series(loss=late)])} <= {"info"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fall_within_the_first_three_steps_counts_as_learnt(seed):
+    values = [
+        1.0,
+        0.7,
+        0.5,
+        *[0.0953 + 0.3 * math.exp(-i / 10) + 0.002 * e for i, e in enumerate(noise(600, seed=seed))],
+    ]
+    found = replay(Plateau(patience=60), [Record("plan/steps", 1300, 0, source="step"), *series(loss=values)])
+    assert {f.severity for f in found} == {"info"}

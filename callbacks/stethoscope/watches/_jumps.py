@@ -24,6 +24,9 @@ NONFINITE = 3  # steps in a row: an fp16 scaler skips one or two as a matter of 
 QUIET = 100  # steps between two infos about single spikes
 RATE = 5  # spikes within PERIOD steps; more of them warn
 PERIOD = 1000
+NEWS = 6.0  # times the rate of spikes before: six equally rare events come so much later than expected in one of fifty runs
+FALLING = 0.1  # share of a leap, per HOLD steps: with less it stays up
+RECOVERED = 0.5  # share of a leap: what has fallen by as much learns again
 CEILING = 80.0  # -10 log10(1e-8): what SI-SDR losses return for a ratio of zero
 CEILING_WIDTH = 0.05  # dB
 CEILING_HOLD = 3  # steps in a row
@@ -46,8 +49,10 @@ class Jumps:
     **What it decides:** against the median of the last 51 values, its deviation `sd` (`sd+` in the upper tail) and the `drop` from the
     first level (or the median of the first three values, where that is higher) to the best one:
     a *spike* is a value above `median + max(8 sd+, 25 % of drop)`; single ones are infos, at most one per 100 steps, and
-    more than 5 within 1000 steps are a warning. *Diverged*: the median lies above its best by more than
-    `25 % of drop + 2 sd` for 50 steps, or three values in a row are NaN or Inf. *+80 dB*: three values in a row within
+    more than 5 within 1000 steps are a warning, unless they came at more than a sixth of that rate before, from the start: then the loss
+    has heavy tails. *Diverged*: the median lies above its best by more than
+    `25 % of drop + 2 sd` for 50 steps and does not fall again (a tenth of the leap per 50 steps; what has lost half of it, such as a
+    harder stage of a curriculum, is compared with its new level), or three values in a row are NaN or Inf. *+80 dB*: three values in a row within
     0.05 of 80, which is what an SI-SDR loss with eps 1e-8 returns for a zero output or a silent target. Differences
     only, never ratios: negative losses are fine. Where several optimizers step, a climb is an info: in a game of two, the loss of one
     player climbs while the other wins.
@@ -91,8 +96,12 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             "spikes": [],
             "told": None,
             "often": False,
+            "began": None,
+            "spiked": 0,
             "inside": False,
             "high_since": None,
+            "peak": 0.0,
+            "checked": [0, 0.0],
             "diverged": False,
             "bad_since": None,
             "bad": 0,
@@ -126,6 +135,8 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             return found
         if len(state["values"]) >= FEWEST:
             level, sd, upper = _level(state["values"])
+            if state["began"] is None:
+                state["began"] = step
             if state["first"] is None:
                 # small problems are learnt before a level is known: what was lost by then counts as well
                 state["first"] = max(level, sorted(state["values"][:3])[1])
@@ -133,7 +144,7 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
                 state.update(best=level, best_sd=sd)
             drop = max(0.0, state["first"] - state["best"])
             found += self._spike(state, step, value, level, max(SPIKE * upper, SHARE_OF_DROP * drop))
-            found += self._climb(state, step, level, SHARE_OF_DROP * drop + CLIMB * state["best_sd"])
+            found += self._climb(state, step, level, sd, SHARE_OF_DROP * drop + CLIMB * state["best_sd"])
         state["values"] = [*state["values"], value][-WINDOW:]
         return found
 
@@ -178,9 +189,10 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             state["spikes"] = spikes
             return []
         state["spikes"] = spikes = [*spikes, step][-RATE - 1 :]
+        state["spiked"] += 1
         numbers = {"value": value, "level": level, "bar": level + bar, "spikes": len(spikes)}
         text = f"{self.name} leaps to {value:.4g}, from a level of {level:.4g} (bar {level + bar:.4g})"
-        often = len(spikes) > RATE
+        often = len(spikes) > RATE and self._new_rate(state, spikes)
         if state["often"] or (not often and state["told"] is not None and step < state["told"] + QUIET):
             return []
         state.update(often=often, told=step)
@@ -189,7 +201,13 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
         severity: Severity = "warning" if often else "info"
         return [Jump(code="loss-spike", severity=severity, message=text, advice=advice, evidence=numbers)]
 
-    def _climb(self, state: dict[str, Any], step: int, level: float, bar: float) -> list[Jump]:
+    @staticmethod
+    def _new_rate(state: dict[str, Any], spikes: Sequence[int]) -> bool:
+        """Whether spikes are more frequent than they were before: one that is yet to come counts there as well."""
+        before = (state["spiked"] - len(spikes) + 1) / max(1, spikes[0] - state["began"])
+        return bool((len(spikes) - 1) / (spikes[-1] - spikes[0]) > NEWS * before)
+
+    def _climb(self, state: dict[str, Any], step: int, level: float, sd: float, bar: float) -> list[Jump]:
         high = level > state["best"] + bar + 1e-12 * abs(level)
         if not high:
             state["high_since"] = None
@@ -197,8 +215,16 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
                 state["diverged"] = False
             return []
         if state["high_since"] is None:
-            state["high_since"] = step
-        if state["diverged"] or step - state["high_since"] < HOLD:
+            state.update(high_since=step, peak=level, checked=[step, math.inf])
+        state["peak"] = max(level, state["peak"])
+        at, before = state["checked"]
+        if state["diverged"] or step - at < HOLD:
+            return []
+        leap = state["peak"] - state["best"]
+        if min(before, state["peak"]) - level > max(FALLING * leap, sd / 2):
+            state["checked"] = [step, level]
+            if state["peak"] - level > RECOVERED * leap:
+                state.update(first=max(state["first"], state["peak"]), best=level, best_sd=sd, high_since=None)
             return []
         state["diverged"] = True
         spike = state["spikes"][-1] if state["spikes"] else None

@@ -206,6 +206,22 @@ def constant(at: At, name: str, seen: int) -> Finding:
     )
 
 
+def stuck(at: At, name: str, value: float, seen: int) -> Finding:
+    """Say that a result stays the same while the loss improves."""
+    return Finding(
+        "metric-constant",
+        "warning",
+        f"{name!r} in the {at.phase} metrics has been exactly {value:.6g} in {seen} evaluations in a row, while the loss has improved by much.",
+        "Make sure that it is computed from this model's outputs: a default, an old copy of the weights, or labels that can never agree (offset, padding, "
+        "another vocabulary) look like this.",
+        at.step,
+        "",
+        at.phase,
+        at.rank,
+        _evidence(metric=name, value=value, seen=seen),
+    )
+
+
 def only_in_train(at: At, name: str, given: Iterable[str], nearest: str | None) -> Finding:
     """Say that validation does not report what training does."""
     meant = f" Nearest name: {nearest!r}." if nearest else ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.watches import _metric_findings as findings
 from stethoscope.watches import _metric_names as names
+from stethoscope.watches import _metric_stuck as stuck
 from stethoscope.watches._metric_field import Field
 from stethoscope.watches._metric_findings import At
 from stethoscope.watches._metric_phases import compare, numbers, seen
@@ -53,13 +54,14 @@ _STICKY = ("metric-unexpected", "metric-always-none", "metric-grad")
 
 def init() -> State:
     """Return the state before the first dictionary."""
-    return {"phases": {}, "last": "", "said": []}
+    return {"phases": {}, "last": "", "said": [], "planned": 0, "trained": [0.0, 0, None]}
 
 
 def update(contract: Contract, state: State, records: Sequence[Record]) -> tuple[State, list[Finding]]:
     """Take in the logged ones among `records`; the given state is left as it is."""
     logged = [record for record in records if record.source == "log"]
     found: list[Finding] = []
+    state = stuck.stepped(state, records)
     if logged:
         for plan in contract.plans(logged[0].phase, tuple([record.name for record in logged])):
             if plan.slots:
@@ -98,6 +100,7 @@ def _fresh(raw: str, since: int) -> dict[str, Any]:
         "nones": 0,  # of these in a row, to the last
         "rounds": 0,  # steps at which they came
         "round": None,  # the last of them
+        "streak": None,  # equal values in a row outside of training, see `_metric_stuck`
         "zeros": 0,  # exactly 0.0 in a row, to the last value
         "absent": 0,  # dictionaries in a row without it, to the last
         "longest": 0,  # the longest row without it or with None, after which it came back
@@ -159,6 +162,8 @@ class _Dictionary:
             for slot in flipped:
                 rule = "it was a tensor before, as the others still are"
                 self._say("metric-type", slot.bare, findings.wrong_kind, slot.raw, "float", rule)
+        if self.plan.phase != "train":
+            self._results()
         self._names()
         return self._close()
 
@@ -202,6 +207,25 @@ class _Dictionary:
                 self._type(slot, "number", fault.rule, value=value)
         if slot.field.tensor and self.records[slot.place].kind in _NUMBERS:
             self._type(slot, "float", "it is declared as a tensor")
+
+    def _results(self) -> None:
+        """Look for results of validation that stay the same while the loss improves."""
+        total, count, level = self.state.get("trained", (0.0, 0, None))
+        if count:
+            level = total / count
+            self.state = {**self.state, "trained": [0.0, 0, level]}
+        values = {slot.bare: self.records[slot.place].value for slot in self.plan.slots}
+        finite = {bare: value for bare, value in values.items() if isinstance(value, float) and value - value == 0.0}
+        loss = next((value for bare, value in finite.items() if names.loss(bare)), None)
+        for slot in self.plan.slots:
+            value = finite.get(slot.bare)
+            if value is None or slot.bare not in self.keys or not stuck.is_result(slot.bare, value, rate=slot.rate):
+                continue
+            before = self.keys[slot.bare].get("streak")
+            streak = stuck.follow(before and stuck.Streak(*before), value, self.at.step, loss, level)
+            self._change(slot.bare, streak=list(streak))
+            if stuck.is_stuck(streak, loss, level, self.state.get("planned", 0)):
+                self._say("metric-constant", slot.bare, findings.stuck, slot.raw, value, streak.count)
 
     def _type(self, slot: Slot, kind: str, rule: str, value: float | None = None) -> None:
         declared = slot.field is not None

@@ -30,6 +30,8 @@ HUGE = 1e100  # left out as infinite: squares of it would overflow, and no float
 LEFT = 0.5  # share of the planned run ahead for a warning: later, converged runs are as common as stuck ones
 LEARNT = 0.1  # share of a positive loss: less was hardly learnt at all, and of the rest less is hardly left
 NEVER = 3.0  # standard deviations of one step: what a loss that may be negative must fall by to have fallen
+HIGH = 0.5  # share of the start, of a loss that was never below zero: more than this is left of what was to be learnt
+SAME = 20  # values from the first on that are one number: no batch is like the other, and no update without effect
 RISING_RATE = 1.05  # factor since the window began: a warm-up is under way
 
 
@@ -45,8 +47,9 @@ class Plateau:
     negative losses are fine; NaN and missing steps are left out.
     **Finding:** `loss-plateau`; a warning, but info where at most half of the planned run or a step of `schedule` lies
     ahead: a converged run is as flat as a stuck one. Info, too, where several optimizers step (in a game of two the loss of one
-    is no measure of progress) or where a loss that was never below zero has fallen to a tenth of its start. Where it has hardly
-    fallen at all (less than a tenth; 3 standard deviations of one step if it may be negative), it is a warning at any time. **Cost:** host only, O(1) time and memory per step.
+    is no measure of progress) or where a loss that was never below zero has fallen to a tenth of its start. A warning at any time where it has hardly
+    fallen at all (less than a tenth; 3 standard deviations of one step if it may be negative), where it has been flat for more than half of the
+    planned run with more than half of its start left, and, at once, where its first 20 values are one number. **Cost:** host only, O(1) time and memory per step.
     **Needs:** no probe.
 
     Args:
@@ -115,6 +118,9 @@ class Plateau:
             "low": None,
             "optimizers": 1,
             "never": False,
+            "same": 0,
+            "soft": False,
+            "flat_from": None,
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -147,6 +153,10 @@ class Plateau:
         low = value if state["low"] is None else min(value, state["low"])
         start = state["start"] if len(state["start"]) == 3 else [*state["start"], value]
         state = {**state, "last": step, "previous": value, "noise": noise, "series": series, "low": low, "start": start}
+        if state["same"] is not None:
+            state["same"] = state["same"] + 1 if value == state["start"][0] else None
+            if state["same"] == SAME and state["stalled"] is None:
+                return {**state, "stalled": value, "never": True}, (self._same(state, step, value),)
         return self._judge(state, step) if closed else (state, ())
 
     def _restart(self, state: State, step: int) -> State:
@@ -190,31 +200,54 @@ class Plateau:
         rounding = 1e-12 * max(abs(level), abs(best))
         if state["stalled"] is not None:
             recent = _trend.window(blocks, step - patience, FEWEST)
-            left = self._left(recent, state["stalled"], patience, enough + rounding)
-            return ({**self._fresh(state, step), "stalled": None} if left else state), ()
+            if self._left(recent, state["stalled"], patience, enough + rounding):
+                return {**self._fresh(state, step), "stalled": None, "soft": False}, ()
+            if not state["soft"] or not self._too_high(state, step, blocks):
+                return state, ()
+            seen = _trend.window(blocks, state["flat_from"], FEWEST)
+            trend = _trend.trend(seen, self.confidence)
+            gain, high = -trend.slope * patience, -trend.low * patience
+            numbers = self._numbers(state, step, seen, gain, high)
+            return {**state, "soft": False}, (self._finding(state, step, numbers),)
         if high >= enough + rounding > gain:
             # Undecided: a run that has been flat ever since the restart shows it sooner over all of its blocks.
             seen = blocks
             high = -_trend.trend(seen, self.confidence).low * patience
-        rises = gain < -(enough + rounding)
+        rises = high < -(enough + rounding)
         flat = state["flat"] + 1 if high < enough + rounding and not rises and not self._warms_up(state, step) else 0
         never = self._never_left(state, step, seen)
         if flat < CONFIRM and not never:
             return {**state, "flat": flat}, ()
         mean = sum(value for _, value in seen) / len(seen)
-        state = {**state, "flat": 0, "stalled": mean, "never": state["never"] or never}
-        numbers = {
+        state = {**state, "flat": 0, "stalled": mean, "never": state["never"] or never or _hardly_left(state, mean)}
+        state["flat_from"] = seen[0][0]
+        finding = self._finding(state, step, self._numbers(state, step, seen, gain, high))
+        return {**state, "soft": finding.severity == "info"}, (finding,)
+
+    def _numbers(
+        self, state: State, step: int, seen: Sequence[Sequence[float]], gain: float, high: float
+    ) -> dict[str, float]:
+        """Evidence of a verdict."""
+        head, noise = state["head"], state["noise"] or 0.0
+        drop = max(0.0, head[0] / head[1] - state["best"])
+        return {
             "gain": gain,
             "upper_bound": high,
-            "min_improvement": enough,
-            "patience": patience,
+            "min_improvement": self._enough(drop, noise),
+            "patience": self._patience(state, step),
             "window": round(step - seen[0][0]),
-            "level": level,
+            "level": state["series"]["blocks"][-1][1],
             "drop": drop,
-            "noise": state["noise"] or 0.0,
+            "noise": noise,
             "lr": state["lr"],
         }
-        return state, (self._finding(state, step, numbers),)
+
+    def _too_high(self, state: State, step: int, blocks: Sequence[Sequence[float]]) -> bool:
+        """Whether more than half of the planned run has been flat, and half of the first loss is still there."""
+        if state["plan"] is None or state["flat_from"] is None or not state["low"] > 0:
+            return False
+        level = sum(value for _, value in blocks[-FEWEST:]) / FEWEST
+        return bool(step + 1 - state["flat_from"] > LEFT * state["plan"] and level > HIGH * _first(state))
 
     def _never_left(self, state: State, step: int, seen: Sequence[Sequence[float]]) -> bool:
         """Whether half of the planned run has brought hardly anything, whatever the slope."""
@@ -262,8 +295,9 @@ class Plateau:
         first = _first(state)
         positive = state["low"] > 0  # only then is a share of the loss the same in any unit
         mean = state["stalled"]
-        left_over = min(mean, numbers["level"]) / first if positive else 1.0
-        never = abs(first - mean) < (LEARNT * first if positive else NEVER * numbers["noise"])
+        # what is learnt within three steps was learnt as well
+        left_over = min(mean, numbers["level"]) / max(state["start"]) if positive else 1.0
+        never = _hardly_left(state, mean)
         soft = True
         if ahead is not None:
             message += f" A planned change lies ahead, at step {ahead}."
@@ -277,6 +311,13 @@ class Plateau:
         elif never:
             soft = False
             message += f" It has hardly left its start, {show(first)}."
+        elif self._too_high(state, step, state["series"]["blocks"]):
+            soft = False
+            message += (
+                f" It has been flat for more than half of the run, and {left_over:.0%} of its start is left.".replace(
+                    "%", " %"
+                )
+            )
         elif left is not None and left <= LEFT:
             message += f" {left:.0%} of the run is left: it may simply have converged.".replace("%", " %")
         else:
@@ -285,6 +326,24 @@ class Plateau:
         return Finding(
             "loss-plateau", "info" if soft else "warning", message, advice, step, phase=self.phase, evidence=numbers
         )
+
+    def _same(self, state: State, step: int, value: float) -> Finding:
+        return Finding(
+            "loss-plateau",
+            "warning",
+            f"{self.name} has been exactly {value:.6g} at each of its first {SAME} steps: nothing depends on the batch or on the weights.",
+            "Look at how the loss is made: detached, masked to nothing, of the wrong tensors; then at the learning rate and at dead outputs.",
+            step,
+            phase=self.phase,
+            evidence={"level": value, "start": value, "gain": 0.0, "lr": state["lr"]},
+        )
+
+
+def _hardly_left(state: State, level: float) -> bool:
+    """Whether a level is that of the start: within a tenth of it, or within the noise where a share means nothing."""
+    first = _first(state)
+    least = LEARNT * first if state["low"] > 0 else NEVER * (state["noise"] or 0.0)
+    return bool(abs(first - level) < least)
 
 
 def _first(state: State) -> float:

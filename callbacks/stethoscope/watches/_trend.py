@@ -81,12 +81,12 @@ def trend(blocks: Sequence[Sequence[float]], confidence: float) -> Trend:
     """
     at = [block[0] for block in blocks]
     level = [block[1] for block in blocks]
-    slope, residuals = _line(at, level)
+    slope, residuals = line(at, level)
     spread = 1.4826 * median(abs(r) for r in residuals)
     if spread > 0 and max(abs(r) for r in residuals) > 3 * spread:
         fitted = [y - r for y, r in zip(level, residuals, strict=True)]
         level = [f + max(-3 * spread, min(3 * spread, r)) for f, r in zip(fitted, residuals, strict=True)]
-        slope, residuals = _line(at, level)
+        slope, residuals = line(at, level)
     n = len(at)
     middle = math.fsum(at) / n
     square = math.fsum(r * r for r in residuals)
@@ -97,7 +97,8 @@ def trend(blocks: Sequence[Sequence[float]], confidence: float) -> Trend:
     return Trend(slope, slope - error, slope + error)
 
 
-def _line(at: Sequence[float], level: Sequence[float]) -> tuple[float, list[float]]:
+def line(at: Sequence[float], level: Sequence[float]) -> tuple[float, list[float]]:
+    """Return slope and residuals of the straight line by least squares."""
     n = len(at)
     middle, mean = math.fsum(at) / n, math.fsum(level) / n
     slope = math.fsum((t - middle) * (y - mean) for t, y in zip(at, level, strict=True))
