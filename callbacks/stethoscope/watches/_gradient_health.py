@@ -18,6 +18,7 @@ from stethoscope.watches._gradient_modules import (
     cut_off,
     looks_unchosen,
     norm_of,
+    reached,
     trend,
 )
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
@@ -126,11 +127,12 @@ class GradientHealth:
         bad = {name: count for name, count in found["gradient/nonfinite"].items() if name and count}
         bad |= {name: 1.0 for name, norm in gradients.items() if name and math.isnan(norm)}
         if bad or not math.isfinite(gradients.get("", 0.0)):
-            # a step that a scaler skips is how mixed precision works
+            # a step that a scaler skips is how mixed precision works, and one that a guard has emptied is saved
+            written = any(reached(name, found) for name in bad or gradients if name) or not any(gradients)
             look.nonfinite(
                 bad,
                 everywhere=len(bad) >= sum(map(bool, gradients)),
-                applied=found["optimizer/steps"].get("", 1.0) > 0,
+                applied=found["optimizer/steps"].get("", 1.0) > 0 and written,
             )
             return {**look.state, "held": judging.held}, judging.findings
         judging.model("nonfinite-gradient", False)
