@@ -26,7 +26,7 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._resuming import VERSION, backwards, check_state
 from stethoscope._run import new_run
-from stethoscope._scalars import numbers_of_step, plan, several
+from stethoscope._scalars import numbers_of_step, plan, pretrained, several
 from stethoscope._stalled import Heartbeat
 from stethoscope._transfer import Part, Transfer, can_be_sent
 from stethoscope._tree import tensors, unwrap
@@ -131,7 +131,7 @@ class Monitor:
         self._run = new_run(self.model, planned_steps, every)
         self._step = 0  # the step under way
         self._phase = "train"
-        self._planned = False  # whether the plan was recorded
+        self._beginning: dict[Key, Tensor] | None = pretrained(self.model)  # until it was recorded
         self._given: dict[str, Tensor] = {}
         self._closed = False
         self._used = False  # whether anything was given to it
@@ -210,9 +210,9 @@ class Monitor:
         step, given = self._step, self._given
         stamp = Record("", None, step, rank=self._run.rank, source="step")
         ready, scalars = numbers_of_step(tensors, given, self._optimizers, stamp)
-        if not self._planned:
-            self._planned = True
+        if self._beginning is not None:
             ready += plan(self._planned_steps, self._optimizers, stamp)
+            scalars, self._beginning = {**scalars, **self._beginning}, None
         ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(step).items()]
         parts = [Part(scalars, stamp._replace(kind="tensor"))] if scalars else []
         parts += self._probing.read(given, stamp._replace(source="probe"))

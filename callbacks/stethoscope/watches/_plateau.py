@@ -46,7 +46,8 @@ class Plateau:
     **Finding:** `loss-plateau`; a warning, but info where at most half of the planned run or a step of `schedule` lies
     ahead: a converged run is as flat as a stuck one. Info, too, where several optimizers step (in a game of two the loss of one
     is no measure of progress) or where a loss that was never below zero has fallen to a tenth of its start. Where it has hardly
-    fallen at all (less than a tenth; 3 standard deviations of one step if it may be negative), it is a warning at any time. **Cost:** host only, O(1) time and memory per step.
+    fallen at all (less than a tenth; 3 standard deviations of one step if it may be negative), it is a warning at any time, but an info
+    if the model was trained before (the weights of its normalisations tell): fine-tuning starts near its end. **Cost:** host only, O(1) time and memory per step.
     **Needs:** no probe.
 
     Args:
@@ -114,6 +115,7 @@ class Plateau:
             "start": [],
             "low": None,
             "optimizers": 1,
+            "pretrained": False,
             "never": False,
         }
 
@@ -125,6 +127,9 @@ class Plateau:
                     state = {**state, "plan": record.value, "series": None}
             elif record.name == "plan/optimizers" and isinstance(record.value, (int, float)):
                 state = {**state, "optimizers": record.value}
+            elif record.name == "plan/pretrained" and (state["last"] is None or record.step <= state["last"]):
+                # said again by a resumed run, it is about what this run has learnt itself
+                state = {**state, "pretrained": record.value == 1.0}
             elif record.name == "lr" and isinstance(record.value, (int, float)) and math.isfinite(record.value):
                 state = {**state, "lr": record.value}
         for record in records:
@@ -218,7 +223,8 @@ class Plateau:
 
     def _never_left(self, state: State, step: int, seen: Sequence[Sequence[float]]) -> bool:
         """Whether half of the planned run has brought hardly anything, whatever the slope."""
-        half = not state["never"] and state["plan"] is not None and step + 1 >= (1 - LEFT) * state["plan"]
+        judged = state["never"] or state["pretrained"]
+        half = not judged and state["plan"] is not None and step + 1 >= (1 - LEFT) * state["plan"]
         least, first = (1 - LEARNT) * _first(state), (1 + LEARNT) * _first(state)
         return bool(
             half and state["low"] > 0 and all(least < value < first for _, value in seen) and state["best"] > least
@@ -274,6 +280,10 @@ class Plateau:
             )
         elif left_over <= LEARNT:
             message += f" {left_over:.2g} of its start is left: it may simply have converged."
+        elif never and state["pretrained"]:
+            message += (
+                f" It has hardly left its start, {show(first)}, which is usual where a trained model is trained on."
+            )
         elif never:
             soft = False
             message += f" It has hardly left its start, {show(first)}."
