@@ -283,7 +283,7 @@ def test_nothing_is_judged_while_the_learning_rate_warms_up():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_half_of_a_run_without_learning_is_told_once_whatever_the_slope(seed):
+def test_half_of_a_run_without_learning_is_told_once(seed):
     plan = Record("plan/steps", 300, 0, source="step")
     random_labels = [1.386 + 0.05 * math.exp(-i / 80) + 0.002 * e for i, e in enumerate(noise(300, seed=seed))]
     found = replay(Plateau(), [plan, *series(loss=random_labels)])
@@ -291,3 +291,6 @@ def test_half_of_a_run_without_learning_is_told_once_whatever_the_slope(seed):
     assert "hardly left its start" in found[0].message
     learns = [1.386 - 0.5 * i / 300 + 0.05 * e for i, e in enumerate(noise(300, seed=seed))]
     assert replay(Plateau(), [plan, *series(loss=learns)]) == []
+    for share, told in ((0.25, False), (0.06, True)):  # of the start, in all
+        slowly = [4.0 - share * 4.0 * (i / 300) ** 1.5 + 0.05 * e for i, e in enumerate(noise(300, seed=seed))]
+        assert bool(replay(Plateau(), [plan, *series(loss=slowly)])) == told

@@ -222,13 +222,17 @@ class Plateau:
         return state, (self._finding(state, step, numbers),)
 
     def _never_left(self, state: State, step: int, seen: Sequence[Sequence[float]]) -> bool:
-        """Whether half of the planned run has brought hardly anything, whatever the slope."""
+        """Whether half of the planned run has brought hardly anything, and its pace does not promise more of the rest."""
         judged = state["never"] or state["pretrained"]
         half = not judged and state["plan"] is not None and step + 1 >= (1 - LEFT) * state["plan"]
         least, first = (1 - LEARNT) * _first(state), (1 + LEARNT) * _first(state)
-        return bool(
-            half and state["low"] > 0 and all(least < value < first for _, value in seen) and state["best"] > least
-        )
+        stays = half and state["low"] > 0 and all(least < value < first for _, value in seen) and state["best"] > least
+        if not stays:
+            return False
+        at, level = seen[-1]
+        # the least that the line falls by, as far as it is sure: nothing where it is not
+        promised: float = level + min(0.0, _trend.trend(seen, self.confidence).high) * (state["plan"] - at)
+        return promised > least
 
     def _warms_up(self, state: State, step: int) -> bool:
         """Whether the learning rate has risen since the window began, not later than in the first half of the run."""
