@@ -291,6 +291,8 @@ def test_half_of_a_run_without_learning_is_told_once(seed):
     assert "hardly left its start" in found[0].message
     learns = [1.386 - 0.5 * i / 300 + 0.05 * e for i, e in enumerate(noise(300, seed=seed))]
     assert replay(Plateau(), [plan, *series(loss=learns)]) == []
+    rises = [2.3 + 5e-4 * i + 0.01 * e for i, e in enumerate(noise(300, seed=seed))]
+    assert replay(Plateau(), [plan, *series(loss=rises)]) == []
     for share, told in ((0.25, False), (0.06, True)):  # of the start, in all
         slowly = [4.0 - share * 4.0 * (i / 300) ** 1.5 + 0.05 * e for i, e in enumerate(noise(300, seed=seed))]
         assert bool(replay(Plateau(), [plan, *series(loss=slowly)])) == told

@@ -203,7 +203,7 @@ class Plateau:
             high = -_trend.trend(seen, self.confidence).low * patience
         rises = gain < -(enough + rounding)
         flat = state["flat"] + 1 if high < enough + rounding and not rises and not self._warms_up(state, step) else 0
-        never = self._never_left(state, step, seen)
+        never = not rises and self._never_left(state, step, seen)
         if flat < CONFIRM and not never:
             return {**state, "flat": flat}, ()
         mean = sum(value for _, value in seen) / len(seen)
