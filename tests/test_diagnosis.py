@@ -183,6 +183,19 @@ def test_what_began_is_told_first_and_what_followed_from_it_after():
     assert [f.cause for f in told] == ["", "", "nonfinite-activation", "nonfinite-gradient"]
 
 
+def test_weights_that_decayed_away_explain_what_is_lost_with_them():
+    lost = [finding("gradient-vanishing", 250), finding("activation-vanishing", 270), finding("loss-diverged", 280)]
+    assert told(([], [finding("weight-norm-drift", 220)]), *(([], [each]) for each in lost)) == [
+        ("weight-norm-drift", ""),
+        *((each.code, "weight-norm-drift") for each in lost),
+    ]
+    # grown by steps that are too long, it is no beginning
+    assert told(([], [finding("update-ratio-high", 0)]), ([], [finding("weight-norm-drift", 220)]))[1] == (
+        "weight-norm-drift",
+        "update-ratio-high",
+    )
+
+
 def test_a_deep_net_without_a_signal_has_one_cause():
     codes = ("parameter-unchanged", "feature-constant", "gradient-zero", "gradient-vanishing")
     relate = Relate()

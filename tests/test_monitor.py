@@ -234,6 +234,27 @@ def test_an_exception_in_on_finding_stops_the_training_after_everything_is_writt
     assert {r.step for r in memory.records} == {0, 1}
 
 
+def test_normalisations_tell_whether_a_model_was_trained_before():
+    def told(spoil):
+        model, memory = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.BatchNorm1d(4)), sinks.Memory()
+        spoil(model)
+        with Monitor(model, sinks=[memory]) as monitor:
+            monitor.step()
+            monitor.step()
+        return [(r.step, r.value) for r in memory.records if r.name == "plan/pretrained"]
+
+    def trained(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.randn(8, 2)).square().sum().backward()
+        optimizer.step()
+
+    assert told(trained) == [(0, 1.0)]
+    assert told(lambda model: None) == [(0, 0.0)]
+    assert told(lambda model: nn.init.zeros_(model[1].weight)) == [(0, 0.0)]
+    assert told(lambda model: nn.init.normal_(model[2].weight, 1.0, 0.02)) == [(0, 0.0)]  # as in DCGAN
+    assert told(lambda model: model.__delitem__(slice(1, 3))) == []
+
+
 def test_reports_and_findings_of_audits_travel_with_the_others(caplog):
     memory = sinks.Memory()
     finding = Finding("batch-leak", "warning", "Items mix.", "Call eval().")

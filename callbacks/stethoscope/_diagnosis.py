@@ -138,13 +138,7 @@ def _owner(now: Numbers) -> tuple[str, str]:
     return message, advice
 
 
-NOT_FINITE = (
-    "nonfinite-gradient",
-    "nonfinite-optimizer",
-    "nonfinite-parameter",
-    "nonfinite-activation",
-    "nonfinite-loss",
-)
+NOT_FINITE = tuple(f"nonfinite-{what}" for what in ("gradient", "optimizer", "parameter", "activation", "loss"))
 BLOWN_UP = (*NOT_FINITE, "output-nonfinite", "loss-diverged", "loss-spike", "weight-norm-drift")
 SPOILED = (
     "dead-units",
@@ -244,6 +238,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="dtype-headroom", explains=BLOWN_UP),
     Rule(code="gradient-exploding", explains=("dead-units", "activation-saturated", *BLOWN_UP)),
+    Rule(
+        code="weight-norm-drift",
+        explains=("activation-vanishing", *NO_SIGNAL, *NOT_FINITE, "loss-diverged", "loss-plateau"),
+    ),
     # Where the signal is lost.
     Rule(code="activation-saturated", explains=(*NO_SIGNAL, "update-ratio-low", "loss-plateau")),
     Rule(code="dead-units", explains=("activation-vanishing", "norm-input-variance", *NO_SIGNAL, "loss-plateau")),
@@ -264,12 +262,7 @@ RULES: tuple[Rule, ...] = (
     # What is not finite spoils everything that is measured after it. The guard's audit knows more than flags.
     Rule(
         code="nonfinite-optimizer",
-        explains=(
-            "nonfinite-parameter",
-            "nonfinite-activation",
-            "nonfinite-loss",
-            "output-nonfinite",
-        ),
+        explains=("nonfinite-parameter", "nonfinite-activation", "nonfinite-loss", "output-nonfinite"),
         by_guard=True,
     ),
     Rule(

@@ -26,10 +26,10 @@ from stethoscope._ranks import Ranks
 from stethoscope._record import JSON, Finding, Record, Report
 from stethoscope._resuming import VERSION, backwards, check_state
 from stethoscope._run import new_run
-from stethoscope._scalars import numbers_of_step, plan, several
+from stethoscope._scalars import by_path, numbers_of_step, plan, pretrained, several
 from stethoscope._stalled import Heartbeat
 from stethoscope._transfer import NOT_SENT, Part, Transfer, can_be_sent
-from stethoscope._tree import tensors, unwrap
+from stethoscope._tree import unwrap
 from stethoscope.sinks import resolve
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Monitor:
         self._run = new_run(self.model, planned_steps, every)
         self._step = 0  # the step under way
         self._phase = "train"
-        self._planned = False  # whether the plan was recorded
+        self._beginning: dict[Key, Tensor] | None = pretrained(self.model)  # until it was recorded
         self._given: dict[str, Tensor] = {}
         self._closed = False
         self._used = False  # whether anything was given to it
@@ -180,7 +180,7 @@ class Monitor:
         """
         for name, value in (("batch", batch), *tensors.items()):
             try:
-                self._given.update(_flat(name, value))
+                self._given.update(by_path(name, value))
             except Exception as error:  # of a container of the user's own, which loads its items when asked, say
                 self._notes.unreadable(name, error)
         if self._guard is not None:
@@ -225,9 +225,10 @@ class Monitor:
         numbers, scalars = numbers_of_step(named, self._given, self._optimizers, stamp)
         ready += numbers
         parts += [Part({name: value}, stamp._replace(kind="tensor")) for name, value in scalars.items()]
-        if not self._planned:
-            self._planned = True
+        if self._beginning is not None:
             ready += plan(self._planned_steps, self._optimizers, stamp)
+            parts += [Part(self._beginning, stamp._replace(kind="tensor"))]
+            self._beginning = None
         ready += [stamp._replace(name=name, value=value) for name, value in self._probing.overhead(self._step).items()]
         parts += self._probing.read(self._given, stamp._replace(source="probe"))
 
@@ -394,7 +395,3 @@ class Monitor:
         if self._guard is not None:
             self._guard.step = step
         self._probing.arm(self._step, self._phase)
-
-
-def _flat(name: str, value: object) -> dict[str, Tensor]:
-    return {f"{name}/{path.replace('.', '/')}" if path else name: tensor for path, tensor in tensors(value)}

@@ -1,4 +1,4 @@
-"""The loop's own numbers, recorded at every step: those given to `step`, and the learning rates."""
+"""The loop's own numbers: those given to `step` and the learning rates, at every step, and what is known of a run before its first."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from stethoscope._parts import describe
 from stethoscope._protocols import Key
+from stethoscope._shards import local
+from stethoscope._tree import tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch.optim import Optimizer
 
     from stethoscope._record import Record
+
+
+def by_path(name: str, value: object) -> dict[str, Tensor]:
+    """Return the tensors inside of what was given as `name`, by `name`, `name/0`, `name/key` and so on."""
+    return {f"{name}/{path.replace('.', '/')}" if path else name: tensor for path, tensor in tensors(value)}
 
 
 def numbers_of_step(
@@ -78,3 +86,31 @@ def plan(steps: int | None, optimizers: Sequence[Optimizer], stamp: Record) -> l
     """Return what is known of a run before its first step: its length, and that several optimizers share it."""
     known = {"plan/steps": steps, "plan/optimizers": len(optimizers) if len(optimizers) > 1 else None}
     return [stamp._replace(name=name, value=float(value)) for name, value in known.items() if value is not None]
+
+
+def pretrained(model: nn.Module) -> dict[Key, Tensor]:
+    """Return `plan/pretrained`: 1 where some normalisation was trained before, 0 where none was; nothing if there are none.
+
+    Initialisations give its weights one value (1, 0), or at least its biases (DCGAN draws the weights), and training leaves
+    no two alike: nothing else in a network tells so surely. Never waits for the device.
+    """
+    with torch.no_grad():
+        # one by one, since a model may be spread over devices
+        worn = [torch.stack([(each != each[0]).any() for each in own]).all() for own in _normalisations(model)]
+        if not worn:
+            return {}
+        return {Key("plan/pretrained"): torch.stack([each.to(worn[0].device) for each in worn]).any().float()}
+
+
+def _normalisations(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield this rank's weights, and biases where there are any, of each layer that is called a norm."""
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            found = [each for each in module.parameters(recurse=False) if not _is_empty(each) and each.dim() == 1]
+            if found:
+                yield [local(each) for each in found]
+
+
+def _is_empty(parameter: nn.Parameter) -> bool:
+    lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+    return lazy or parameter.is_meta or not local(parameter).numel()

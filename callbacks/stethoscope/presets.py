@@ -69,7 +69,7 @@ def separation() -> Preset:
 def full() -> Preset:
     """Everything: `separation`, the health of the network, the data, metric dictionaries given to `log`.
 
-    What has nothing to look at stays silent.
+    What has nothing to look at costs nothing, and says so once, as an info.
 
     Examples:
         >>> len(full()["watches"]) > len(separation()["watches"])

@@ -121,6 +121,25 @@ def test_an_optimizer_that_skips_a_gradient_of_infinity_is_how_mixed_precision_w
     ]
 
 
+@pytest.mark.parametrize("saved_by", ["guard", "hand"])
+def test_a_gradient_of_nan_that_is_gone_before_the_write_has_lost_nothing(saved_by):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    guard = "skip" if saved_by == "guard" else None
+    with Monitor(model, optimizer, watches=[GradientHealth()], every=5, guard=guard, strict=True) as monitor:
+        for step in range(30):
+            loss = model(torch.ones(4, 8)).square().mean() * (torch.nan if step in (10, 15) else 1.0)
+            optimizer.zero_grad()
+            loss.backward()
+            if saved_by == "hand":
+                for each in model.parameters():
+                    each.grad.nan_to_num_(0.0)
+            optimizer.step()
+            monitor.step(loss=loss)
+    assert all(each.isfinite().all() for each in model.parameters())
+    assert not [f for f in monitor.findings if "the optimizer has written" in f.message]
+
+
 def test_one_layer_far_above_the_others():
     model = mlp(depth=6)
     model[4].weight.register_hook(lambda g: 1e6 * g)

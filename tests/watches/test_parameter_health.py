@@ -295,6 +295,22 @@ def test_optimizers_that_take_turns_or_have_a_loss_each_may_share_parameters():
     assert [f.code for f in monitor.findings] == []
 
 
+def test_tasks_that_take_turns_in_step_with_the_looks():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(8, 4) for name in ("inner", "first", "second", "never")})
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=10, strict=True) as monitor:
+        for step in range(60):
+            x = torch.randn(16, 8)
+            head = model["second" if step % 2 else "first"]
+            loss = (model["inner"](x) + head(x)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+    assert [(f.code, f.module) for f in monitor.findings] == [("module-unused", "never")]
+
+
 def test_a_module_that_never_runs_and_one_whose_output_is_not_used():
     model = mlp()
     model.add_module("extra", nn.Linear(4, 4))

@@ -248,6 +248,26 @@ def test_loss_that_never_left_its_start_is_a_warning_even_late_in_the_run(level,
     assert [f.step for f in replay(Plateau(), [plan, *series(loss=values)])]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_model_that_was_trained_before_may_stay_at_its_start(seed):
+    level = [2.3 - 1e-5 * step + 0.05 * x for step, x in enumerate(noise(1000, seed=seed))]
+    plan = [Record("plan/steps", 1000, 0, source="step"), Record("plan/pretrained", 1.0, 0, source="step")]
+    tuned = replay(Plateau(), [*plan, *series(loss=level)])
+    assert tuned
+    assert all(f.severity == "info" and "usual where a trained model is trained on" in f.message for f in tuned)
+    plan[1] = plan[1]._replace(value=0.0)
+    assert "warning" in [f.severity for f in replay(Plateau(), [*plan, *series(loss=level)])]
+
+
+def test_a_run_that_is_resumed_was_not_trained_before_it_began():
+    watch = Plateau()
+    state = watch.init()
+    for record in series(loss=[2.3, 2.2, 2.1]):
+        state, _ = watch.update(state, [record])
+    state, _ = watch.update(state, [Record("plan/pretrained", 1.0, 3, source="step")])
+    assert not state["pretrained"]
+
+
 def test_loss_of_one_of_several_optimizers_is_no_measure_of_progress():
     game = Record("plan/optimizers", 2.0, 0, source="step")
     found = replay(Plateau(patience=100), [game, *series(loss=[0.69 + 0.1 * e for e in noise()])])
@@ -263,7 +283,7 @@ def test_nothing_is_judged_while_the_learning_rate_warms_up():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_half_of_a_run_without_learning_is_told_once_whatever_the_slope(seed):
+def test_half_of_a_run_without_learning_is_told_once(seed):
     plan = Record("plan/steps", 300, 0, source="step")
     random_labels = [1.386 + 0.05 * math.exp(-i / 80) + 0.002 * e for i, e in enumerate(noise(300, seed=seed))]
     found = replay(Plateau(), [plan, *series(loss=random_labels)])
@@ -271,6 +291,11 @@ def test_half_of_a_run_without_learning_is_told_once_whatever_the_slope(seed):
     assert "hardly left its start" in found[0].message
     learns = [1.386 - 0.5 * i / 300 + 0.05 * e for i, e in enumerate(noise(300, seed=seed))]
     assert replay(Plateau(), [plan, *series(loss=learns)]) == []
+    rises = [2.3 + 1e-3 * i + 0.01 * e for i, e in enumerate(noise(300, seed=seed))]
+    assert replay(Plateau(), [plan, *series(loss=rises)]) == []
+    for share, told in ((0.25, False), (0.06, True)):  # of the start, in all
+        slowly = [4.0 - share * 4.0 * (i / 300) ** 1.5 + 0.05 * e for i, e in enumerate(noise(300, seed=seed))]
+        assert bool(replay(Plateau(), [plan, *series(loss=slowly)])) == told
 
 
 @pytest.mark.parametrize("value", [0.0, 0.6931, -3.5])

@@ -18,6 +18,7 @@ from stethoscope.watches._gradient_modules import (
     cut_off,
     looks_unchosen,
     norm_of,
+    reached,
     trend,
 )
 from stethoscope.watches._skipped_steps import skipped
@@ -130,11 +131,12 @@ class GradientHealth:
         bad = {name: count for name, count in found["gradient/nonfinite"].items() if name and count}
         bad |= {name: 1.0 for name, norm in gradients.items() if name and math.isnan(norm)}
         if bad or not math.isfinite(gradients.get("", 0.0)):
-            written = found["optimizer/steps"].get("", 1.0) > 0
-            # a step that a scaler skips is how mixed precision works
+            # a step that a scaler skips is how mixed precision works, and one that a guard has emptied is saved
+            stepped = found["optimizer/steps"].get("", 1.0) > 0
+            written = stepped and (any(reached(name, found) for name in bad or gradients if name) or not any(gradients))
             look.nonfinite(bad, everywhere=len(bad) >= sum(map(bool, gradients)), applied=written)
             total = found["optimizer/total"].get("", math.nan)
-            look.state["skipped"] = None if written else skipped(judging, state.get("skipped"), list(bad), total)
+            look.state["skipped"] = None if stepped else skipped(judging, state.get("skipped"), list(bad), total)
             return {**look.state, "held": judging.held}, judging.findings
         look.state["skipped"] = None
         judging.model("step-skipped", False)

@@ -56,6 +56,13 @@ def cut_off(roles: Mapping[str, float], ran: Mapping[str, float]) -> list[str]:
     return found
 
 
+def reached(name: str, found: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether an optimizer has written with a gradient that holds NaN or Inf, unless it was taken away or mended before."""
+    # of shards and sparse gradients it is not known how large they were at the write
+    used = found["gradient/applied_norm"].get(name, math.inf)
+    return found["parameter/role"].get(name, TRAINED) == TRAINED and not math.isfinite(used)
+
+
 def norm_of(norms: Mapping[str, float]) -> float:
     return math.hypot(*(value for name, value in norms.items() if name and math.isfinite(value)), 0.0)
 

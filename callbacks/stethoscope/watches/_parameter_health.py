@@ -181,11 +181,17 @@ class _Look:
         self.watch, self.state, self.judging, self.found = watch, state, judging, found
 
     def untrained(self) -> list[str]:
-        """Parameters that have not had a gradient in any observed step so far."""
-        before, now = self.state.get("untrained"), self.found["parameter/role"]
-        names = [name for name in (now if before is None else before) if now.get(name) != TRAINED]
-        self.state["untrained"] = names
-        return names
+        """Parameters that have not had a gradient in any observed step so far, and have not moved in between either.
+
+        Tasks that take turns may do so in step with the looks, which then see one of them alone.
+        """
+        before, now, norms = self.state.get("untrained"), self.found["parameter/role"], self.found["parameter/norm"]
+        names = {name: norms.get(name) for name in now} if before is None else before
+        rest = {
+            name: norm for name, norm in names.items() if now.get(name) != TRAINED and norms.get(name, norm) == norm
+        }
+        self.state["untrained"] = rest
+        return list(rest)
 
     def gains(self, gains: Values, constant: Values) -> None:
         if self.state["gains"]:

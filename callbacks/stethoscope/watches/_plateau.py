@@ -48,7 +48,8 @@ class Plateau:
     **Finding:** `loss-plateau`; a warning, but info where at most half of the planned run or a step of `schedule` lies
     ahead: a converged run is as flat as a stuck one. Info, too, where several optimizers step (in a game of two the loss of one
     is no measure of progress) or where a loss that was never below zero has fallen to a tenth of its start. A warning at any time where it has hardly
-    fallen at all (less than a tenth; 3 standard deviations of one step if it may be negative), where it has been flat for more than half of the
+    fallen at all (less than a tenth; 3 standard deviations of one step if it may be negative; an info if the model was trained before, as the
+    weights of its normalisations tell, since fine-tuning starts near its end), where it has been flat for more than half of the
     planned run with more than half of its start left, and, at once, where its first 20 values are one number. **Cost:** host only, O(1) time and memory per step.
     **Needs:** no probe.
 
@@ -117,6 +118,7 @@ class Plateau:
             "start": [],
             "low": None,
             "optimizers": 1,
+            "pretrained": False,
             "never": False,
             "same": 0,
             "soft": False,
@@ -131,6 +133,9 @@ class Plateau:
                     state = {**state, "plan": record.value, "series": None}
             elif record.name == "plan/optimizers" and isinstance(record.value, (int, float)):
                 state = {**state, "optimizers": record.value}
+            elif record.name == "plan/pretrained" and (state["last"] is None or record.step <= state["last"]):
+                # said again by a resumed run, it is about what this run has learnt itself
+                state = {**state, "pretrained": record.value == 1.0}
             elif record.name == "lr" and isinstance(record.value, (int, float)) and math.isfinite(record.value):
                 state = {**state, "lr": record.value}
         for record in records:
@@ -215,7 +220,7 @@ class Plateau:
             high = -_trend.trend(seen, self.confidence).low * patience
         rises = high < -(enough + rounding)
         flat = state["flat"] + 1 if high < enough + rounding and not rises and not self._warms_up(state, step) else 0
-        never = self._never_left(state, step, seen)
+        never = gain >= -(enough + rounding) and self._never_left(state, step, seen)
         if flat < CONFIRM and not never:
             return {**state, "flat": flat}, ()
         mean = sum(value for _, value in seen) / len(seen)
@@ -244,18 +249,23 @@ class Plateau:
 
     def _too_high(self, state: State, step: int, blocks: Sequence[Sequence[float]]) -> bool:
         """Whether more than half of the planned run has been flat, and half of the first loss is still there."""
-        if state["plan"] is None or state["flat_from"] is None or not state["low"] > 0:
+        if state["plan"] is None or state["flat_from"] is None or state["pretrained"] or not state["low"] > 0:
             return False
         level = sum(value for _, value in blocks[-FEWEST:]) / FEWEST
         return bool(step + 1 - state["flat_from"] > LEFT * state["plan"] and level > HIGH * _first(state))
 
     def _never_left(self, state: State, step: int, seen: Sequence[Sequence[float]]) -> bool:
-        """Whether half of the planned run has brought hardly anything, whatever the slope."""
-        half = not state["never"] and state["plan"] is not None and step + 1 >= (1 - LEFT) * state["plan"]
+        """Whether half of the planned run has brought hardly anything, and its pace does not promise more of the rest."""
+        judged = state["never"] or state["pretrained"]
+        half = not judged and state["plan"] is not None and step + 1 >= (1 - LEFT) * state["plan"]
         least, first = (1 - LEARNT) * _first(state), (1 + LEARNT) * _first(state)
-        return bool(
-            half and state["low"] > 0 and all(least < value < first for _, value in seen) and state["best"] > least
-        )
+        stays = half and state["low"] > 0 and all(least < value < first for _, value in seen) and state["best"] > least
+        if not stays:
+            return False
+        at, level = seen[-1]
+        # the least that the line falls by, as far as it is sure: nothing where it is not
+        promised: float = level + min(0.0, _trend.trend(seen, self.confidence).high) * (state["plan"] - at)
+        return promised > least
 
     def _warms_up(self, state: State, step: int) -> bool:
         """Whether the learning rate has risen since the window began, not later than in the first half of the run."""
@@ -308,6 +318,10 @@ class Plateau:
             )
         elif left_over <= LEARNT:
             message += f" {left_over:.2g} of its start is left: it may simply have converged."
+        elif never and state["pretrained"]:
+            message += (
+                f" It has hardly left its start, {show(first)}, which is usual where a trained model is trained on."
+            )
         elif never:
             soft = False
             message += f" It has hardly left its start, {show(first)}."
