@@ -25,7 +25,7 @@ class Block(NamedTuple):
 
     Args:
         first, last: steps.
-        count: evaluations.
+        seen: evaluations.
         value: mean loss.
         train: mean training loss.
         steps: values of the training loss.
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
     first: int
     last: int
-    count: int
+    seen: int
     value: float
     train: float
     steps: int
@@ -55,19 +55,19 @@ def push(blocks: Sequence[Block], size: int, span: float, new: Block) -> tuple[l
 
 
 def _complete(block: Block, size: int, span: float) -> bool:
-    return block.count >= size and block.steps >= span
+    return block.seen >= size and block.steps >= span
 
 
 def _merged(one: Block, other: Block) -> Block:
-    count, steps = one.count + other.count, one.steps + other.steps
+    count, steps = one.seen + other.seen, one.steps + other.steps
     rate = None
     if one.rate is not None and other.rate is not None:
-        rate = (one.rate * one.count + other.rate * other.count) / count
+        rate = (one.rate * one.seen + other.rate * other.seen) / count
     return Block(
         one.first,
         other.last,
         count,
-        (one.value * one.count + other.value * other.count) / count,
+        (one.value * one.seen + other.value * other.seen) / count,
         (one.train * one.steps + other.train * other.steps) / steps,
         steps,
         rate,

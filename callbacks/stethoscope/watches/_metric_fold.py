@@ -222,10 +222,10 @@ class _Dictionary:
             if value is None or slot.bare not in self.keys or not stuck.is_result(slot.bare, value, rate=slot.rate):
                 continue
             before = self.keys[slot.bare].get("streak")
-            streak = stuck.follow(before and stuck.Streak(*before), value, self.at.step, loss, level)
+            streak = stuck.follow(before and stuck.Streak(*before), value, self.at.step or 0, loss, level)
             self._change(slot.bare, streak=list(streak))
             if stuck.is_stuck(streak, loss, level, self.state.get("planned", 0)):
-                self._say("metric-constant", slot.bare, findings.stuck, slot.raw, value, streak.count)
+                self._say("metric-constant", slot.bare, findings.stuck, slot.raw, value, streak.seen)
 
     def _type(self, slot: Slot, kind: str, rule: str, value: float | None = None) -> None:
         declared = slot.field is not None

@@ -33,14 +33,14 @@ class Streak(NamedTuple):
 
     Args:
         value: that they have.
-        count: of steps at which it came.
+        seen: steps at which it came.
         first, last: steps.
         loss: in validation, at the first; None where there is none.
         trained: level of the training loss until the first; None where there is none.
     """
 
     value: float
-    count: int
+    seen: int
     first: int
     last: int
     loss: float | None
@@ -78,13 +78,13 @@ def follow(streak: Streak | None, value: float, step: int, loss: float | None, t
     """Take in one value."""
     if streak is None or streak.value != value:
         return Streak(value, 1, step, step, loss, trained)
-    return streak._replace(count=streak.count + (step > streak.last), last=step)
+    return streak._replace(seen=streak.seen + (step > streak.last), last=step)
 
 
 def is_stuck(streak: Streak, loss: float | None, trained: float | None, planned: float) -> bool:
     """Whether the values are equal for long enough, while the loss of validation or of training has improved by much."""
-    long = streak.last - streak.first >= SHARE * planned if planned else streak.count >= ALONE
-    return streak.count >= FEWEST and long and (_improved(streak.loss, loss) or _improved(streak.trained, trained))
+    long = streak.last - streak.first >= SHARE * planned if planned else streak.seen >= ALONE
+    return streak.seen >= FEWEST and long and (_improved(streak.loss, loss) or _improved(streak.trained, trained))
 
 
 def _improved(then: float | None, now: float | None) -> bool:

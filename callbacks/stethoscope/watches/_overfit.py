@@ -146,7 +146,7 @@ class Overfit:
         numbers = {"best": best.value, "now": now.value, "train_then": best.train, "train_now": now.train}
         if judging.model("overfit", behind or climbed):
             judging.tell(self._finding(state, best, now, values[0], climbed=climbed), values=numbers)
-        seen = sum(block.count for block in after)
+        seen = sum(block.seen for block in after)
         idle = len(after) >= self.patience and not behind and not (worse and better)
         if judging.model("overtraining", idle, times=1):
             judging.tell(
