@@ -59,7 +59,7 @@ bugs, Humbatova's taxonomy, AutoTrainer's and UMLAUT's problems, and issues of p
 - *Module*: where a module is to blame and the fault was found, the finding that found it names that module or one inside.
 - *Delay*: steps from where the fault can be seen to the finding that found it, median.
 - *False alarms*: findings of warning or above in healthy runs. There, each one is wrong.
-- *Held out*: cases in files `last_*.py`, a fifth of the faults and a quarter of the healthy runs. They were written by people who
+- *Held out*: cases in files `last_*.py`, a fifth of the faults and of the healthy runs. They were written by people who
   had seen neither watches nor thresholds, only programs, symptoms and literature, and each fault was proved by other means than
   this library. They are run once, when the watches are finished; whatever is changed for what comes out makes them *seen*, and
   new ones are written. *Seen* are all others, which anybody may run while watches are written.

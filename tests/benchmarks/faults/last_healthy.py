@@ -133,11 +133,10 @@ def hidden_columns() -> Training:
 def sixteen_codes() -> Training:
     """A code of one of 16 directions, with a straight-through gradient and a commitment; codes come in use one by one."""
     t = autoencoder.build(62)
-    t.model.quantise = last_models.Quantised()
+    t.model = last_models.Coded()
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
-        code, distance = model.quantise(model.encoder(batch[0]))
-        outputs = model.decoder(code)
+        outputs, distance = model(batch[0])
         return {"loss": F.mse_loss(outputs, batch[0]) + distance, "outputs": outputs, "targets": batch[0]}
 
     t.forward, t.steps = forward, 400

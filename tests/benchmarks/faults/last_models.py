@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from faults import classifier, enhancement, forecaster, language, recogniser
+from faults import autoencoder, classifier, enhancement, forecaster, language, recogniser
 
 
 class Residual(nn.Module):
@@ -49,6 +49,18 @@ class Quantised(nn.Module):
         nearest = codes[torch.cdist(x, codes).argmin(1)]
         distance = F.mse_loss(nearest, x.detach()) + 0.25 * F.mse_loss(x, nearest.detach())
         return x + (nearest - x).detach(), distance
+
+
+class Coded(autoencoder.Autoencoder):
+    """Returns the distance of the code from its nearest direction, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantise = Quantised()
+
+    def forward(self, x):
+        code, distance = self.quantise(self.encoder(x))
+        return self.decoder(code), distance
 
 
 class ReZero(nn.Module):
