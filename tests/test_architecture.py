@@ -23,7 +23,7 @@ LAYERS = {
     "stats.py": set(),
     "_secrets.py": {"_record"},
     "_parts.py": {"_record"},
-    "_metrics.py": set(),
+    "_metrics.py": {"_record"},
     "_transfer.py": {"_protocols", "_record"},
     "_combine.py": {"_record"},
     "_shards.py": set(),
@@ -49,7 +49,8 @@ LAYERS = {
         "probes",
     },  # _metrics names tensors in annotations only
     "sinks": {"", "_combine", "_protocols", "_record"},
-    "_diagnosis.py": {"_protocols", "_record"},
+    "_rules.py": set(),
+    "_diagnosis.py": {"_protocols", "_record", "_rules"},
     "_schedule.py": {"_record"},
     "_density.py": {"_shards"},
 }

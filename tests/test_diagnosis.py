@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stethoscope import Finding, Monitor, Record, watches
-from stethoscope._diagnosis import RULES, Relate
+from stethoscope._diagnosis import Relate
+from stethoscope._rules import RULES
 from stethoscope.separation_stats import centred, cosine, gram, si_sdr_db
 
 
