@@ -86,6 +86,24 @@ def test_axes_are_followed_through_transposed_tensors(activate, form):
     assert told(loss, nn.Linear(6, 5), torch.randn(4, 9, 6)) == {("loss/ctc_input", ""): form}
 
 
+def test_a_linear_whose_input_is_not_contiguous_is_a_layer_and_another_sum_is_not():
+    class Recogniser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.gru(x)[0])
+
+    def loss(z):
+        frames, lengths = torch.full((4,), 9), torch.full((4,), 2)
+        return F.ctc_loss(z.transpose(0, 1), torch.ones(4, 2, dtype=torch.long), frames, lengths)
+
+    assert told(loss, Recogniser(), torch.randn(4, 9, 6)) == {("loss/ctc_input", ""): LAYER}
+    bias = nn.Parameter(torch.zeros(5))
+    assert told(lambda z: loss(z.tanh() + bias), Recogniser(), torch.randn(4, 9, 6)) == {("loss/ctc_input", ""): OTHER}
+
+
 def test_the_innermost_module_that_returned_it_is_named():
     model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Sequential(nn.Linear(8, 3), nn.Softmax(-1)))
     assert told(lambda z: F.cross_entropy(z, LABELS), model) == {("loss/cross_entropy_input", "2.1"): SOFTMAX}

@@ -182,8 +182,18 @@ def _term(name: str, node: _Node) -> tuple[str, str, int]:
 
 
 def _told(source: _Node) -> tuple[str, int]:
-    form = _FORMS.get(_kind(source), OTHER)
+    form = LAYER if _adds_bias(source) else _FORMS.get(_kind(source), OTHER)
     return (_signature(source) if form not in (OTHER, LAYER) else ""), form
+
+
+def _adds_bias(node: _Node) -> bool:
+    """Whether a parameter is added to a product: a Linear whose input is not contiguous, such as a `batch_first` GRU's output."""
+    if _kind(node) != "AddBackward":
+        return False
+    (product, _), (bias, _) = node.next_functions
+    while _kind(product) in _SHAPES:
+        product = product.next_functions[0][0]
+    return _FORMS.get(_kind(product)) == LAYER and _kind(bias) == "torch::autograd::AccumulateGrad"
 
 
 def _source(node: _Node, axis: int | None = None) -> tuple[_Node, int | None]:
