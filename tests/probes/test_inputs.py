@@ -38,6 +38,7 @@ def test_the_statistics_are_those_of_numpy_over_all_calls_of_a_step(model):
     assert found["input/length"] == 8
     assert found["input/constant"] == 0
     assert read(attachment) == {}
+    attachment.detach()
 
 
 def test_constant_items_are_counted(model):

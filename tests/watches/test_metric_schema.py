@@ -225,7 +225,7 @@ def test_text_is_an_info_and_a_number_that_becomes_text_a_warning():
     found = replay(MetricSchema(), log(note=["good"] * 2, loss=[1.0, "bad"]))
     assert [(finding.code, finding.severity, finding.evidence["metric"]) for finding in found] == [
         ("metric-type", "info", "note"),
-        ("metric-type", "info", "loss"),
+        ("metric-type", "warning", "loss"),
     ]
 
 

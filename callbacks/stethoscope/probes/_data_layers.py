@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from stethoscope._shards import local
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 
 if TYPE_CHECKING:
@@ -57,10 +58,10 @@ class DataLayers:
         if not self._wanted() or not torch.is_grad_enabled() or x.is_nested or x.numel() == 0 or x.dim() == 0:
             return
         with torch.no_grad():
-            rms = _columns(module, x)
+            rms = _columns(module, local(x))  # of a DTensor, this rank's part
             largest, usual = rms.amax(), rms.median().clamp(min=1)
-            if name in self._found:
-                before = self._found[name]
+            before = self._found.get(name)
+            if before is not None and before[0].device == rms.device:  # a model may be moved while it is observed
                 largest, usual = torch.maximum(largest, before[0]), torch.minimum(usual, before[1])
             self._found[name] = largest, usual, len(rms)
         if isinstance(out, Tensor):

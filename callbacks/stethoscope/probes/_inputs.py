@@ -90,10 +90,11 @@ class _Before(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_traced() or not self.owner.wanted():
+        if is_traced():
             return
         try:
-            self.owner.called(module, args, kwargs)
+            if self.owner.wanted():
+                self.owner.called(module, args, kwargs)
         except Exception as error:  # instrumentation never stops a training
             self.owner.armed, self.owner.failure = False, error
 
