@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 Edit: TypeAlias = "Callable[[Training], None]"
 
 # What follows from a fault without being it: right to report, but no detection.
-DIVERGES = ("loss-diverged", "loss-spike", "gradient-exploding", "activation-exploding", "update-ratio-high", "weight-norm-drift")  # fmt: skip
+DIVERGES = (
+    "loss-diverged", "loss-spike", "gradient-exploding", "activation-exploding", "update-ratio-high", "weight-norm-drift",
+    "nonfinite-buffer",
+)  # fmt: skip
 NONFINITE = (
     "nonfinite-activation", "nonfinite-loss", "nonfinite-gradient", "nonfinite-parameter", "nonfinite-optimizer",
     "output-nonfinite", "loss-diverged", "metric-nonfinite",
 )  # fmt: skip
 FLAT = ("feature-constant", "activation-vanishing", "gradient-vanishing", "norm-input-variance")
-STUCK = ("loss-plateau", "stalled-optimisation", "stalled-from-start", "prediction-collapse", "output-constant")
+STUCK = (
+    "loss-plateau", "stalled-optimisation", "stalled-from-start", "prediction-collapse", "output-constant", "metric-constant",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
