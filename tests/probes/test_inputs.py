@@ -293,3 +293,15 @@ def test_copies_are_counted_exactly(items, width, seed, dtype):
     assert first["input/repeated"] == pytest.approx(1 if distinct == 1 else (items - distinct) / items)
     assert first["input/returned"] == 0
     assert again["input/returned"] == float(distinct < items)
+
+
+def test_with_dropout_a_batch_of_everything_twice_is_meant_and_four_times_is_not():
+    attached = Inputs().attach(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1)))
+    attached.arm(True, "train")
+    items = torch.randn(8, 8)
+    shares = []
+    for batch in (items.repeat(2, 1), items.repeat_interleave(2, 0), items.repeat(4, 1), items.repeat_interleave(4, 0)):
+        attached.take([("0", batch)])
+        shares.append(read(attached)["input/repeated"])
+    attached.detach()
+    assert shares == [0, 0, 0.75, 0.75]

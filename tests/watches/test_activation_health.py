@@ -258,3 +258,18 @@ def test_a_functional_tanh_with_weights_too_large_is_saturated():
     with torch.no_grad():
         model.b.weight.mul_(300)
     assert train(model)[0] == ("activation-saturated", "c")
+
+
+@pytest.mark.parametrize(("rms", "told"), [(4e4, [0]), (4e3, [10])])
+def test_ten_thousand_times_the_input_is_told_at_the_first_look(rms, told):
+    records = []
+    for step in (0, 10):
+        for module in ("rnn", "head"):
+            size = rms if module == "rnn" else 1.0
+            records += [
+                Record("activation/input_rms", 0.7, step, module),
+                Record("activation/rms", size, step, module),
+                Record("parameter/norm", 1.0, step, f"{module}.weight"),
+            ]
+    found = [f for f in replay(ActivationHealth(), records) if f.code == "activation-exploding"]
+    assert [(f.step, f.module) for f in found] == [(step, "rnn") for step in told]

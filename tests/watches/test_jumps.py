@@ -161,3 +161,12 @@ def test_spikes_that_become_frequent_are_news(seed):
     rng = random.Random(seed)
     values = [heavy(rng, 0.04 if i > 800 else 0.001) for i in range(1500)]
     assert "warning" in [f.severity for f in replay(Jumps(), series(loss=values))]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_on_another_scale_are_told_however_regularly_they_come(seed):
+    rng = random.Random(seed)
+    values = [math.exp(0.2 * rng.gauss(0, 1)) * (1e4 if i % 60 == 40 else 1) for i in range(600)]
+    found = [f for f in replay(Jumps(), series(loss=values)) if f.severity != "info"]
+    assert [(f.code, f.step) for f in found] == [("loss-spike", 160)]
+    assert "3 within 1,000 steps" in found[0].message

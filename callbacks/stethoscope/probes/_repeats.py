@@ -53,6 +53,7 @@ class Repeats:
         if self._twice_is_fine and len(names) % 2 == 0:
             half = len(names) // 2
             twice = (names[:half] == names[half:]).all() | (names[::2] == names[1::2]).all()
+            twice &= copies.sum() == half  # and no more often
             repeated = torch.where(twice & ~alike, 0.0, repeated)
         returned = torch.zeros_like(repeated)
         if self._before is not None and self._before.device == names.device:

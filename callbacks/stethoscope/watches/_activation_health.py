@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stethoscope._record import Record
 
 LEVELS = 3  # observed steps whose median is a module's own level
+GROSS = 10.0  # times `large`: then one look is enough
 SOON = 3  # observed steps that count as the start of a run
 
 
@@ -35,7 +36,7 @@ class ActivationHealth:
       largest value); or `constant_share` of the units of a tanh, GELU or the like do not vary at all.
     - `activation-exploding`: a module's rms is `growth` times its own level of the first observations and above `large`, or above `huge`; both
       relative to the model's input where that is larger than 1. Or a module with parameters returns more than `large` times what it is
-      given, and times the model's input or 1. The last module is not looked at: targets may be large.
+      given, and times the model's input or 1; more than ten times as much is told at the first look. The last module is not looked at: targets may be large.
     - `activation-vanishing`: what the last module is given has an rms below `faint` of the model's input, or of 1 where that is larger.
     - `norm-input-variance`: half of the groups that a normalisation gets vary less than its eps.
     - `attention-head-dead`: a head that contributes less than a thousandth of the strongest one.
@@ -235,7 +236,10 @@ class _Look:
             # what has no parameters is as large as it is meant to be: a mask of -1e9, an exponential
             or (name in owners and name in inputs and value > watch.large * max(unit, inputs[name]))
         }
-        news = self.judging.hold("activation-exploding", high, inner, times=2)
+        # by that much nothing is meant, and what heals in a few steps has thrown the weights about
+        bar = GROSS * watch.large
+        gross = any(name in owners and inner[name] > bar * max(unit, inputs.get(name, unit)) for name in high)
+        news = self.judging.hold("activation-exploding", high, inner, times=1 if gross else 2)
         if news:
             self.judging.tell(
                 Finding(

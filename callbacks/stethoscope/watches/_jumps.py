@@ -24,6 +24,8 @@ NONFINITE = 3  # steps in a row: an fp16 scaler skips one or two as a matter of 
 QUIET = 100  # steps between two infos about single spikes
 RATE = 5  # spikes within PERIOD steps; more of them warn
 PERIOD = 1000
+FAR = 10.0  # times the bar, or 80 deviations: no tail of a loss reaches so far, but a batch on another scale does
+FAR_OFTEN = 2  # of these within PERIOD steps; more of them warn, however usual they are in this run
 NEWS = 6.0  # times the rate of spikes before: six equally rare events come so much later than expected in one of fifty runs
 FALLING = 0.1  # share of a leap, per HOLD steps: with less it stays up
 RECOVERED = 0.5  # share of a leap: what has fallen by as much learns again
@@ -50,7 +52,7 @@ class Jumps:
     first level (or the median of the first three values, where that is higher) to the best one:
     a *spike* is a value above `median + max(8 sd+, 25 % of drop)`; single ones are infos, at most one per 100 steps, and
     more than 5 within 1000 steps are a warning, unless they came at more than a sixth of that rate before, from the start: then the loss
-    has heavy tails. *Diverged*: the median lies above its best by more than
+    has heavy tails; more than 2 that go 10 times as far as the bar are one always. *Diverged*: the median lies above its best by more than
     `25 % of drop + 2 sd` for 50 steps and does not fall again (a tenth of the leap per 50 steps; what has lost half of it, such as a
     harder stage of a curriculum, is compared with its new level), or three values in a row are NaN or Inf. *+80 dB*: three values in a row within
     0.05 of 80, which is what an SI-SDR loss with eps 1e-8 returns for a zero output or a silent target. Differences
@@ -98,6 +100,7 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             "often": False,
             "began": None,
             "spiked": 0,
+            "far": [],
             "inside": False,
             "high_since": None,
             "peak": 0.0,
@@ -190,13 +193,21 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             return []
         state["spikes"] = spikes = [*spikes, step][-RATE - 1 :]
         state["spiked"] += 1
+        far = [at for at in state["far"] if at > step - PERIOD]
+        state["far"] = far = [*far, step][-FAR_OFTEN - 1 :] if value > level + FAR * bar else far
         numbers = {"value": value, "level": level, "bar": level + bar, "spikes": len(spikes)}
         text = f"{self.name} leaps to {value:.4g}, from a level of {level:.4g} (bar {level + bar:.4g})"
-        often = len(spikes) > RATE and self._new_rate(state, spikes)
+        frequent = len(spikes) > RATE and self._new_rate(state, spikes)
+        often = frequent or len(far) > FAR_OFTEN
         if state["often"] or (not often and state["told"] is not None and step < state["told"] + QUIET):
             return []
         state.update(often=often, told=step)
-        text += f"; more than {RATE} spikes within {PERIOD:,} steps." if often else "."
+        if frequent:
+            text += f"; more than {RATE} spikes within {PERIOD:,} steps."
+        elif often:
+            text += f"; {len(far)} within {PERIOD:,} steps were {FAR:.0f} times as far from the level as the bar."
+        else:
+            text += "."
         advice = "Look at the batch of that step (a bad sample?); clip gradients, or lower the learning rate."
         severity: Severity = "warning" if often else "info"
         return [Jump(code="loss-spike", severity=severity, message=text, advice=advice, evidence=numbers)]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GROW = 0.5  # share of the steps since the last restart that the window covers: log-time, so power laws are not flagged
 CONFIRM = 3  # closed blocks in a row: one block more or less must not decide
+RISES = 2.0  # times what counts as improving, the other way: less than that is the noise of a flat loss
 SHARE_OF_DROP = 0.015  # gain per patience: a run of ten patiences adds less than 15 % to what it reached
 SHARE_OF_NOISE = 0.1  # in standard deviations of one step: what is smaller nobody sees, and stuck runs have no drop
 DECIBELS = 0.5  # per patience, for unit="dB"
@@ -218,7 +219,7 @@ class Plateau:
             # Undecided: a run that has been flat ever since the restart shows it sooner over all of its blocks.
             seen = blocks
             high = -_trend.trend(seen, self.confidence).low * patience
-        rises = high < -(enough + rounding)
+        rises = gain < -RISES * (enough + rounding)
         flat = state["flat"] + 1 if high < enough + rounding and not rises and not self._warms_up(state, step) else 0
         never = gain >= -(enough + rounding) and self._never_left(state, step, seen)
         if flat < CONFIRM and not never:
