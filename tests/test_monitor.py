@@ -394,7 +394,7 @@ def test_nothing_piles_up_over_two_thousand_steps():
         return len(gc.get_objects())
 
     with Monitor(model, optimizer, **presets.first_aid(), every=10) as monitor:
-        train(model, optimizer, 100, monitor)
+        train(model, optimizer, 1300, monitor)  # the loss is flat by then: what a first finding loads is loaded
         before = objects()
         train(model, optimizer, 2000, monitor)
         assert objects() - before < 100

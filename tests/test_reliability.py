@@ -55,6 +55,8 @@ def train(model, optimizer, monitor=None, steps=6):
     return written
 
 
+# an error between the opening of a file and the keeping of it leaves the file to the collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(0, 30_000))
 def test_an_exception_at_any_line_of_a_part_changes_nothing_in_the_training_and_is_reported(n, tmp_path_factory):
@@ -71,6 +73,8 @@ def test_an_exception_at_any_line_of_a_part_changes_nothing_in_the_training_and_
         assert [f for f in monitor.findings if f.code == "part-disabled"], fault.at
 
 
+# an error between the opening of a file and the keeping of it leaves the file to the collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 50_000),
@@ -160,6 +164,8 @@ def test_a_reading_without_numbers_is_left_out_and_nothing_is_said_to_be_switche
     assert [r.value for r in memory.records if r.name == "loss"] == [1.0] * 3
 
 
+# an error between the opening of a file and the keeping of it leaves the file to the collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(0, 40_000), guard=st.sampled_from([None, "raise"]))
 def test_a_notebook_interrupt_at_any_line_leaves_a_monitor_that_goes_on_and_closes(n, guard, tmp_path_factory):

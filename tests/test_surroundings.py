@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -32,20 +33,22 @@ def losses(memory):
     return [record.step for record in memory.records if record.name == "loss"]
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """No file grows beyond 20 kB, as on a disk that is full."""
+    """No file grows beyond 20 kB, as on a disk that is full; no fixture, since pytest's own log may be such a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("kind", [sinks.Jsonl, sinks.TensorBoard])
 def test_a_full_disk_costs_what_does_not_fit_which_is_counted_and_no_other_sink(kind, tmp_path, caplog):
     model, memory = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20))), sinks.Memory()
-    with Monitor(model, sinks=[kind(tmp_path / "run"), memory], every=1, probes=[probes.Activations()]) as monitor:
+    written_to = [kind(tmp_path / "run"), memory]
+    with small_files(), Monitor(model, sinks=written_to, every=1, probes=[probes.Activations()]) as monitor:
         train(monitor, 30)
         monitor.add(FINDING)
         train(monitor, 10)
