@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stethoscope import Monitor
+from stethoscope import Monitor, Record
+from stethoscope.testing import replay
 from stethoscope.watches import LossInput
 
 
@@ -31,6 +32,14 @@ def test_an_activation_before_a_cross_entropy_is_told_once_at_the_first_step(las
 
 def test_probabilities_for_a_log_loss_are_told():
     assert found(nn.Softmax(-1), F.nll_loss) == [("loss-input-mismatch", "warning", "3", 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("cross_entropy", "out of"), ("bce", "out of"), ("nll", "log_softmax"), ("ctc", "log_softmax")]
+)
+def test_what_to_try_fits_the_loss(name, advice):
+    (finding,) = replay(LossInput(), [Record(f"loss/{name}_input", 2.0, 0, "head.1")])
+    assert advice in finding.advice
 
 
 @pytest.mark.parametrize(

@@ -20,27 +20,34 @@ LAYER, SOFTMAX, LOG_SOFTMAX, SIGMOID, RELU, TANH, OTHER_AXIS = range(1, 8)
 
 
 class _Kind(NamedTuple):
-    """A kind of loss: its name, what it takes, and what is no such thing."""
+    """A kind of loss: its name, what it takes, what is no such thing, and what to do then."""
 
     name: str
     takes: str
     wrong: tuple[int, ...]
+    advice: str
 
+
+_WITHOUT = (
+    "Take the activation out of the model's last layer, and apply it where probabilities are shown or decided on."
+)
+_LOGARITHMS = "Give it log_softmax over the axis of the classes."
 
 KINDS = {
     "loss/cross_entropy_input": _Kind(
-        "cross entropy", "logits, and makes the softmax itself", (SOFTMAX, LOG_SOFTMAX, SIGMOID, RELU, TANH)
+        "cross entropy", "logits, and makes the softmax itself", (SOFTMAX, LOG_SOFTMAX, SIGMOID, RELU, TANH), _WITHOUT
     ),
     "loss/bce_input": _Kind(
         "binary cross entropy with logits",
         "logits, and makes the sigmoid itself",
         (SOFTMAX, LOG_SOFTMAX, SIGMOID, RELU, TANH),
+        _WITHOUT,
     ),
     "loss/nll_input": _Kind(
-        "nll_loss", "log-probabilities over the classes", (LAYER, SOFTMAX, SIGMOID, RELU, TANH, OTHER_AXIS)
+        "nll_loss", "log-probabilities over the classes", (LAYER, SOFTMAX, SIGMOID, RELU, TANH, OTHER_AXIS), _LOGARITHMS
     ),
     "loss/ctc_input": _Kind(
-        "ctc_loss", "log-probabilities over the symbols", (LAYER, SOFTMAX, SIGMOID, RELU, TANH, OTHER_AXIS)
+        "ctc_loss", "log-probabilities over the symbols", (LAYER, SOFTMAX, SIGMOID, RELU, TANH, OTHER_AXIS), _LOGARITHMS
     ),
 }
 
@@ -113,9 +120,7 @@ def _tell(judging: Judging, kind: _Kind, module: str, form: int) -> None:
             "loss-input-mismatch",
             severity,
             f"{kind.name} is given {given}{f' ({module!r})' if module else ''}, but takes {kind.takes}: {means}.",
-            "Give it log_softmax over the axis of the classes."
-            if kind.takes.startswith("log")
-            else "Take the activation out of the model's last layer, and apply it where probabilities are shown or decided on.",
+            kind.advice,
             module=module,
         ),
         values={"form": form},
