@@ -17,6 +17,21 @@ def read(attachment, given=None):
     return {key.name: float(value) for key, value in attachment.read(given or {}).items()}
 
 
+@pytest.fixture(autouse=True)
+def _detached(monkeypatch):
+    """What a test attaches is detached after it: an armed probe has compiled code run eagerly, in the whole process."""
+    made, attach = [], Inputs.attach
+
+    def keep(self, model):
+        made.append(attach(self, model))
+        return made[-1]
+
+    monkeypatch.setattr(Inputs, "attach", keep)
+    yield
+    for attached in made:
+        attached.detach()
+
+
 @pytest.fixture
 def model():
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU())
