@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from stethoscope._randomness import RandomState, random_state
-from stethoscope._tree import has_no_forward, size_of, tensors
+from stethoscope._tree import callable_parts, size_of, tensors
 from stethoscope.audits._nonfinite_call import Call, autocasts
 from stethoscope.probes._hook import Hook, takes_hooks
 
@@ -66,7 +66,7 @@ class Before:
         self._model, self._depth = model, 0
         self._handles = self._follow(model)
         # hooks on all children cost a small model several percent, and most models are called as a whole
-        self._spare = [handle for child in _children(model) for handle in self._follow(child)]
+        self._spare = [handle for child in callable_parts(model) for handle in self._follow(child)]
         self._begin()
 
     def _follow(self, module: nn.Module) -> list[RemovableHandle]:
@@ -245,11 +245,3 @@ def _elsewhere() -> bool:
 def _is_redirected(module: nn.Module) -> bool:
     """Whether Lightning has put training_step in the place of forward, to lead it through DDP: no call of the model."""
     return getattr(module.__dict__.get("forward"), "__qualname__", "").startswith("_ForwardRedirection.")
-
-
-def _children(model: nn.Module) -> list[nn.Module]:
-    """Modules that may be called from outside without the model: its children, and those of lists without a forward."""
-    found = []
-    for child in model.children():
-        found += _children(child) if has_no_forward(child) else [child]
-    return found

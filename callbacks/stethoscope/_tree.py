@@ -44,6 +44,14 @@ def has_no_forward(module: nn.Module) -> bool:
     return getattr(type(module), "forward", None) is nn.Module.forward
 
 
+def callable_parts(model: nn.Module) -> list[nn.Module]:
+    """Return what may be called from outside without the model: its children, and those of lists without a forward."""
+    found = []
+    for child in model.children():
+        found += callable_parts(child) if has_no_forward(child) else [child]
+    return found
+
+
 def plain(name: str) -> str:
     """Return a module or parameter name without the segments that wrappers of submodules add.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stethoscope._protocols import Attachment, Columns, Key, Readings
-from stethoscope._tree import has_no_forward, tensors
+from stethoscope._tree import callable_parts, has_no_forward, tensors
 from stethoscope.probes._compiled import Eagerly
 from stethoscope.probes._data_layers import DataLayers
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
@@ -119,7 +119,8 @@ class InputsAttachment:
         self._model = model
         self._phases: dict[str, _Gathered] = {}
         self._phase = "train"
-        self._entries = [each for each in _entries(model) if takes_hooks(each)]
+        entries = [*([] if has_no_forward(model) else [model]), *callable_parts(model)]
+        self._entries = [each for each in entries if takes_hooks(each)]
         self._source: nn.Module | str | None = None  # what is read: comparing two kinds of it would say nothing
         self._handles: list[RemovableHandle] = []
         self._repeats, self._layers = Repeats(model), DataLayers(model, self.wanted)
@@ -225,14 +226,6 @@ class InputsAttachment:
     def _release(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-
-
-def _entries(model: nn.Module) -> list[nn.Module]:
-    """The model, and parts of it that may be called without it: its children, and those of lists without a forward."""
-    found = [] if has_no_forward(model) else [model]
-    for child in model.children():
-        found += _entries(child) if has_no_forward(child) else [child]
-    return found
 
 
 def _readable(x: Tensor) -> bool:
