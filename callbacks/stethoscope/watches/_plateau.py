@@ -198,23 +198,14 @@ class Plateau:
         age = step - state["began"]
         if age < patience or len(blocks) < FEWEST:
             return state, ()
-        seen = _trend.window(blocks, step - max(patience, GROW * age), FEWEST)
-        trend = _trend.trend(seen, self.confidence)
-        gain, high = -trend.slope * patience, -trend.low * patience
         drop = max(0.0, head[0] / head[1] - best)
         enough = self._enough(drop, state["noise"] or 0.0)
         rounding = 1e-12 * max(abs(level), abs(best))
         if state["stalled"] is not None:
-            recent = _trend.window(blocks, step - patience, FEWEST)
-            if self._left(recent, state["stalled"], patience, enough + rounding):
-                return {**self._fresh(state, step), "stalled": None, "soft": False}, ()
-            if not state["soft"] or not self._too_high(state, step, blocks):
-                return state, ()
-            seen = _trend.window(blocks, state["flat_from"], FEWEST)
-            trend = _trend.trend(seen, self.confidence)
-            gain, high = -trend.slope * patience, -trend.low * patience
-            numbers = self._numbers(state, step, seen, gain, high)
-            return {**state, "soft": False}, (self._finding(state, step, numbers),)
+            return self._stays(state, step, patience, enough + rounding)
+        seen = _trend.window(blocks, step - max(patience, GROW * age), FEWEST)
+        trend = _trend.trend(seen, self.confidence)
+        gain, high = -trend.slope * patience, -trend.low * patience
         if high >= enough + rounding > gain:
             # Undecided: a run that has been flat ever since the restart shows it sooner over all of its blocks.
             seen = blocks
@@ -229,6 +220,18 @@ class Plateau:
         state["flat_from"] = seen[0][0]
         finding = self._finding(state, step, self._numbers(state, step, seen, gain, high))
         return {**state, "soft": finding.severity == "info"}, (finding,)
+
+    def _stays(self, state: State, step: int, patience: int, enough: float) -> tuple[State, Sequence[Finding]]:
+        """Follow a loss that is stalled: it falls again, or what was an info lasts so long that it becomes a warning."""
+        blocks = state["series"]["blocks"]
+        if self._left(_trend.window(blocks, step - patience, FEWEST), state["stalled"], patience, enough):
+            return {**self._fresh(state, step), "stalled": None, "soft": False}, ()
+        if not state["soft"] or not self._too_high(state, step, blocks):
+            return state, ()
+        seen = _trend.window(blocks, state["flat_from"], FEWEST)
+        trend = _trend.trend(seen, self.confidence)
+        numbers = self._numbers(state, step, seen, -trend.slope * patience, -trend.low * patience)
+        return {**state, "soft": False}, (self._finding(state, step, numbers),)
 
     def _numbers(
         self, state: State, step: int, seen: Sequence[Sequence[float]], gain: float, high: float
