@@ -15,6 +15,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stethoscope._record import Finding
 
 SHORTEST = 8
@@ -68,7 +70,11 @@ def without_secrets(text: str) -> str:
         >>> without_secrets("size mismatch for decoder.token=4, KeyError: 'encoder.weight'")
         "size mismatch for decoder.token=4, KeyError: 'encoder.weight'"
     """
-    for value in sorted(_given(), key=len, reverse=True):
+    return _without(_given(), text)
+
+
+def _without(given: Sequence[str], text: str) -> str:
+    for value in given:
         text = text.replace(value, "***")
     for form in _FORMS:
         text = form.sub(r"\1***", text)
@@ -82,32 +88,34 @@ def trace_of(error: BaseException) -> str:
 
 def redacted(finding: Finding) -> Finding:
     """Return the finding without secrets in its message, advice and evidence; itself if there are none."""
+    given = _given()
     told = {
-        "message": without_secrets(finding.message),
-        "advice": without_secrets(finding.advice),
-        "evidence": _plain(finding.evidence, _DEEPEST),
+        "message": _without(given, finding.message),
+        "advice": _without(given, finding.advice),
+        "evidence": _plain(given, finding.evidence, _DEEPEST),
     }
     return finding if all(getattr(finding, name) == told[name] for name in told) else replace(finding, **told)
 
 
-def _plain(value: Any, depth: int) -> Any:
+def _plain(given: Sequence[str], value: Any, depth: int) -> Any:
     if isinstance(value, str):
-        return without_secrets(value)
+        return _without(given, value)
     if isinstance(value, Mapping | list | tuple) and not depth:
         return "nested too deep"
     if isinstance(value, Mapping):
-        return {key: _plain(each, depth - 1) for key, each in value.items()}
+        return {key: _plain(given, each, depth - 1) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        kept = [_plain(each, depth - 1) for each in value]
+        kept = [_plain(given, each, depth - 1) for each in value]
         return kept if isinstance(value, list) else tuple(kept)
     return value
 
 
-def _given() -> set[str]:
-    """The values of variables and options whose name says what they are."""
+def _given() -> list[str]:
+    """The values of variables and options whose name says what they are, the longest first: one may hold another."""
     given = [value for name, value in os.environ.items() if _GIVEN.search(name)]
     for option, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
         name, equals, value = option.partition("=")
         if name.startswith("-") and _GIVEN.search(name):
             given.append(value if equals else following)
-    return {value for value in given if len(value) >= SHORTEST and not value.startswith("--")}
+    kept = {value for value in given if len(value) >= SHORTEST and not value.startswith("--")}
+    return sorted(kept, key=len, reverse=True)
