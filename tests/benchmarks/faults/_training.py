@@ -62,6 +62,28 @@ def finish_update(t: Training, step: int, observer: Observer) -> None:
         t.scheduler.step()
 
 
+def clipped_before_unscaling_update(t: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
+    """With a gradient scaler, clipped to 1 while gradients are still multiplied by its scale: a mistake."""
+    t.optimizer.zero_grad()
+    batch = t.sample(step, "train")
+    with t.autocast():
+        tensors = t.forward(t.model, batch)
+    t.scaler.scale(tensors["loss"]).backward()
+    observer.backward_done(t, step)
+    nn.utils.clip_grad_norm_(t.model.parameters(), 1.0)
+    t.scaler.step(t.optimizer)
+    t.scaler.update()
+    return batch, tensors
+
+
+def update_of_two(t: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
+    """One backward pass, after which a second optimizer steps as well."""
+    t.optimizers[1].zero_grad()
+    seen = plain_update(t, step, observer)
+    t.optimizers[1].step()
+    return seen
+
+
 def plain_validation(t: Training, step: int, observer: Observer) -> None:
     """Two batches in eval mode, their metrics averaged."""
     t.model.eval()

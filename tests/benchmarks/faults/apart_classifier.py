@@ -11,7 +11,15 @@ from torch.nn import functional as F
 
 from faults import classifier
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
-from faults._training import Batch, Observer, Tensors, Training, finish_update, plain_update
+from faults._training import (
+    Batch,
+    Observer,
+    Tensors,
+    Training,
+    clipped_before_unscaling_update,
+    finish_update,
+    plain_update,
+)
 
 
 @fault(classifier, "model-in-eval", step=50, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"))  # fmt: skip
@@ -49,19 +57,7 @@ def scaled_gradients_clipped(t: Training) -> None:
     milesial/Pytorch-UNet#468, pytorch/examples#1196."""
     t.precision, t.scaled, t.steps = torch.float16, True, 150
 
-    def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
-        training.optimizer.zero_grad()
-        batch = training.sample(step, "train")
-        with training.autocast():
-            tensors = training.forward(training.model, batch)
-        training.scaler.scale(tensors["loss"]).backward()
-        observer.backward_done(training, step)
-        nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-        return batch, tensors
-
-    t.update = update
+    t.update = clipped_before_unscaling_update
 
 
 @fault(classifier, "feature-constant", "prediction-collapse", "output-constant", modules=("dropout", "head", ""), then=(*STUCK, "gradient-vanishing", "class-imbalance"))  # fmt: skip

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from faults import enhancement
 from faults._fault import DIVERGES, NONFINITE, STUCK, fault
-from faults._training import Batch, Observer, Tensors, Training, finish_update
+from faults._training import Batch, Observer, Tensors, Training, clipped_before_unscaling_update, finish_update
 from faults.enhancement import WIDTH, compressed
 
 SHUT = ("dead-units", "feature-constant", "gradient-zero", "gradient-vanishing", "norm-input-variance", "activation-vanishing")  # fmt: skip
@@ -89,19 +89,7 @@ def clipped_before_unscaling(t: Training) -> None:
     t.precision, t.scaled, t.steps = torch.float16, True, 150
     t.optimize = lambda p: torch.optim.SGD(p, 0.3, momentum=0.9)
 
-    def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
-        training.optimizer.zero_grad()
-        batch = training.sample(step, "train")
-        with training.autocast():
-            tensors = training.forward(training.model, batch)
-        training.scaler.scale(tensors["loss"]).backward()
-        observer.backward_done(training, step)
-        nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-        return batch, tensors
-
-    t.update = update
+    t.update = clipped_before_unscaling_update
 
 
 @fault(enhancement, "nonfinite-optimizer", "nonfinite-parameter", step=79, then=NONFINITE)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from faults import language
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
-from faults._training import Batch, Observer, Tensors, Training, plain_update
+from faults._training import Batch, Training, update_of_two
 
 
 @fault(language, "nonfinite-activation", "nonfinite-loss", "output-nonfinite", modules=("blocks.0.attention",), then=(*NONFINITE, "prediction-collapse", "output-constant", "feature-constant"))  # fmt: skip
@@ -77,13 +77,7 @@ def table_in_two_optimizers(t: Training) -> None:
     twice. TrainCheck: optimizer and parameters."""
     t.optimizers = [t.optimize(t.model.parameters()), torch.optim.Adam(t.model.embedding.parameters(), 0.1)]
 
-    def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
-        training.optimizers[1].zero_grad()
-        seen = plain_update(training, step, observer)
-        training.optimizers[1].step()
-        return seen
-
-    t.update = update
+    t.update = update_of_two
 
 
 @fault(language, "weight-norm-drift", "loss-plateau", "stalled-optimisation", "activation-vanishing", step=20, then=(*STUCK, *FLAT, "loss-diverged", "gradient-imbalance", "update-ratio-high", "attention-head-dead", "weight-decay-on-norms"))  # fmt: skip

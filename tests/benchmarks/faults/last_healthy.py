@@ -19,7 +19,7 @@ from faults import (
     separation,
 )
 from faults._fault import healthy
-from faults._training import Batch, Observer, Tensors, Training, finish_update, plain_update, seeded
+from faults._training import Batch, Observer, Tensors, Training, finish_update, plain_update, seeded, update_of_two
 
 # -- pictures --------------------------------------------------------------------------------------------------------
 
@@ -206,13 +206,7 @@ def orthogonal_steps() -> Training:
     others = [p for p in t.model.parameters() if all(p is not q for q in inside)]
     t.optimizers = [torch.optim.Muon(inside, 0.01), torch.optim.AdamW(others, 3e-3, weight_decay=0.01)]
 
-    def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
-        training.optimizers[1].zero_grad()
-        seen = plain_update(training, step, observer)
-        training.optimizers[1].step()
-        return seen
-
-    t.update = update
+    t.update = update_of_two
     return t
 
 
