@@ -3,12 +3,12 @@
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from stethoscope import Finding, Monitor, presets, probes, sinks
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import programs
+from programs import steps_of
+
 # TensorBoard's own thread raises as well, sometimes after the test
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+script = partial(programs.script, timeout=120)
 
 FINDING = Finding("loss-spike", "warning", "m", "a", step=3)
 
@@ -169,29 +176,6 @@ def test_other_threads_that_call_the_model_are_not_recorded_and_not_disturbed(tm
     assert set(results) == {(5, 2)}
     assert losses(memory) == list(range(20))
     assert [f for f in monitor.findings if f.code == "part-disabled"] == []
-
-
-def script(tmp_path, text):
-    top = """
-        import atexit, os, signal, sys, threading, time, torch
-        from torch import nn
-        from stethoscope import Finding, Monitor, presets, sinks
-        torch.set_num_threads(1)
-        model = nn.Linear(3, 2)
-        folder = sys.argv[1]
-        def train(monitor, steps):
-            for _ in range(steps):
-                model(torch.ones(2, 3)).sum().backward()
-                monitor.step(loss=1.0)
-    """
-    program = textwrap.dedent(top) + textwrap.dedent(text)
-    return subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "run")], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def steps_of(tmp_path):
-    return [d.step for d in sinks.read(tmp_path / "run") for r in d.records if r.name == "loss"]
 
 
 def test_sys_exit_in_a_hook_of_the_users_ends_the_process_with_everything_written(tmp_path):

@@ -2,10 +2,10 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +17,10 @@ from stethoscope._parts import Notes
 from stethoscope._protocols import Run
 from stethoscope._writer import Writer
 from stethoscope.testing import series
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from programs import script, steps_of
 
 RUN = Run("a", "2026-01-01T00:00:00+00:00")
 FINDING = Finding("loss-spike", "warning", "m", "a", step=3)
@@ -236,38 +240,10 @@ def test_threads_end_by_themselves(monkeypatch):
     assert len(slow.records) == 3
 
 
-def script(tmp_path, text):
-    """Run a program of a user's in a process of its own."""
-    top = """
-        import os, signal, sys, time, torch
-        from torch import nn
-        from stethoscope import Monitor, Finding, sinks, presets
-        from stethoscope._protocols import Run
-        torch.set_num_threads(1)
-        model = nn.Linear(3, 2)
-        class Slow(sinks.Jsonl):
-            def write(self, step, records, findings):
-                time.sleep(0.02)
-                super().write(step, records, findings)
-        def train(monitor, steps):
-            for _ in range(steps):
-                model(torch.ones(2, 3)).sum().backward()
-                monitor.step(loss=1.0)
-    """
-    program = textwrap.dedent(top) + textwrap.dedent(text)
-    return subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "run")], capture_output=True, text=True, timeout=60, check=False
-    )
-
-
-def steps(tmp_path):
-    return [d.step for d in sinks.read(tmp_path / "run") for r in d.records if r.name == "loss"]
-
-
 def test_a_monitor_that_nobody_closes_writes_everything_before_the_process_ends(tmp_path):
     done = script(tmp_path, "monitor = Monitor(model, sinks=Slow(sys.argv[1]))\ntrain(monitor, 10)\nsys.exit(3)")
     assert done.returncode == 3, done.stderr
-    assert steps(tmp_path) == list(range(10))
+    assert steps_of(tmp_path) == list(range(10))
 
 
 def test_a_forked_child_writes_nothing_and_ends(tmp_path):
@@ -289,7 +265,7 @@ def test_a_forked_child_writes_nothing_and_ends(tmp_path):
         """,
     )
     assert done.returncode == 0, done.stderr
-    assert steps(tmp_path) == list(range(11))
+    assert steps_of(tmp_path) == list(range(11))
     assert "forked" in done.stderr
     assert "did not answer" not in done.stderr
 
@@ -316,7 +292,7 @@ def test_a_child_forked_while_the_lock_is_held_closes_at_once_and_blames_no_sink
         """,
     )
     assert done.returncode == 0, done.stderr
-    assert steps(tmp_path) == [0, 1, 2]
+    assert steps_of(tmp_path) == [0, 1, 2]
     assert "did not answer" not in done.stderr
 
 
@@ -333,7 +309,7 @@ def test_a_run_that_is_killed_and_resumed_has_every_step_once(tmp_path, how):
         """,
     )
     assert killed.returncode == -getattr(signal, how), killed.stderr
-    before = steps(tmp_path)
+    before = steps_of(tmp_path)
     assert before[:10] == list(range(10))
     resumed = script(
         tmp_path,
@@ -345,7 +321,7 @@ def test_a_run_that_is_killed_and_resumed_has_every_step_once(tmp_path, how):
         """,
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert steps(tmp_path) == list(range(20))
+    assert steps_of(tmp_path) == list(range(20))
 
 
 def full_disk(folder):
@@ -375,6 +351,6 @@ def test_a_disk_that_fills_up_costs_records_and_nothing_else(tmp_path, sink, cap
         assert [f.code for f in monitor.findings] == ["part-disabled"]
         assert "were not written" in caplog.text
         if sink is sinks.Jsonl:
-            assert steps(tmp_path) == list(range(len(steps(tmp_path))))
+            assert steps_of(tmp_path) == list(range(len(steps_of(tmp_path))))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
