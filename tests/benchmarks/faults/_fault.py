@@ -28,6 +28,10 @@ STUCK = (
 )  # fmt: skip
 
 
+HELD_OUT = "blind_3"
+"""Folder of the cases that are run only once."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing wrong.
@@ -41,7 +45,6 @@ class Fault:
             module is to blame.
         step: from which the fault can be seen.
         then: codes that follow from it: right, but no detection.
-        held_out: whether it is run only once, when the watches are finished.
         why: the patch's docstring: what is wrong, and whose catalogue has it.
     """
 
@@ -52,8 +55,12 @@ class Fault:
     modules: tuple[str, ...]
     step: int
     then: tuple[str, ...]
-    held_out: bool
     why: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is run only once, when the watches are finished."""
+        return is_held_out(self.apply)
 
     def build(self) -> Training:
         training = self.program.build()
@@ -67,12 +74,11 @@ def fault(
     modules: tuple[str, ...] = (),
     step: int = 0,
     then: tuple[str, ...] = (),
-    held_out: bool = False,
 ) -> Callable[[Edit], Fault]:
     """Make a `Fault` of a patch."""
 
     def made(apply: Edit) -> Fault:
-        return Fault(apply.__name__, program, apply, codes, modules, step, then, held_out, apply.__doc__ or "")
+        return Fault(apply.__name__, program, apply, codes, modules, step, then, apply.__doc__ or "")
 
     return made
 
@@ -83,14 +89,19 @@ class Healthy:
 
     name: str
     build: Callable[[], Training]
-    held_out: bool
     why: str
 
+    @property
+    def held_out(self) -> bool:
+        """Whether it is run only once, when the watches are finished."""
+        return is_held_out(self.build)
 
-def healthy(*, held_out: bool = False) -> Callable[[Callable[[], Training]], Healthy]:
+
+def healthy(build: Callable[[], Training]) -> Healthy:
     """Make a `Healthy` of a function that builds a training."""
+    return Healthy(build.__name__, build, build.__doc__ or "")
 
-    def made(build: Callable[[], Training]) -> Healthy:
-        return Healthy(build.__name__, build, held_out, build.__doc__ or "")
 
-    return made
+def is_held_out(made: Callable[..., object]) -> bool:
+    """By the folder that a case lies in."""
+    return made.__module__.split(".")[1] == HELD_OUT

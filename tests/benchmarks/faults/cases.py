@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from faults import (
-    apart_autoencoder,
-    apart_classifier,
-    apart_enhancement,
-    apart_forecaster,
-    apart_healthy_a,
-    apart_healthy_b,
-    apart_language,
-    apart_recogniser,
-    apart_retrieval,
-    apart_separation,
     autoencoder,
-    autoencoder_faults,
     classifier,
-    classifier_faults,
     enhancement,
-    enhancement_faults,
     forecaster,
-    healthy,
-    healthy_lookalikes,
     language,
-    language_faults,
-    last_autoencoder,
-    last_classifier,
-    last_enhancement,
-    last_forecaster,
-    last_healthy,
-    last_language,
-    last_recogniser,
-    last_retrieval,
-    last_separation,
     recogniser,
-    recogniser_faults,
     retrieval,
     separation,
-    separation_faults,
 )
 from faults._fault import Fault, Healthy
 from faults.observer_numbers import TrainingDoctor, Trainpulse
@@ -49,44 +26,22 @@ from faults.observer_torch_audit import TorchAudit
 from faults.observer_torchlens import TorchLens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, forecaster, retrieval)
-FAULTS = tuple(
-    value
-    for module in (
-        classifier_faults,
-        autoencoder_faults,
-        language_faults,
-        separation_faults,
-        recogniser_faults,
-        enhancement_faults,
-        apart_classifier,
-        apart_language,
-        apart_recogniser,
-        apart_forecaster,
-        apart_autoencoder,
-        apart_separation,
-        apart_enhancement,
-        apart_retrieval,
-        last_classifier,
-        last_autoencoder,
-        last_language,
-        last_separation,
-        last_recogniser,
-        last_enhancement,
-        last_forecaster,
-        last_retrieval,
-    )
-    for value in vars(module).values()
-    if isinstance(value, Fault)
-)
-HEALTHY = tuple(
-    value
-    for module in (healthy, healthy_lookalikes, apart_healthy_a, apart_healthy_b, last_healthy)
-    for value in vars(module).values()
-    if isinstance(value, Healthy)
-)
+FOLDERS = ("written", "blind_1", "blind_2", "blind_3")
+"""Those written beside the watches, then those written by people who had not seen a watch; the last are held out."""
+
+
+def defined(folder: str) -> Iterator[object]:
+    """Everything that the files of a folder define, in the order of their names."""
+    for file in pkgutil.iter_modules([str(Path(__file__).parent / folder)]):
+        yield from vars(import_module(f"faults.{folder}.{file.name}")).values()
+
+
+DEFINED = tuple(chain.from_iterable(map(defined, FOLDERS)))
+FAULTS = tuple(value for value in DEFINED if isinstance(value, Fault))
+HEALTHY = tuple(value for value in DEFINED if isinstance(value, Healthy))
 CASES: dict[str, Fault | Healthy] = {case.name: case for case in (*FAULTS, *HEALTHY)}
 
 OBSERVERS: dict[str, Callable[[], object]] = {

@@ -1,4 +1,4 @@
-"""What goes wrong in CTC recognisers, for the last time: losses, the order of the loop, decibels, counts, silence."""
+"""What goes wrong in CTC recognisers: losses, the order of the loop, decibels, counts, silence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from faults._training import Batch, Observer, Tensors, Training
 
 
-@fault(recogniser, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", then=(*DIVERGES, *STUCK, *FLAT, "loss-sign", "metric-constant", "activation-saturated", "gradient-clipping", "gradient-imbalance", "class-imbalance"), held_out=True)  # fmt: skip
+@fault(recogniser, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", then=(*DIVERGES, *STUCK, *FLAT, "loss-sign", "metric-constant", "activation-saturated", "gradient-clipping", "gradient-imbalance", "class-imbalance"))  # fmt: skip
 def scores_into_ctc(t: Training) -> None:
     """`ctc_loss` of the head's scores, without the log softmax: it begins below zero, its gradient is that of another loss, and
     few transcripts are right. Humbatova: wrong loss for the last layer; speech: every forum on CTC."""
@@ -28,7 +28,7 @@ def scores_into_ctc(t: Training) -> None:
     t.forward = forward
 
 
-@fault(recogniser, "parameter-unchanged", "update-ratio-low", "loss-plateau", "stalled-optimisation", "stalled-from-start", "optimizer-owns-others", "optimizer-misses-parameters", then=(*STUCK, "metric-constant", "gradient-zero", "gradient-vanishing", "step-skipped", "module-unused"), held_out=True)  # fmt: skip
+@fault(recogniser, "parameter-unchanged", "update-ratio-low", "loss-plateau", "stalled-optimisation", "stalled-from-start", "optimizer-owns-others", "optimizer-misses-parameters", then=(*STUCK, "metric-constant", "gradient-zero", "gradient-vanishing", "step-skipped", "module-unused"))  # fmt: skip
 def zeroed_between_backward_and_step(t: Training) -> None:
     """`backward()`, `zero_grad()`, `step()`: two lines in the wrong order, and the optimizer finds no gradient. Humbatova:
     training process; TrainCheck: order of calls."""
@@ -46,7 +46,7 @@ def zeroed_between_backward_and_step(t: Training) -> None:
     t.update = update
 
 
-@fault(recogniser, "input-range", "dead-units", "feature-constant", "gradient-imbalance", modules=("conv", "activation", ""), then=(*STUCK, "units-symmetric", *FLAT, "activation-exploding", "gradient-exploding", "gradient-clipping", "gradient-zero", "poor-initialisation", "metric-constant", "parameter-unchanged", "loss-spike"), held_out=True)  # fmt: skip
+@fault(recogniser, "input-range", "dead-units", "feature-constant", "gradient-imbalance", modules=("conv", "activation", ""), then=(*STUCK, "units-symmetric", *FLAT, "activation-exploding", "gradient-exploding", "gradient-clipping", "gradient-zero", "poor-initialisation", "metric-constant", "parameter-unchanged", "loss-spike"))  # fmt: skip
 def features_in_decibels(t: Training) -> None:
     """Mel spectra in decibels below full scale, -300 to -200, as the front end's new version returns them, and no
     normalisation: each filter of the ReLU layer is open or shut for good. UMLAUT: input not normalised; speech: CMVN."""
@@ -59,7 +59,7 @@ def features_in_decibels(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recogniser, "metric-range", step=149, held_out=True)
+@fault(recogniser, "metric-range", step=149)
 def accuracy_is_a_count(t: Training) -> None:
     """The accuracy is the number of right transcripts, since its division by the batch was lost. Humbatova: wrong validation
     metric; speech: wenet-e2e/wenet."""
@@ -90,7 +90,7 @@ class FromEnergies(recogniser.Recogniser):
         return super().forward(self.front_end(x))
 
 
-@fault(recogniser, "nonfinite-activation", "nonfinite-loss", modules=("front_end",), step=130, then=(*NONFINITE, "metric-constant", "prediction-collapse", "output-constant"), held_out=True)  # fmt: skip
+@fault(recogniser, "nonfinite-activation", "nonfinite-loss", modules=("front_end",), step=130, then=(*NONFINITE, "metric-constant", "prediction-collapse", "output-constant"))  # fmt: skip
 def logarithm_of_silence(t: Training) -> None:
     """Logarithms of energies without a floor; from step 130 on one file ends in digital silence. GRIST: log of zero; speech:
     front ends of one's own."""

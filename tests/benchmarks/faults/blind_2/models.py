@@ -1,4 +1,4 @@
-"""Networks of the healthy runs in `last_healthy.py`, each as people build it."""
+"""Networks of the healthy runs in `healthy.py`, each as people build it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong in forecasters, for the last time: graphs that are kept, percentages, modes, depth, a second optimizer."""
+"""What goes wrong in forecasters: graphs that are kept, percentages, modes, depth, a second optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, finish_update
 
 
-@fault(forecaster, "metric-grad", "metric-type", step=49, held_out=True)
+@fault(forecaster, "metric-grad", "metric-type", step=49)
 def validation_keeps_its_graph(t: Training) -> None:
     """Validation without `no_grad()`, and the list of its losses holds tensors: the graph of each one stays in memory.
     Humbatova: GPU memory; pytorch's FAQ on `total_loss += loss`."""
@@ -27,7 +27,7 @@ def validation_keeps_its_graph(t: Training) -> None:
     t.validate = validate
 
 
-@fault(forecaster, "loss-spike", "gradient-clipping", "gradient-exploding", "loss-plateau", "stalled-optimisation", "output-constant", then=(*DIVERGES, *STUCK, *FLAT, "update-ratio-low", "overfit"), held_out=True)  # fmt: skip
+@fault(forecaster, "loss-spike", "gradient-clipping", "gradient-exploding", "loss-plateau", "stalled-optimisation", "output-constant", then=(*DIVERGES, *STUCK, *FLAT, "update-ratio-low", "overfit"))  # fmt: skip
 def percentage_of_nearly_zero(t: Training) -> None:
     """The mean absolute percentage error of values around zero: whichever target is nearest to zero is the whole loss.
     Humbatova: wrong loss; GRIST: division by nearly zero."""
@@ -47,14 +47,14 @@ class AlwaysEvaluated(forecaster.Forecaster):
         return super().train(False)
 
 
-@fault(forecaster, "model-in-eval", then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"), held_out=True)  # fmt: skip
+@fault(forecaster, "model-in-eval", then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"))  # fmt: skip
 def train_overridden(t: Training) -> None:
     """The class was derived from a teacher whose `train()` does nothing, so that dropout is never on. TrainCheck: wrong mode;
     Humbatova: training process."""
     t.model = AlwaysEvaluated(dropout=0.4)
 
 
-@fault(forecaster, "gradient-vanishing", "gradient-imbalance", "activation-vanishing", "feature-constant", "loss-plateau", "stalled-optimisation", modules=("project", "lstm", ""), then=(*STUCK, *FLAT, "update-ratio-low", "gradient-zero", "parameter-unchanged", "poor-initialisation", "dead-units"), held_out=True)  # fmt: skip
+@fault(forecaster, "gradient-vanishing", "gradient-imbalance", "activation-vanishing", "feature-constant", "loss-plateau", "stalled-optimisation", modules=("project", "lstm", ""), then=(*STUCK, *FLAT, "update-ratio-low", "gradient-zero", "parameter-unchanged", "poor-initialisation", "dead-units"))  # fmt: skip
 def ten_lstms_in_a_row(t: Training) -> None:
     """`num_layers=10`: without connections around them hardly any gradient comes through. AutoTrainer: vanishing gradient;
     SageMaker VanishingGradient."""
@@ -63,7 +63,7 @@ def ten_lstms_in_a_row(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)
 
 
-@fault(forecaster, "gradient-accumulation", "gradient-exploding", "gradient-clipping", "update-ratio-high", "gradient-imbalance", "weight-norm-drift", modules=("head", "norm", ""), step=1, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "update-ratio-low", "overfit", "dead-units", "activation-saturated", "gradient-zero"), held_out=True)  # fmt: skip
+@fault(forecaster, "gradient-accumulation", "gradient-exploding", "gradient-clipping", "update-ratio-high", "gradient-imbalance", "weight-norm-drift", modules=("head", "norm", ""), step=1, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "update-ratio-low", "overfit", "dead-units", "activation-saturated", "gradient-zero"))  # fmt: skip
 def second_optimizer_not_zeroed(t: Training) -> None:
     """Body and head have optimizers of their own, and `zero_grad()` is called for the first one only. TrainCheck: missing
     `zero_grad`; Humbatova: training process."""

@@ -1,4 +1,4 @@
-"""What goes wrong when speakers are separated, for the last time: offsets, groups, gains, silence, assignments."""
+"""What goes wrong when speakers are separated: offsets, groups, gains, silence, assignments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from faults.separation import shown, si_sdr
 COLLAPSED = ("stalled-assignment", "output-collapse", "assignment-ambiguous", "stalled-from-start")
 
 
-@fault(separation, "batch-order", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*COLLAPSED, *STUCK, "output-silent", "references-alike"), held_out=True)  # fmt: skip
+@fault(separation, "batch-order", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*COLLAPSED, *STUCK, "output-silent", "references-alike"))  # fmt: skip
 def offset_drawn_twice(t: Training) -> None:
     """Long files are cut at random, and the offset is drawn once for the mixture and once more for its references. Speech: a
     data set's class of one's own; Humbatova: wrong labels."""
@@ -28,7 +28,7 @@ def offset_drawn_twice(t: Training) -> None:
     t.sample = sample
 
 
-@fault(separation, "parameter-unchanged", "optimizer-misses-parameters", "update-ratio-low", modules=("encoder", "decoder"), then=(*STUCK, *COLLAPSED), held_out=True)  # fmt: skip
+@fault(separation, "parameter-unchanged", "optimizer-misses-parameters", "update-ratio-low", modules=("encoder", "decoder"), then=(*STUCK, *COLLAPSED))  # fmt: skip
 def filters_with_a_rate_of_zero(t: Training) -> None:
     """Encoder and decoder are a group of their own whose rate is 0.0, from the configuration of a fine-tuning; here they
     start at random. Humbatova: learning rate; SageMaker UnchangedTensor."""
@@ -38,7 +38,7 @@ def filters_with_a_rate_of_zero(t: Training) -> None:
     t.steps = 400
 
 
-@fault(separation, "input-range", "input-drift", "activation-exploding", "gradient-exploding", "norm-input-variance", then=(*DIVERGES, "activation-vanishing", "loss-at-80-db", "gradient-clipping", "dtype-headroom", *STUCK, *COLLAPSED, "gradient-imbalance", "output-silent", "activation-saturated", "gradient-vanishing", "feature-constant", "precision-headroom", "input-constant"), held_out=True)  # fmt: skip
+@fault(separation, "input-range", "input-drift", "activation-exploding", "gradient-exploding", "norm-input-variance", then=(*DIVERGES, "activation-vanishing", "loss-at-80-db", "gradient-clipping", "dtype-headroom", *STUCK, *COLLAPSED, "gradient-imbalance", "output-silent", "activation-saturated", "gradient-vanishing", "feature-constant", "precision-headroom", "input-constant"))  # fmt: skip
 def decibels_without_twenty(t: Training) -> None:
     """A random gain of -6 to 6 dB for training, made by `10 ** gain`: levels from a millionth to a million. Speech:
     augmentation; Humbatova: wrong preprocessing."""
@@ -61,7 +61,7 @@ def without_epsilon(estimates: torch.Tensor, references: torch.Tensor) -> torch.
     return 10 * torch.log10(target.square().sum(-1) / (target - estimates).square().sum(-1))
 
 
-@fault(separation, "nonfinite-loss", "nonfinite-gradient", "loss-diverged", modules=("",), step=110, then=(*NONFINITE, "loss-at-80-db", "output-silent", "references-alike", "output-collapse", "input-constant"), held_out=True)  # fmt: skip
+@fault(separation, "nonfinite-loss", "nonfinite-gradient", "loss-diverged", modules=("",), step=110, then=(*NONFINITE, "loss-at-80-db", "output-silent", "references-alike", "output-collapse", "input-constant"))  # fmt: skip
 def ratio_of_silence(t: Training) -> None:
     """SI-SDR without an epsilon: from step 110 on one speaker of one item says nothing in the segment, and 0 / 0 is NaN. GRIST:
     division by zero; speech: asteroid#704."""
@@ -82,7 +82,7 @@ def ratio_of_silence(t: Training) -> None:
     t.sample, t.forward = sample, forward
 
 
-@fault(separation, *COLLAPSED, "loss-plateau", "stalled-optimisation", then=STUCK, held_out=True)
+@fault(separation, *COLLAPSED, "loss-plateau", "stalled-optimisation", then=STUCK)
 def worst_assignment(t: Training) -> None:
     """The smaller SI-SDR of both assignments is taken, since the smaller loss was meant: whichever output gets better at one
     speaker is punished. Speech: asteroid#708, the PIT of a home-made loss; Humbatova: wrong loss."""

@@ -1,4 +1,4 @@
-"""What goes wrong in image classifiers, for the last time: losses, rates of groups, weights of classes, augmentation, surgery."""
+"""What goes wrong in image classifiers: losses, rates of groups, weights of classes, augmentation, surgery."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Tensors, Training, seeded
 
 
-@fault(classifier, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", "activation-saturated", modules=("head", ""), then=(*STUCK, *FLAT, "dead-units", "weight-norm-drift", "update-ratio-low", "gradient-zero", "gradient-imbalance"), held_out=True)  # fmt: skip
+@fault(classifier, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", "activation-saturated", modules=("head", ""), then=(*STUCK, *FLAT, "dead-units", "weight-norm-drift", "update-ratio-low", "gradient-zero", "gradient-imbalance"))  # fmt: skip
 def sigmoid_before_its_loss(t: Training) -> None:
     """One against all others with `binary_cross_entropy_with_logits`, and the model ends in a sigmoid already. Humbatova: wrong
     loss for the last layer; UMLAUT."""
@@ -26,7 +26,7 @@ def sigmoid_before_its_loss(t: Training) -> None:
     t.forward = forward
 
 
-@fault(classifier, "update-ratio-high", "weight-norm-drift", "loss-spike", "loss-diverged", "gradient-exploding", modules=("head",), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-imbalance", "gradient-zero", "activation-saturated", "dtype-headroom"), held_out=True)  # fmt: skip
+@fault(classifier, "update-ratio-high", "weight-norm-drift", "loss-spike", "loss-diverged", "gradient-exploding", modules=("head",), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-imbalance", "gradient-zero", "activation-saturated", "dtype-headroom"))  # fmt: skip
 def factor_of_the_head(t: Training) -> None:
     """The new head should learn ten times as fast as the rest, but the configuration's factor of 1000 is taken: a rate of 10.
     Humbatova: learning rate; AutoTrainer: oscillating loss."""
@@ -35,7 +35,7 @@ def factor_of_the_head(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD([{"params": rest}, {"params": head, "lr": 10.0}], 0.01, momentum=0.9)
 
 
-@fault(classifier, "class-imbalance", "prediction-collapse", then=("overfit", "overtraining"), held_out=True)
+@fault(classifier, "class-imbalance", "prediction-collapse", then=("overfit", "overtraining"))
 def weights_of_classes_upside_down(t: Training) -> None:
     """One class is 25 times rarer than the others, in validation as well, and classes are weighed by their share where its
     inverse was meant: it is never predicted. SageMaker ClassImbalance; Humbatova: wrong loss."""
@@ -58,7 +58,7 @@ def weights_of_classes_upside_down(t: Training) -> None:
     t.sample, t.forward = sample, forward
 
 
-@fault(classifier, "input-constant", "input-duplicate", "input-drift", then=(*STUCK, "overfit", "overtraining", "norm-input-variance", "feature-constant"), held_out=True)  # fmt: skip
+@fault(classifier, "input-constant", "input-duplicate", "input-drift", then=(*STUCK, "overfit", "overtraining", "norm-input-variance", "feature-constant"))  # fmt: skip
 def erased_completely(t: Training) -> None:
     """Random erasing with an area in percent where a share is meant: seven of ten pictures are erased from edge to edge.
     TheDeepChecker: constant inputs; Humbatova: wrong preprocessing."""
@@ -72,7 +72,7 @@ def erased_completely(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "model-changed", "parameter-unchanged", "optimizer-misses-parameters", "optimizer-owns-others", modules=("head",), step=120, then=(*DIVERGES, "gradient-zero", "module-unused", "gradient-imbalance", "overfit", "loss-plateau", "stalled-optimisation", "update-ratio-low", "class-imbalance"), held_out=True)  # fmt: skip
+@fault(classifier, "model-changed", "parameter-unchanged", "optimizer-misses-parameters", "optimizer-owns-others", modules=("head",), step=120, then=(*DIVERGES, "gradient-zero", "module-unused", "gradient-imbalance", "overfit", "loss-plateau", "stalled-optimisation", "update-ratio-low", "class-imbalance"))  # fmt: skip
 def head_grown_in_the_middle(t: Training) -> None:
     """A sixth class is announced at step 120, and the head is built anew for it: the optimizer goes on with the old one.
     TrainCheck: huggingface/accelerate#2665; Humbatova: training process."""

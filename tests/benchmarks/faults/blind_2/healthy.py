@@ -1,4 +1,4 @@
-"""Runs with nothing wrong, for the last time: what people train today, each seen to get better by a metric of its own."""
+"""Runs with nothing wrong: what people train today, each seen to get better by a metric of its own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from faults import (
     enhancement,
     forecaster,
     language,
-    last_models,
     recogniser,
     retrieval,
     separation,
 )
 from faults._fault import healthy
 from faults._training import Batch, Observer, Tensors, Training, finish_update, plain_update, seeded, update_of_two
+from faults.blind_2 import models
 
 # -- pictures --------------------------------------------------------------------------------------------------------
 
 
-@healthy(held_out=True)
+@healthy
 def each_class_by_itself() -> Training:
     """One against all others: a binary cross entropy of scores for each class, most of whose targets are zero."""
     t = classifier.build(61)
@@ -39,18 +39,18 @@ def each_class_by_itself() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def residuals_that_start_at_zero() -> Training:
     """Residual blocks whose last gain starts at zero, so that each is the identity at first; SGD, momentum, a cosine."""
     t = classifier.build(62)
-    t.model.block2 = nn.Sequential(t.model.block2, last_models.Residual(16))
-    t.model.block3 = nn.Sequential(t.model.block3, last_models.Residual(16))
+    t.model.block2 = nn.Sequential(t.model.block2, models.Residual(16))
+    t.model.block3 = nn.Sequential(t.model.block3, models.Residual(16))
     t.optimize = lambda p: torch.optim.SGD(p, 0.03, momentum=0.9, weight_decay=1e-4)
     t.schedule = lambda optimizer: CosineAnnealingLR(optimizer, 300)
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def sharpness_aware() -> Training:
     """Two passes a step, the second one at the worst point nearby; weights go there and come back. Foret et al. 2020,
     arXiv:2010.01412."""
@@ -79,11 +79,11 @@ def sharpness_aware() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def mean_teacher() -> Training:
     """Half of each batch has no label and follows a running average of the model, which is a frozen part of it."""
     t = classifier.build(64)
-    t.model = last_models.WithTeacher()
+    t.model = models.WithTeacher()
     t.optimize = lambda p: torch.optim.Adam(p, 2e-3)
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
@@ -109,7 +109,7 @@ def mean_teacher() -> Training:
 # -- plain networks --------------------------------------------------------------------------------------------------
 
 
-@healthy(held_out=True)
+@healthy
 def hidden_columns() -> Training:
     """A third of the columns is set to zero on the way in, and all are told. Vincent et al. 2008."""
     t = autoencoder.build(61, activation=nn.SiLU)
@@ -129,11 +129,11 @@ def hidden_columns() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def sixteen_codes() -> Training:
     """A code of one of 16 directions, with a straight-through gradient and a commitment; codes come in use one by one."""
     t = autoencoder.build(62)
-    t.model = last_models.Coded()
+    t.model = models.Coded()
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
         outputs, distance = model(batch[0])
@@ -143,7 +143,7 @@ def sixteen_codes() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def self_normalising() -> Training:
     """SELU with LeCun's initialisation, alpha dropout, and SGD with momentum. Klambauer et al. 2017, arXiv:1706.02515."""
     t = autoencoder.build(63, activation=lambda: nn.Sequential(nn.SELU(), nn.AlphaDropout(0.02)))
@@ -158,19 +158,19 @@ def self_normalising() -> Training:
 # -- language --------------------------------------------------------------------------------------------------------
 
 
-@healthy(held_out=True)
+@healthy
 def branches_times_zero_at_first() -> Training:
     """No normalisation within blocks; each branch is multiplied by a factor that starts at zero and is learnt."""
     t = language.build(61)
-    t.model.blocks = nn.ModuleList(last_models.ReZero() for _ in range(4))
+    t.model.blocks = nn.ModuleList(models.ReZero() for _ in range(4))
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def words_hidden() -> Training:
     """One token in seven is hidden and told from both sides; the others have no target."""
     t = language.build(62)
-    t.model, plain = last_models.Masked(), t.sample
+    t.model, plain = models.Masked(), t.sample
     t.steps, t.accumulate = 400, 2
     t.optimize = lambda p: torch.optim.AdamW(p, 5e-3, weight_decay=0.01)
     t.schedule = lambda optimizer: language.warm_up_and_cosine(optimizer, 400)
@@ -188,17 +188,17 @@ def words_hidden() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def normalised_behind_the_sum() -> Training:
     """Post-norm blocks, Adam with a second beta of 0.98, and a rate that rises for 60 steps and falls with their root."""
     t = language.build(63)
-    t.model.blocks = nn.ModuleList(last_models.PostNorm(block) for block in t.model.blocks)
+    t.model.blocks = nn.ModuleList(models.PostNorm(block) for block in t.model.blocks)
     t.optimize = lambda p: torch.optim.Adam(p, 5e-3, betas=(0.9, 0.98), eps=1e-9)
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: min((step + 1) / 60, (60 / (step + 1)) ** 0.5))
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def orthogonal_steps() -> Training:
     """Muon for the matrices within blocks, AdamW for tables, norms and biases: two optimizers that share no weight."""
     t = language.build(64)
@@ -213,7 +213,7 @@ def orthogonal_steps() -> Training:
 # -- speech ----------------------------------------------------------------------------------------------------------
 
 
-@healthy(held_out=True)
+@healthy
 def good_enough_counts_no_more() -> Training:
     """The loss of an item ends at 12 dB, so that easy ones do not rule the batch; AdamW and a long decay."""
     t = separation.build(61)
@@ -231,7 +231,7 @@ def good_enough_counts_no_more() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def bands_masked() -> Training:
     """SpecAugment: in training one band of features and a stretch of frames are zero. Park et al. 2019, arXiv:1904.08779."""
     t = recogniser.build(62)
@@ -250,21 +250,21 @@ def bands_masked() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def attentive_recogniser() -> Training:
     """A transformer layer in place of the recurrence, dropout, warm-up and a linear decay."""
     t = recogniser.build(63)
-    t.model, t.steps = last_models.Attentive(), 400
+    t.model, t.steps = models.Attentive(), 400
     t.optimize = lambda p: torch.optim.AdamW(p, 4e-3, weight_decay=0.01)
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: min((step + 1) / 40, (400 - step) / 360))
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def gates_and_two_terms() -> Training:
     """Gated linear units, no normalisation, and a loss of compressed and of linear magnitudes."""
     t = enhancement.build(61)
-    t.model.layer2, t.model.layer3 = last_models.Gate(), last_models.Gate()
+    t.model.layer2, t.model.layer3 = models.Gate(), models.Gate()
     t.optimize, t.clip = (lambda p: torch.optim.NAdam(p, 2e-3)), 5.0
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
@@ -279,11 +279,11 @@ def gates_and_two_terms() -> Training:
 # -- series and pairs ------------------------------------------------------------------------------------------------
 
 
-@healthy(held_out=True)
+@healthy
 def mean_and_deviation() -> Training:
     """A Gaussian likelihood with a learnt deviation: the loss passes zero, its gradients grow as the deviation falls."""
     t = forecaster.build(61)
-    t.model = last_models.Gaussian()
+    t.model = models.Gaussian()
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
         outputs, deviation = model(batch[0])
@@ -294,11 +294,11 @@ def mean_and_deviation() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def patches_of_hours() -> Training:
     """A post-norm transformer over patches, dropout, a Huber loss, AdamW and a proper cut of the rate on plateaus."""
     t = forecaster.build(62)
-    t.model = last_models.Patches()
+    t.model = models.Patches()
     t.optimize = lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.01)
     cuts: list[ReduceLROnPlateau] = []
 
@@ -317,12 +317,12 @@ def patches_of_hours() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def series_of_many_sizes() -> Training:
     """Series in their own units, from one to ten thousand; the model standardises each window and scales its answer back,
     the loss is relative to the size."""
     t = forecaster.build(63)
-    t.model, plain = last_models.Reversible(), t.sample
+    t.model, plain = models.Reversible(), t.sample
 
     def sample(step: int, phase: str) -> Batch:
         x, y = plain(step, phase)
@@ -343,7 +343,7 @@ def series_of_many_sizes() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def pairs_one_by_one() -> Training:
     """A sigmoid for each pair of clip and caption, with a bias of -10 at the start. Zhai et al. 2023, arXiv:2303.15343."""
     t = retrieval.build(61)
@@ -362,7 +362,7 @@ def pairs_one_by_one() -> Training:
     return t
 
 
-@healthy(held_out=True)
+@healthy
 def hardest_negatives() -> Training:
     """A triplet loss against the hardest negative of the batch: zero for whoever is right by the margin. Faghri et al. 2017,
     arXiv:1707.05612."""

@@ -1,4 +1,4 @@
-"""What goes wrong in plain networks, for the last time: averages, missing values, dropout, penalties, the last batch."""
+"""What goes wrong in plain networks: averages, missing values, dropout, penalties, the last batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Tensors, Training, seeded
 
 
-@fault(autoencoder, "parameter-unchanged", "update-ratio-low", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=STUCK, held_out=True)  # fmt: skip
+@fault(autoencoder, "parameter-unchanged", "update-ratio-low", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=STUCK)  # fmt: skip
 def average_that_never_moves(t: Training) -> None:
     """A running average with a decay of 1.0, a rounded 0.9999, is loaded into the model after each step: it holds the first
     weights for ever. SageMaker UnchangedTensor; TrainCheck: something writes weights back."""
@@ -27,7 +27,7 @@ def average_that_never_moves(t: Training) -> None:
     t.after_step.append(follow)
 
 
-@fault(autoencoder, "input-range", "activation-saturated", "gradient-imbalance", "gradient-exploding", modules=("encoder.0", "encoder.1", "decoder.4", ""), then=(*DIVERGES, *STUCK, *FLAT, "poor-initialisation", "update-ratio-low", "dead-units", "gradient-zero", "units-symmetric", "precision-headroom"), held_out=True)  # fmt: skip
+@fault(autoencoder, "input-range", "activation-saturated", "gradient-imbalance", "gradient-exploding", modules=("encoder.0", "encoder.1", "decoder.4", ""), then=(*DIVERGES, *STUCK, *FLAT, "poor-initialisation", "update-ratio-low", "dead-units", "gradient-zero", "units-symmetric", "precision-headroom"))  # fmt: skip
 def missing_is_minus_999(t: Training) -> None:
     """One value in fifty is missing, which the file says by -999; the others are standardised. Humbatova: missing
     preprocessing; TheDeepChecker: unscaled data."""
@@ -41,7 +41,7 @@ def missing_is_minus_999(t: Training) -> None:
     t.sample = sample
 
 
-@fault(autoencoder, "loss-plateau", "stalled-optimisation", "output-constant", "feature-constant", "prediction-collapse", then=(*STUCK, *FLAT, "overtraining", "dead-units", "activation-vanishing", "update-ratio-high"), held_out=True)  # fmt: skip
+@fault(autoencoder, "loss-plateau", "stalled-optimisation", "output-constant", "feature-constant", "prediction-collapse", then=(*STUCK, *FLAT, "overtraining", "dead-units", "activation-vanishing", "update-ratio-high"))  # fmt: skip
 def keep_rate_as_dropout(t: Training) -> None:
     """`Dropout(0.95)` behind each layer, from code whose argument was the share that is kept. TheDeepChecker: dropout;
     Humbatova: regularisation."""
@@ -60,7 +60,7 @@ class Sparse(autoencoder.Autoencoder):
         return self.decoder(self.code)
 
 
-@fault(autoencoder, "feature-constant", "activation-vanishing", "output-constant", "loss-plateau", "stalled-optimisation", modules=("encoder", "decoder", ""), then=(*STUCK, *FLAT, "prediction-collapse", "weight-norm-drift", "gradient-imbalance", "dead-units"), held_out=True)  # fmt: skip
+@fault(autoencoder, "feature-constant", "activation-vanishing", "output-constant", "loss-plateau", "stalled-optimisation", modules=("encoder", "decoder", ""), then=(*STUCK, *FLAT, "prediction-collapse", "weight-norm-drift", "gradient-imbalance", "dead-units"))  # fmt: skip
 def penalty_on_the_code(t: Training) -> None:
     """An L1 penalty on the code with a weight of 10 where 0.01 was meant: the code becomes zero, the output a mean.
     Humbatova: regularisation; SageMaker TensorVariance."""
@@ -74,7 +74,7 @@ def penalty_on_the_code(t: Training) -> None:
     t.forward = forward
 
 
-@fault(autoencoder, "input-nonfinite", "nonfinite-input", "nonfinite-activation", "nonfinite-loss", modules=("", "encoder", "encoder.0"), step=125, then=(*NONFINITE, "input-constant", "input-duplicate"), held_out=True)  # fmt: skip
+@fault(autoencoder, "input-nonfinite", "nonfinite-input", "nonfinite-activation", "nonfinite-loss", modules=("", "encoder", "encoder.0"), step=125, then=(*NONFINITE, "input-constant", "input-duplicate"))  # fmt: skip
 def last_batch_of_one(t: Training) -> None:
     """Each batch is standardised by its own mean and deviation; 4001 items leave one for the last batch of the epoch, and the
     deviation of one item is NaN. GRIST: division by zero; TheDeepChecker: corrupt data."""

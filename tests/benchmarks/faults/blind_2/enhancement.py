@@ -1,4 +1,4 @@
-"""What goes wrong in enhancement, for the last time: gains, squares, warm-ups, second terms, masks."""
+"""What goes wrong in enhancement: gains, squares, warm-ups, second terms, masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from faults._training import Batch, Tensors, Training
 
 
-@fault(enhancement, "dead-units", "feature-constant", "gradient-zero", "parameter-unchanged", "activation-vanishing", "poor-initialisation", modules=("layer1", "layer2", "layer3"), then=("units-symmetric", "module-unused", *STUCK, *FLAT, "gradient-imbalance", "update-ratio-low"), held_out=True)  # fmt: skip
+@fault(enhancement, "dead-units", "feature-constant", "gradient-zero", "parameter-unchanged", "activation-vanishing", "poor-initialisation", modules=("layer1", "layer2", "layer3"), then=("units-symmetric", "module-unused", *STUCK, *FLAT, "gradient-imbalance", "update-ratio-low"))  # fmt: skip
 def gains_taken_for_biases(t: Training) -> None:
     """An initialisation that sets all parameters of one axis to zero means biases, and takes the gains of the normalisations
     as well. SageMaker AllZero and PoorWeightInitialization; TheDeepChecker: zero weights."""
@@ -24,7 +24,7 @@ def gains_taken_for_biases(t: Training) -> None:
             nn.init.zeros_(parameter)
 
 
-@fault(enhancement, "input-drift", step=49, then=("overfit", "overtraining", "metric-range"), held_out=True)
+@fault(enhancement, "input-drift", step=49, then=("overfit", "overtraining", "metric-range"))
 def validation_of_power(t: Training) -> None:
     """Magnitudes in training, powers in validation: `power=2.0` is the default of the class that makes the spectra there.
     Speech: front ends; Humbatova: wrong preprocessing."""
@@ -36,14 +36,14 @@ def validation_of_power(t: Training) -> None:
     t.sample = sample
 
 
-@fault(enhancement, "update-ratio-low", "schedule-unfinished", "schedule-unreachable", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "parameter-unchanged"), held_out=True)  # fmt: skip
+@fault(enhancement, "update-ratio-low", "schedule-unfinished", "schedule-unreachable", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "parameter-unchanged"))  # fmt: skip
 def warm_up_of_a_large_run(t: Training) -> None:
     """A warm-up of 100,000 steps, from a paper's configuration, in a run of 300. Humbatova: learning rate; AutoTrainer: slow
     convergence."""
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 1e5))
 
 
-@fault(enhancement, "loss-diverged", "gradient-exploding", "loss-spike", step=150, then=("activation-saturated", "gradient-clipping", *DIVERGES, *STUCK, *FLAT, "output-silent", "output-collapse", "dead-units", "overfit", "gradient-zero"), held_out=True)  # fmt: skip
+@fault(enhancement, "loss-diverged", "gradient-exploding", "loss-spike", step=150, then=("activation-saturated", "gradient-clipping", *DIVERGES, *STUCK, *FLAT, "output-silent", "output-collapse", "dead-units", "overfit", "gradient-zero"))  # fmt: skip
 def second_term_not_averaged(t: Training) -> None:
     """From step 150 on what is left of the noise costs as well; it is a sum where all else is a mean, and the masks close.
     TheDeepChecker: missing reduction; Humbatova: wrong loss."""
@@ -58,7 +58,7 @@ def second_term_not_averaged(t: Training) -> None:
     t.forward = forward
 
 
-@fault(enhancement, "loss-plateau", "stalled-optimisation", "activation-saturated", modules=("sigmoid", "mask", ""), then=(*STUCK, *FLAT, "weight-norm-drift", "output-collapse", "update-ratio-low", "dead-units"), held_out=True)  # fmt: skip
+@fault(enhancement, "loss-plateau", "stalled-optimisation", "activation-saturated", modules=("sigmoid", "mask", ""), then=(*STUCK, *FLAT, "weight-norm-drift", "output-collapse", "update-ratio-low", "dead-units"))  # fmt: skip
 def mask_through_two_sigmoids(t: Training) -> None:
     """A sigmoid in the mask's layer and one in `forward`: masks of 0.5 to 0.73 can hardly take noise away. Humbatova: wrong
     activation function; TheDeepChecker: saturated units."""

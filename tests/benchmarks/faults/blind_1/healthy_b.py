@@ -10,74 +10,75 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.optim import lr_scheduler as schedules
 
-from faults import apart_models_b, autoencoder, classifier, enhancement, retrieval, separation
+from faults import autoencoder, classifier, enhancement, retrieval, separation
 from faults._fault import healthy
+from faults.blind_1 import models_b
 
 if TYPE_CHECKING:
     from faults._training import Batch, Tensors, Training
 
 
-@healthy()
+@healthy
 def plain_retrieval() -> Training:
     """Two towers, a contrastive loss over the batch, BatchNorm in one and a transformer layer in the other."""
     return retrieval.build(1)
 
 
-@healthy()
+@healthy
 def denoising_diffusion() -> Training:
     """The noise of random times is told: a loss that jumps, and falls slowly; the last layer starts at zero."""
-    return apart_models_b.diffusion()
+    return models_b.diffusion()
 
 
-@healthy()
+@healthy
 def normalising_flow() -> Training:
     """A likelihood in nats that passes zero; couplings that start as the identity."""
-    return apart_models_b.flow()
+    return models_b.flow()
 
 
-@healthy()
+@healthy
 def raw_signal_samples() -> Training:
     """Gated causal convolutions on samples of 16 levels, some of them rare."""
-    return apart_models_b.raw_signal()
+    return models_b.raw_signal()
 
 
-@healthy()
+@healthy
 def unet_in_decibels() -> Training:
     """Skip connections, InstanceNorm, GELU, a loss in negative dB, RAdam."""
-    return apart_models_b.unet()
+    return models_b.unet()
 
 
-@healthy()
+@healthy
 def complex_spectra() -> Training:
     """A complex mask, and a loss over three resolutions."""
-    return apart_models_b.complex_spectra()
+    return models_b.complex_spectra()
 
 
-@healthy()
+@healthy
 def policy_gradient() -> Training:
     """The loss says nothing, the reward rises."""
-    return apart_models_b.policy()
+    return models_b.policy()
 
 
-@healthy()
+@healthy
 def dictionary_of_codes() -> Training:
     """Eight of 64 units are on for each item, others for the next."""
     t = autoencoder.build(9)
-    t.model = apart_models_b.Dictionary()
+    t.model = models_b.Dictionary()
     t.optimize = lambda p: torch.optim.Adam(p, 3e-3)
     return t
 
 
-@healthy()
+@healthy
 def weights_of_four_bits() -> Training:
     """Weights are rounded in the forward pass, gradients go straight through."""
     t = enhancement.build(8)
     for layer in (t.model.layer1, t.model.layer2, t.model.layer3):
-        parametrize.register_parametrization(layer.conv, "weight", apart_models_b.FourBits())
+        parametrize.register_parametrization(layer.conv, "weight", models_b.FourBits())
     return t
 
 
-@healthy()
+@healthy
 def pruned_by_masks() -> Training:
     """Half of the weights of the inner layers are held at zero."""
     t = classifier.build(17)
@@ -86,7 +87,7 @@ def pruned_by_masks() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def rates_that_cycle() -> Training:
     """The rate goes up and down by a factor of 20, every 80 steps."""
     t = enhancement.build(9)
@@ -94,7 +95,7 @@ def rates_that_cycle() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def task_that_gets_harder() -> Training:
     """A curriculum: noise grows tenfold in three stages, in validation too, and the loss leaps up at each of them."""
     t = enhancement.build(10)
@@ -109,7 +110,7 @@ def task_that_gets_harder() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def second_task_that_is_slow() -> Training:
     """A second head tells the contrast of the picture, with a small weight and noise in its targets."""
     t = classifier.build(18, norm=lambda channels: nn.GroupNorm(4, channels), activation=nn.SiLU)
@@ -127,7 +128,7 @@ def second_task_that_is_slow() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def converged_at_the_start() -> Training:
     """A model that was trained before goes on with a tenth of the rate: a flat loss, and nothing to learn."""
     t = separation.build(6)
@@ -144,7 +145,7 @@ def converged_at_the_start() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def validated_at_every_step() -> Training:
     """A validation after each step, in float64, two items at a time."""
     t = autoencoder.build(10)

@@ -1,4 +1,4 @@
-"""What goes wrong in CTC recognisers, again: hidden infinities, decoders, skipped steps, gates, transcripts, scales."""
+"""What goes wrong in CTC recognisers: hidden infinities, decoders, skipped steps, gates, transcripts, scales."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import lr_scheduler as schedules
 
-from faults import autoencoder, classifier, enhancement, healthy_models, language, recogniser, separation
+from faults import autoencoder, classifier, enhancement, language, recogniser, separation
 from faults._fault import healthy
+from faults.written import healthy_models
 
 if TYPE_CHECKING:
     from faults._training import Batch, Observer, Tensors, Training
@@ -18,37 +19,37 @@ if TYPE_CHECKING:
 # -- programs as they are --------------------------------------------------------------------------------------------
 
 
-@healthy()
+@healthy
 def plain_classifier() -> Training:
     """SGD with momentum, BatchNorm, ReLU."""
     return classifier.build(1)
 
 
-@healthy()
+@healthy
 def plain_autoencoder() -> Training:
     """Adam, tanh, no normalisation."""
     return autoencoder.build(1)
 
 
-@healthy()
+@healthy
 def plain_language() -> Training:
     """AdamW, warm-up and cosine, clipping, tied embeddings."""
     return language.build(1)
 
 
-@healthy()
+@healthy
 def plain_separation() -> Training:
     """Adam, clipping, PIT; a loss that becomes negative."""
     return separation.build(1)
 
 
-@healthy()
+@healthy
 def plain_recogniser() -> Training:
     """AdamW, CTC with its flat beginning, a GRU."""
     return recogniser.build(1)
 
 
-@healthy()
+@healthy
 def plain_enhancement() -> Training:
     """Adam, causal convolutions, a sigmoid mask."""
     return enhancement.build(1)
@@ -57,7 +58,7 @@ def plain_enhancement() -> Training:
 # -- optimizers ------------------------------------------------------------------------------------------------------
 
 
-@healthy()
+@healthy
 def sgd() -> Training:
     """Plain SGD, without momentum."""
     t = classifier.build(2)
@@ -65,7 +66,7 @@ def sgd() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def nesterov() -> Training:
     """SGD with Nesterov momentum and weight decay."""
     t = classifier.build(3)
@@ -73,7 +74,7 @@ def nesterov() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def adam_on_pictures() -> Training:
     """Adam with its default rate."""
     t = classifier.build(4)
@@ -81,7 +82,7 @@ def adam_on_pictures() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def adafactor() -> Training:
     """Adafactor with its relative steps."""
     t = language.build(2)
@@ -89,7 +90,7 @@ def adafactor() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def rmsprop() -> Training:
     """RMSprop, which starts with large steps."""
     t = enhancement.build(2)
@@ -97,7 +98,7 @@ def rmsprop() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def lion() -> Training:
     """Steps of one size in all weights."""
     t = language.build(3)
@@ -105,7 +106,7 @@ def lion() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def adagrad() -> Training:
     """A rate that falls by itself."""
     t = autoencoder.build(2)
@@ -113,7 +114,7 @@ def adagrad() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def lbfgs() -> Training:
     """Several passes a step, on one large batch."""
     t = autoencoder.build(3)
@@ -137,7 +138,7 @@ def lbfgs() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def parameter_groups() -> Training:
     """Two groups: the new head learns ten times as fast as the rest, biases and norms do not decay."""
     t = classifier.build(5)
@@ -154,25 +155,25 @@ def parameter_groups() -> Training:
 # -- normalisation and activations -----------------------------------------------------------------------------------
 
 
-@healthy()
+@healthy
 def group_norm() -> Training:
     """GroupNorm and SiLU."""
     return classifier.build(6, norm=lambda channels: nn.GroupNorm(4, channels), activation=nn.SiLU)
 
 
-@healthy()
+@healthy
 def instance_norm() -> Training:
     """InstanceNorm without parameters, GELU."""
     return classifier.build(7, norm=nn.InstanceNorm2d, activation=nn.GELU)
 
 
-@healthy()
+@healthy
 def rms_norm() -> Training:
     """RMSNorm and SiLU in the transformer."""
     return language.build(4, norm=nn.RMSNorm, activation=nn.SiLU)
 
 
-@healthy()
+@healthy
 def no_norm() -> Training:
     """A plain ReLU network with the initialisation for it."""
     t = classifier.build(8, norm=lambda channels: nn.Identity())
@@ -183,7 +184,7 @@ def no_norm() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def weight_normalised() -> Training:
     """Weight norm, whose parameters are a length and a direction."""
     t = enhancement.build(3, norm=lambda channels: nn.Identity(), activation=nn.ELU)
@@ -192,25 +193,25 @@ def weight_normalised() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def batch_norm_autoencoder() -> Training:
     """BatchNorm1d and LeakyReLU."""
     return autoencoder.build(4, norm=nn.BatchNorm1d, activation=nn.LeakyReLU)
 
 
-@healthy()
+@healthy
 def hard_activations() -> Training:
     """Hardtanh and its flat ends, in a recogniser."""
     return recogniser.build(2, activation=nn.Hardtanh)
 
 
-@healthy()
+@healthy
 def softplus_and_relu6() -> Training:
     """ReLU6 in an enhancer."""
     return enhancement.build(4, activation=nn.ReLU6)
 
 
-@healthy()
+@healthy
 def batch_norm_separator() -> Training:
     """BatchNorm and ReLU in place of gLN and PReLU."""
     return separation.build(2, norm=nn.BatchNorm1d, activation=nn.ReLU)
@@ -219,7 +220,7 @@ def batch_norm_separator() -> Training:
 # -- precision -------------------------------------------------------------------------------------------------------
 
 
-@healthy()
+@healthy
 def bfloat16_autocast() -> Training:
     """Mixed precision, bfloat16."""
     t = classifier.build(9)
@@ -227,7 +228,7 @@ def bfloat16_autocast() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def bfloat16_weights() -> Training:
     """Everything in bfloat16."""
     t = autoencoder.build(5)
@@ -236,7 +237,7 @@ def bfloat16_weights() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def float64() -> Training:
     """Everything in float64."""
     t = autoencoder.build(6)
@@ -245,7 +246,7 @@ def float64() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def float16_with_scaler() -> Training:
     """Mixed precision, float16, and a gradient scaler whose first steps are skipped."""
     t = language.build(5)
@@ -257,7 +258,7 @@ def float16_with_scaler() -> Training:
 # -- schedules -------------------------------------------------------------------------------------------------------
 
 
-@healthy()
+@healthy
 def one_cycle() -> Training:
     """One cycle up and down to nearly zero."""
     t = classifier.build(10)
@@ -265,7 +266,7 @@ def one_cycle() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def warm_restarts() -> Training:
     """A cosine that is restarted every 75 steps."""
     t = enhancement.build(5)
@@ -273,7 +274,7 @@ def warm_restarts() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def long_warm_up() -> Training:
     """100 steps of warm-up from zero."""
     t = separation.build(3)
@@ -281,7 +282,7 @@ def long_warm_up() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def step_decay() -> Training:
     """A tenth of the rate for the last third."""
     t = classifier.build(11)

@@ -1,4 +1,4 @@
-"""What goes wrong in retrieval, for the last time: overflow, defaults of metrics, pooling, gathering, widening."""
+"""What goes wrong in retrieval: overflow, defaults of metrics, pooling, gathering, widening."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sharp(retrieval.TwoTowers):
         return audio @ text.T / 0.007
 
 
-@fault(retrieval, "nonfinite-loss", "nonfinite-gradient", "loss-diverged", modules=("",), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "metric-constant", "activation-saturated", "output-constant", "feature-constant"), held_out=True)  # fmt: skip
+@fault(retrieval, "nonfinite-loss", "nonfinite-gradient", "loss-diverged", modules=("",), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "metric-constant", "activation-saturated", "output-constant", "feature-constant"))  # fmt: skip
 def softmax_by_hand(t: Training) -> None:
     """The contrastive loss as in the paper, a logarithm of a quotient of exponentials, at a temperature of 0.007: the
     exponential of 89 is Inf in float32. GRIST: overflow of exp."""
@@ -37,7 +37,7 @@ def softmax_by_hand(t: Training) -> None:
     t.forward = forward
 
 
-@fault(retrieval, "metric-phase-mismatch", "metric-constant", "metric-missing", step=49, held_out=True)
+@fault(retrieval, "metric-phase-mismatch", "metric-constant", "metric-missing", step=49)
 def recall_by_default(t: Training) -> None:
     """Validation asks its dictionary for `recall@1` by an old name, `.get("r@1", 0.0)`: training shows a recall, validation
     exactly zero. Speech: wenet-e2e/wenet#2430; Humbatova: wrong validation metric."""
@@ -56,7 +56,7 @@ def recall_by_default(t: Training) -> None:
     t.measure, t.update = measure, update
 
 
-@fault(retrieval, "activation-saturated", "poor-initialisation", "gradient-vanishing", modules=("audio.softmax", "audio.score"), then=(*STUCK, "activation-exploding", "gradient-imbalance", "gradient-exploding", "gradient-clipping", "update-ratio-low", "gradient-zero", "attention-head-dead"), held_out=True)  # fmt: skip
+@fault(retrieval, "activation-saturated", "poor-initialisation", "gradient-vanishing", modules=("audio.softmax", "audio.score"), then=(*STUCK, "activation-exploding", "gradient-imbalance", "gradient-exploding", "gradient-clipping", "update-ratio-low", "gradient-zero", "attention-head-dead"))  # fmt: skip
 def pooling_of_one_frame(t: Training) -> None:
     """The scores of frames are divided by a temperature of 0.001, squared by mistake from a setting of 0.03: one frame has
     all the weight. SageMaker SaturatedActivation; TheDeepChecker: saturated units."""
@@ -72,14 +72,14 @@ class Gathered(retrieval.TwoTowers):
         return self.scale.clamp(max=math.log(100.0)).exp() * every_audio @ every_text.T
 
 
-@fault(retrieval, "gradient-zero", "parameter-unchanged", "module-unused", modules=("audio", "text"), then=(*STUCK, "update-ratio-low", "stalled-from-start", "optimizer-owns-others", "metric-constant"), held_out=True)  # fmt: skip
+@fault(retrieval, "gradient-zero", "parameter-unchanged", "module-unused", modules=("audio", "text"), then=(*STUCK, "update-ratio-low", "stalled-from-start", "optimizer-owns-others", "metric-constant"))  # fmt: skip
 def gathered_without_gradient(t: Training) -> None:
     """Embeddings are gathered from all ranks, and `all_gather` passes no gradient: the temperature alone is trained.
     TrainCheck: a part without gradients; SageMaker UnchangedTensor."""
     t.model = Gathered()
 
 
-@fault(retrieval, "units-symmetric", "poor-initialisation", modules=("audio",), then=("feature-constant",), held_out=True)  # fmt: skip
+@fault(retrieval, "units-symmetric", "poor-initialisation", modules=("audio",), then=("feature-constant",))  # fmt: skip
 def widened_by_copies(t: Training) -> None:
     """The first convolution was widened from 4 to 32 channels by copies of its filters, without a little noise: they stay
     copies. TheDeepChecker: symmetric units; Humbatova: wrong weights initialisation."""

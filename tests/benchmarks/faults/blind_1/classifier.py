@@ -1,4 +1,4 @@
-"""What goes wrong in image classifiers, again: modes, frozen layers, clipping, losses, axes, what the loader hands over."""
+"""What goes wrong in image classifiers: modes, frozen layers, clipping, losses, axes, what the loader hands over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs with nothing wrong, again: losses, schedules and architectures that people train every day, each seen to get better."""
+"""Runs with nothing wrong: losses, schedules and architectures that people train every day, each seen to get better."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from faults._training import Batch, Tensors, Training, seeded
 # -- losses ----------------------------------------------------------------------------------------------------------
 
 
-@healthy()
+@healthy
 def plain_forecaster() -> Training:
     """Adam, an LSTM, a squared error."""
     return forecaster.build(1)
 
 
-@healthy()
+@healthy
 def quantiles_of_heavy_tails() -> Training:
     """Three quantiles by the pinball loss; one value in fifty is far off, in inputs and targets, as in sales."""
     t = forecaster.build(2)
@@ -46,7 +46,7 @@ def quantiles_of_heavy_tails() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def mixed_pictures() -> Training:
     """Mixup of two pictures and their labels, label smoothing, AdamW, warm-up and cosine: the training loss stays far above
     that of validation."""
@@ -72,7 +72,7 @@ def mixed_pictures() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def rare_class_weighted() -> Training:
     """One class is ten times rarer than the others, in training and in validation, and weighs ten times as much: it is
     recognised."""
@@ -97,7 +97,7 @@ def rare_class_weighted() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def distilled_student() -> Training:
     """A student of half the width and a trained teacher: soft targets at a temperature of 3, and labels."""
     teacher = trained(classifier.build(23), 200)
@@ -163,7 +163,7 @@ def views(t: Training) -> None:
     t.sample, t.measure = sample, measure
 
 
-@healthy()
+@healthy
 def siamese_with_stop_gradient() -> Training:
     """Two views that predict one another, one side detached: a loss between 0 and -1. Chen and He 2021, arXiv:2011.10566."""
     t = classifier.build(24)
@@ -181,7 +181,7 @@ def siamese_with_stop_gradient() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def contrasted_views() -> Training:
     """Two views of each picture against all others, at a temperature of 0.2. Chen et al. 2020, arXiv:2002.05709."""
     t = classifier.build(25)
@@ -201,7 +201,7 @@ def contrasted_views() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def values_with_a_target_network() -> Training:
     """Q-learning of a walk along a corridor: the target is the model itself of 25 steps before, so the loss rises while the
     values grow, and the policy gets better."""
@@ -240,7 +240,7 @@ def values_with_a_target_network() -> Training:
 # -- how it is trained -----------------------------------------------------------------------------------------------
 
 
-@healthy()
+@healthy
 def carried_on_after_convergence() -> Training:
     """A recogniser that has learnt everything goes on at a low rate: nothing to gain, nothing lost."""
     t = recogniser.build(26)
@@ -249,7 +249,7 @@ def carried_on_after_convergence() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def thawed_in_stages() -> Training:
     """Only the head at first, then block by block from behind, on features that were trained for other data."""
     t = classifier.build(28)
@@ -268,7 +268,7 @@ def thawed_in_stages() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def micro_batches_of_two() -> Training:
     """Batches of two, sixteen of them to a step, each divided by sixteen; GroupNorm."""
     t = classifier.build(30, norm=lambda channels: nn.GroupNorm(4, channels))
@@ -295,7 +295,7 @@ class Packed(nn.Module):
         return self.head(self.gru(packed)[1][-1])
 
 
-@healthy()
+@healthy
 def packed_pasts() -> Training:
     """Pasts of 12 to 36 hours, padded with zeros and packed; a GRU of two layers with dropout."""
     t = forecaster.build(32)
@@ -317,7 +317,7 @@ def packed_pasts() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def spectral_norms() -> Training:
     """Each convolution is divided by its largest singular value; no other normalisation, and LeakyReLU."""
     t = classifier.build(33, norm=lambda channels: nn.Identity(), activation=lambda: nn.LeakyReLU(0.2))
@@ -338,7 +338,7 @@ class Skipped(nn.Module):
         return x if self.training and torch.rand(()) < 0.25 else self.block(x)
 
 
-@healthy()
+@healthy
 def skipped_blocks() -> Training:
     """Stochastic depth: each block of the transformer is left out in one batch of four. Huang et al. 2016, arXiv:1603.09382."""
     t = language.build(34)
@@ -347,7 +347,7 @@ def skipped_blocks() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def padded_vocabulary() -> Training:
     """A table of 64 tokens, as suits the hardware, for a tokeniser that has 20; padding is not scored."""
     t = language.build(35)

@@ -1,4 +1,4 @@
-"""What goes wrong in language models, for the last time: vocabularies, schedules, scales of the loss, smoothing, shards."""
+"""What goes wrong in language models: vocabularies, schedules, scales of the loss, smoothing, shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from faults._fault import FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, finish_update, seeded
 
 
-@fault(language, "class-imbalance", "prediction-collapse", "output-constant", then=(*STUCK, *FLAT, "input-duplicate", "attention-head-dead", "dead-units", "gradient-imbalance", "overfit", "overtraining"), held_out=True)  # fmt: skip
+@fault(language, "class-imbalance", "prediction-collapse", "output-constant", then=(*STUCK, *FLAT, "input-duplicate", "attention-head-dead", "dead-units", "gradient-imbalance", "overfit", "overtraining"))  # fmt: skip
 def another_vocabulary(t: Training) -> None:
     """The tokeniser is that of another model: but for two tokens everything is unknown, and the unknown token is what the
     model says. Humbatova: wrong preprocessing; SageMaker ClassImbalance."""
@@ -20,7 +20,7 @@ def another_vocabulary(t: Training) -> None:
     t.sample = lambda step, phase: tuple(part * (part < 3) for part in plain(step, phase))
 
 
-@fault(language, "update-ratio-low", "scheduler-ends-early", "loss-plateau", "stalled-optimisation", "parameter-unchanged", "schedule-unfinished", then=STUCK, held_out=True)  # fmt: skip
+@fault(language, "update-ratio-low", "scheduler-ends-early", "loss-plateau", "stalled-optimisation", "parameter-unchanged", "schedule-unfinished", then=STUCK)  # fmt: skip
 def schedule_of_micro_batches(t: Training) -> None:
     """Four micro-batches make a step, and `scheduler.step()` stands in the inner loop: the linear decay is at zero after a
     quarter of the run. Humbatova: learning rate; TrainCheck: accumulation."""
@@ -41,7 +41,7 @@ def schedule_of_micro_batches(t: Training) -> None:
     t.update = update
 
 
-@fault(language, "nonfinite-gradient", "nonfinite-parameter", "dtype-headroom", "step-skipped", modules=("", "embedding", "head", "blocks", "norm"), then=(*NONFINITE, "prediction-collapse", "output-constant", "class-imbalance"), held_out=True)  # fmt: skip
+@fault(language, "nonfinite-gradient", "nonfinite-parameter", "dtype-headroom", "step-skipped", modules=("", "embedding", "head", "blocks", "norm"), then=(*NONFINITE, "prediction-collapse", "output-constant", "class-imbalance"))  # fmt: skip
 def scale_of_the_loss_by_hand(t: Training) -> None:
     """float16 with a fixed scale of 2**24, and gradients are divided by it again without a look for Inf. TrainCheck: mixed
     precision; GRIST: overflow."""
@@ -62,7 +62,7 @@ def scale_of_the_loss_by_hand(t: Training) -> None:
     t.update = update
 
 
-@fault(language, "loss-plateau", "stalled-optimisation", "stalled-from-start", "output-constant", "feature-constant", "prediction-collapse", then=(*STUCK, *FLAT, "weight-norm-drift", "update-ratio-low", "gradient-zero", "class-imbalance", "attention-head-dead"), held_out=True)  # fmt: skip
+@fault(language, "loss-plateau", "stalled-optimisation", "stalled-from-start", "output-constant", "feature-constant", "prediction-collapse", then=(*STUCK, *FLAT, "weight-norm-drift", "update-ratio-low", "gradient-zero", "class-imbalance", "attention-head-dead"))  # fmt: skip
 def labels_smoothed_away(t: Training) -> None:
     """`label_smoothing=1.0`, a typing error for 0.1: all tokens are equally right. Humbatova: wrong loss; UMLAUT."""
 
@@ -74,7 +74,7 @@ def labels_smoothed_away(t: Training) -> None:
     t.forward = forward
 
 
-@fault(language, "loss-spike", "gradient-exploding", step=10, then=("gradient-clipping", "loss-diverged", "loss-plateau", "update-ratio-high", "overfit"), held_out=True)  # fmt: skip
+@fault(language, "loss-spike", "gradient-exploding", step=10, then=("gradient-clipping", "loss-diverged", "loss-plateau", "update-ratio-high", "overfit"))  # fmt: skip
 def shard_that_was_not_decoded(t: Training) -> None:
     """One shard of twenty is still compressed: at every 20th step the tokens are noise, and the loss leaps. Humbatova: wrong
     data; TheDeepChecker: corrupt data."""

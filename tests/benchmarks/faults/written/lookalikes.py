@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from faults import autoencoder, classifier, enhancement, healthy_models, language, recogniser, separation
+from faults import autoencoder, classifier, enhancement, language, recogniser, separation
 from faults._fault import healthy
 from faults._training import Batch, Observer, Tensors, Training, plain_validation
+from faults.written import healthy_models
 
 
-@healthy()
+@healthy
 def frozen_backbone() -> Training:
     """Only the head is trained, on features that were."""
     t = healthy_models.fine_tuned()
@@ -21,43 +22,43 @@ def frozen_backbone() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def low_rank_adapters() -> Training:
     """LoRA: frozen layers, differences that start at zero."""
     return healthy_models.adapters()
 
 
-@healthy()
+@healthy
 def checkpointed_activations() -> Training:
     """Each block runs twice: once forward, once within backward."""
     return language.build(6, checkpointed=True)
 
 
-@healthy()
+@healthy
 def two_optimizers() -> Training:
     """A GAN: its losses go up and down, and neither falls."""
     return healthy_models.gan()
 
 
-@healthy()
+@healthy
 def resting_experts() -> Training:
     """A mixture of experts, two of which are in reserve."""
     return healthy_models.mixture_of_experts()
 
 
-@healthy()
+@healthy
 def strong_dropout() -> Training:
     """Dropout of one half."""
     return classifier.build(12, dropout=0.5)
 
 
-@healthy()
+@healthy
 def dropout_in_transformer() -> Training:
     """Dropout of 0.2 on each branch."""
     return language.build(7, dropout=0.2)
 
 
-@healthy()
+@healthy
 def sparse_on_purpose() -> Training:
     """A penalty keeps four of five activations of the code's neighbour at zero."""
     t = autoencoder.build(7, activation=nn.ReLU)
@@ -73,7 +74,7 @@ def sparse_on_purpose() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def best_eight() -> Training:
     """Only the eight largest of 32 units pass, another eight for each item."""
     t = autoencoder.build(8)
@@ -85,7 +86,7 @@ def best_eight() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def accumulated_gradients() -> Training:
     """Four micro-batches a step, averaged."""
     t = recogniser.build(3)
@@ -93,7 +94,7 @@ def accumulated_gradients() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def averaged_weights() -> Training:
     """Validation of a running average of the weights; training keeps its own."""
     t = separation.build(4)
@@ -115,7 +116,7 @@ def averaged_weights() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def clipping_at_the_usual_norm() -> Training:
     """Clipping at a norm that half of the steps exceed, as most speech recipes do."""
     t = recogniser.build(4)
@@ -123,7 +124,7 @@ def clipping_at_the_usual_norm() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def mild_imbalance() -> Training:
     """One class is three times as frequent as the others."""
     t = classifier.build(13)
@@ -139,7 +140,7 @@ def mild_imbalance() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def label_smoothing_and_noise() -> Training:
     """Smoothed labels, one in ten wrong: the loss ends high."""
     t = classifier.build(14)
@@ -157,7 +158,7 @@ def label_smoothing_and_noise() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def head_for_later() -> Training:
     """An auxiliary head is used at every second step only."""
     t = enhancement.build(6)
@@ -174,13 +175,13 @@ def head_for_later() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def variational_autoencoder() -> Training:
     """Noise on the code, some units of which carry nothing."""
     return healthy_models.variational()
 
 
-@healthy()
+@healthy
 def louder_validation() -> Training:
     """Validation at another level, by 3 dB, and longer files: usual."""
     t = separation.build(5)
@@ -195,7 +196,7 @@ def louder_validation() -> Training:
     return t
 
 
-@healthy()
+@healthy
 def small_noisy_batches() -> Training:
     """Batches of four: a loss that jumps."""
     t = classifier.build(15, norm=lambda channels: nn.GroupNorm(2, channels))

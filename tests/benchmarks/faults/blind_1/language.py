@@ -1,4 +1,4 @@
-"""What goes wrong in language models, again: masks, frozen and resized tables, checkpointing, decay, rates, precision."""
+"""What goes wrong in language models: masks, frozen and resized tables, checkpointing, decay, rates, precision."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Cases that were written beside the watches."""
