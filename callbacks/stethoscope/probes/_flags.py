@@ -8,58 +8,39 @@ together, unless they are known to be changed in place. Which row belongs to whi
 from __future__ import annotations
 
 from threading import get_ident
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch._C import _is_tracing  # called at each call of each module: no function of ours around it
-from torch._C import _set_grad_enabled as set_grad_enabled  # what torch.no_grad() calls, without its 2 us
-from torch.compiler import is_compiling
+from torch import Tensor, nn
 
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._tree import tensors
 from stethoscope.probes._compiled import Eagerly
-from stethoscope.probes._hook import Hook
+from stethoscope.probes._flag_hooks import (
+    CALL,
+    INDEX,
+    INPUT,
+    NONE,
+    OUTERMOST,
+    SITE,
+    After,
+    Before,
+    Site,
+    is_small,
+)
+from stethoscope.probes._handed_on import is_activation_of
+from stethoscope.probes._naming import Column, Naming
 from stethoscope.probes._passes import MAX_CALLS, replaying
 from stethoscope.probes._select import as_patterns, named_modules, select
-from stethoscope.probes._tape import SMALL, Tape
-from stethoscope.stats import measurable, upload
+from stethoscope.probes._tape import Tape
+from stethoscope.stats import measurable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch.utils.hooks import RemovableHandle
 
     from stethoscope.probes._activations import Activations
-
-
-class _Site:
-    """One hooked module, and what it has passed on in the pass under way."""
-
-    __slots__ = ("calls", "enters", "index", "name", "observed", "root")
-
-    def __init__(self, index: int, name: str, observed: bool, enters: bool) -> None:
-        self.index, self.name, self.observed, self.root = index, name, observed, name == ""
-        self.enters = enters  # whether it has a pre-hook
-        self.calls = 0
-
-
-class _Column(NamedTuple):
-    """One kind of flag: its keys, where each is found, and how rows of one key are joined if it has several."""
-
-    masked: bool  # which of `Tape.levels`
-    keys: list[Key]
-    rows: list[int]
-    join: tuple[Tensor, Tensor] | None
-    sparse: bool
-
-    def read(self, levels: Sequence[Tensor]) -> Columns:
-        level = levels[self.masked]
-        if self.join is None:
-            return Columns(self.keys, level, self.rows, self.sparse)
-        rows, keys = self.join
-        joined = level.new_zeros(len(self.keys)).scatter_reduce_(0, keys, level[rows], "amax")
-        return Columns(self.keys, joined, range(len(self.keys)), self.sparse)
 
 
 class _Gathered:
@@ -74,14 +55,10 @@ class _Gathered:
         self.numbers: list[int] = []  # which of the tensors
         self.rows: list[int] = []  # where each tensor's flags are on the tape; none yet where it is put off
         self.pending: list[tuple[int, int, Tensor, int]] = []  # code, number, tensor, version
-        self.layout: tuple[tuple[list[int], list[int], list[int]], list[_Column]] = (([], [], []), [])
+        self.layout: tuple[tuple[list[int], list[int], list[int]], list[Column]] = (([], [], []), [])
 
 
-_INPUT, _OUTERMOST = 1, 2
-_INDEX, _CALL, _SITE = 2, 8, 12
-"""Bits of a code: input or output, outermost or not, six for the tensor, four for the call, the rest for the module."""
-_NONE = -1
-_MAX_TENSORS = 1 << (_CALL - _INDEX)
+_MAX_TENSORS = 1 << (CALL - INDEX)
 
 
 class FlagHooks:
@@ -98,8 +75,12 @@ class FlagHooks:
         self.here: _Gathered | None = None  # where the last tensor went
         self.last: Tensor | None = None  # it
         self.last_version, self.last_number = -1, 0
+        self.last_returned, self.last_inherited = (
+            False,
+            False,
+        )  # whether a module returned it; whether it was not read itself
         self.inputs = spec.inputs
-        self.called: list[_Site] = []
+        self.called: list[Site] = []
         self.stable: set[int] = set()  # codes of small tensors that were not changed in place before their pass ended
         self._tried: list[tuple[int, Tensor, int]] = []  # candidates for it, with the version that was read
         self._paths: dict[int, str] = {}
@@ -107,12 +88,12 @@ class FlagHooks:
         chosen, unmatched = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
         self.notes += unmatched
         observed = {id(module) for _, module in chosen}
-        self._sites: list[tuple[_Site, nn.Module]] = []
+        self._sites: list[tuple[Site, nn.Module]] = []
         self._handles: list[RemovableHandle] = []
         for name, _, module in modules:
             if id(module) not in observed and next(module.children(), None) is None and name:
                 continue
-            site = _Site(len(self._sites), name, id(module) in observed, _may_write_inputs(module))
+            site = Site(len(self._sites), name, id(module) in observed, _may_write_inputs(module))
             self._sites.append((site, module))
 
     def arm(self, on: bool, phase: str) -> None:
@@ -125,8 +106,8 @@ class FlagHooks:
         if self.armed and not self._handles:
             for site, module in self._sites:
                 if site.enters:
-                    self._handles.append(module.register_forward_pre_hook(_Before(self, site), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(_After(self, site), with_kwargs=True))
+                    self._handles.append(module.register_forward_pre_hook(Before(self, site), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(After(self, site, module), with_kwargs=True))
         elif not self.armed:
             self._release()
 
@@ -168,7 +149,7 @@ class FlagHooks:
                 for row, (number, _) in enumerate(members, first):
                     here.rows[number] = row
 
-    def count(self, site: _Site) -> None:
+    def count(self, site: Site) -> None:
         """A module is called once more in this pass."""
         if site.calls == 0:
             self.called.append(site)
@@ -187,33 +168,67 @@ class FlagHooks:
         except RuntimeError:  # inference tensors have none
             version = -1
         here = self.here
-        if value is not self.last or version != self.last_version or here is None:
+        known = value is self.last and version == self.last_version
+        if here is None or not known or (self.last_inherited and code & OUTERMOST):
             if here is None or here.device != value.device:
                 place = self._phase, value.device
                 if here is not None:
                     self._catch_up(here)
                 here = self.here = self._gathered.get(place) or self._gathered.setdefault(place, _Gathered(place[1]))
-            small = version >= 0 and type(value) is Tensor and _is_small(value)
+            small = version >= 0 and type(value) is Tensor and is_small(value)
             if small and code in self.stable:
                 here.pending.append((code, len(here.rows), value, version))
-                here.rows.append(_NONE)
-            else:
+                self._add_row(here, NONE)
+            elif small or not self.follow(value):
                 real = value if small else _countable(value)
                 if real is None:
                     return
                 if small:
                     self._tried.append((code, value, version))
-                here.rows.append(here.tape.write(real))
-            self.last, self.last_version, self.last_number = value, version, len(here.rows) - 1
+                self._add_row(here, here.tape.write(real))
+            self.last, self.last_version, self.last_returned = value, version, not code & INPUT
         here.codes.append(code)
         here.numbers.append(self.last_number)
+
+    def _add_row(self, here: _Gathered, row: int) -> None:
+        self.last_number, self.last_inherited = len(here.rows), False
+        here.rows.append(row)
+
+    def is_intact(self) -> bool:
+        """Whether the last tensor still is what was read."""
+        # inference tensors have no version
+        return self.last is not None and self.last_version >= 0 and self.last._version == self.last_version  # noqa: SLF001
+
+    def follow(self, value: Tensor) -> bool:
+        """Whether a tensor has the flags of the last one, as an activation function of what a module returned."""
+        if self.last_returned and self.is_intact() and is_activation_of(value, self.last):
+            self.last, self.last_version, self.last_inherited = value, value._version, True  # noqa: SLF001
+            return True
+        return False
+
+    def inherit(self, code: int, output: Tensor) -> None:
+        """Take a module's flags, in and out, from the last tensor."""
+        here = self.here
+        assert here is not None
+        here.codes += (code | INPUT, code)
+        here.numbers += (self.last_number, self.last_number)
+        self.last, self.last_version = output, output._version  # noqa: SLF001
+        self.last_returned = self.last_inherited = True
+
+    def add_weight(self, code: int, weight: Tensor) -> None:
+        """Let what a module returns be as bad as its weight is."""
+        here = self.here
+        assert here is not None
+        here.codes.append(code)
+        here.numbers.append(len(here.rows))
+        here.rows.append(here.tape.write(weight.detach()))
 
     def _read_container(self, code: int, value: object) -> None:
         for i, (path, x) in enumerate(tensors(value)):
             if i < _MAX_TENSORS and (x.is_floating_point() or x.is_complex()):
-                at = code | i << _INDEX
-                if i and at & ~_OUTERMOST not in self._paths:
-                    self._paths[at & ~_OUTERMOST] = f".{path}"
+                at = code | i << INDEX
+                if i and at & ~OUTERMOST not in self._paths:
+                    self._paths[at & ~OUTERMOST] = f".{path}"
                 self.read_tensor(at, x)
 
     def read(self, given: Mapping[str, Tensor]) -> Readings:
@@ -233,22 +248,22 @@ class FlagHooks:
                 gathered.codes, gathered.numbers, gathered.rows, gathered.tape.used = [], [], [], 0
         return Readings(columns)
 
-    def _lay_out(self, gathered: _Gathered) -> list[_Column]:
+    def _lay_out(self, gathered: _Gathered) -> list[Column]:
         """Name the flags; the same every step until other tensors pass by."""
-        plainly, masked = _Naming(masked=False, sparse=True), _Naming(masked=True, sparse=True)
+        plainly, masked = Naming(masked=False, sparse=True), Naming(masked=True, sparse=True)
         # one record stays although it is zero, so that silence and health differ; masked scores and log(0) are healthy
-        returned = _Naming(masked=True, sparse=False)
+        returned = Naming(masked=True, sparse=False)
         for code, number in zip(gathered.codes, gathered.numbers, strict=True):
             row = gathered.rows[number]
-            if row == _NONE:
+            if row == NONE:
                 continue
-            module, call = self._sites[code >> _SITE][0].name, code >> _CALL & MAX_CALLS - 1
-            side = "input_" if code & _INPUT else ""
-            suffix = self._paths.get(code & ~_OUTERMOST, "")
+            module, call = self._sites[code >> SITE][0].name, code >> CALL & MAX_CALLS - 1
+            side = "input_" if code & INPUT else ""
+            suffix = self._paths.get(code & ~OUTERMOST, "")
             # a mask handed over beside the activations may hold -Inf and be healthy
             naming = masked if side and suffix else plainly
             naming.add(Key(f"activation/{side}nonfinite{suffix}", module, call), row)
-            if code & _OUTERMOST:
+            if code & OUTERMOST:
                 returned.add(Key(f"activation/outermost_nonfinite{suffix}", module, call), row)
         return [naming.column(gathered.device) for naming in (plainly, masked, returned) if naming.places]
 
@@ -260,25 +275,6 @@ class FlagHooks:
         self._gathered.clear()
         self._tried.clear()
         self.here, self.last = None, None
-
-
-class _Naming:
-    """Collects keys and rows of one column; a key comes several times when a step has several micro-batches."""
-
-    def __init__(self, *, masked: bool, sparse: bool) -> None:
-        self.masked, self.sparse = masked, sparse
-        self.places: dict[Key, list[int]] = {}
-
-    def add(self, key: Key, row: int) -> None:
-        self.places.setdefault(key, []).append(row)
-
-    def column(self, device: torch.device) -> _Column:
-        rows = [row for several in self.places.values() for row in several]
-        join = None
-        if len(rows) > len(self.places):
-            keys = [i for i, several in enumerate(self.places.values()) for _ in several]
-            join = upload(rows, torch.int64, device), upload(keys, torch.int64, device)
-        return _Column(self.masked, list(self.places), rows, join, self.sparse)
 
 
 def _may_write_inputs(module: nn.Module) -> bool:
@@ -299,102 +295,3 @@ def _countable(x: Tensor) -> Tensor | None:
         return None
     plain = type(x) is Tensor and x.layout is torch.strided and not x.is_nested
     return x if plain and x.dtype in (torch.float16, torch.bfloat16) else measurable(x)
-
-
-def _is_small(x: Tensor) -> bool:
-    """Whether a call costs more than to read a tensor of this size."""
-    return x.dtype is torch.float32 and 0 < x.numel() <= SMALL and x.layout is torch.strided and not x.is_nested
-
-
-def _given(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-    return args[0] if len(args) == 1 and not kwargs else (*args, *kwargs.values())
-
-
-class _Before(Hook):
-    __slots__ = ("attached", "site")
-
-    def __init__(self, attached: FlagHooks, site: _Site) -> None:
-        self.attached, self.site = attached, site
-
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        attached, site = self.attached, self.site
-        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing():
-            return
-        try:
-            if site.root or attached.depth == 0:
-                attached.begin()
-            attached.depth += 1
-            if not (attached.active and site.observed):
-                return
-            call = min(site.calls, MAX_CALLS - 1)
-            attached.count(site)
-            if attached.inputs:
-                with torch.no_grad():
-                    attached.read_value(site.index << _SITE | call << _CALL | _INPUT, _given(args, kwargs))
-        except Exception as error:  # instrumentation never stops a training
-            attached.armed, attached.failure = False, error
-
-
-class _After(Hook):
-    __slots__ = ("attached", "code", "enters", "site")
-
-    def __init__(self, attached: FlagHooks, site: _Site) -> None:
-        self.attached, self.site = attached, site
-        self.code, self.enters = site.index << _SITE, site.enters
-
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-        attached = self.attached
-        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing():
-            return
-        try:
-            if self.code not in attached.stable or not self._put_off(args, kwargs, output):
-                grad = is_grad_enabled()
-                set_grad_enabled(False)
-                try:
-                    self._read(args, kwargs, output)
-                finally:
-                    set_grad_enabled(grad)
-        except Exception as error:  # instrumentation never stops a training
-            attached.armed, attached.failure = False, error
-
-    def _put_off(self, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> bool:
-        """Whether this is a small module's first call in a pass, given what was just read: `_read` takes four times as long."""
-        attached, site, here, last = self.attached, self.site, self.attached.here, self.attached.last
-        if self.enters or site.calls or not (attached.depth and here and last is not None and attached.inputs):
-            return False
-        if kwargs or len(args) != 1 or args[0] is not last or type(output) is not Tensor or not _is_small(output):
-            return False
-        try:
-            version = output._version  # noqa: SLF001  # the only way to see changes in place
-            if last._version != attached.last_version or output.get_device() != here.index:  # noqa: SLF001
-                return False
-        except RuntimeError:  # inference tensors have no version
-            return False
-        number = len(here.rows)
-        here.codes += (self.code | _INPUT, self.code)
-        here.numbers += (attached.last_number, number)
-        here.rows.append(_NONE)
-        here.pending.append((self.code, number, output, version))
-        attached.last, attached.last_version, attached.last_number = output, version, number
-        attached.called.append(site)
-        site.calls = 1
-        return True
-
-    def _read(self, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-        attached, site = self.attached, self.site
-        if self.enters:
-            attached.depth -= 1
-            if attached.active and site.observed:
-                code = self.code | min(site.calls - 1, MAX_CALLS - 1) << _CALL
-                attached.read_value(code if attached.depth else code | _OUTERMOST, output)
-            if attached.depth == 0:
-                attached.end()
-            return
-        if attached.depth == 0:
-            attached.begin()
-        if attached.active:
-            code = self.code | min(site.calls, MAX_CALLS - 1) << _CALL
-            attached.count(site)
-            if attached.inputs:
-                attached.read_value(code | _INPUT, args[0] if len(args) == 1 and not kwargs else _given(args, kwargs))
-            attached.read_value(code if attached.depth else code | _OUTERMOST, output)

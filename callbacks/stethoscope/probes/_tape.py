@@ -32,7 +32,7 @@ class Tape:
 
     def _rows(self, count: int) -> Tensor:
         with torch.inference_mode(mode=False):
-            return torch.zeros(2, count, dtype=torch.float32, device=self.device)
+            return torch.full((2, count), -torch.inf, dtype=torch.float32, device=self.device)
 
     def _reserve(self, count: int) -> int:
         first = self.used
@@ -51,12 +51,11 @@ class Tape:
         if x.dtype is torch.float32 and 0 < x.numel() <= SMALL:
             aminmax(x, out=self._views[row])
             return row
-        low, high = self._views[row]
+        low = self._views[row][0]
         if x.dtype is torch.float32:
             torch.sum(x, dim=None, out=low)
         else:
             low.copy_(x.sum(dtype=torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x.sum())
-        high.copy_(low)
         return row
 
     def write_together(self, alike: Sequence[Tensor]) -> int:
@@ -71,8 +70,10 @@ class Tape:
     def levels(self) -> Tensor:
         """`stats.nonfinite_level` of all used rows, and the same with -Inf taken for finite as in a mask, shape (2, rows)."""
         bounds = self._table[:, : self.used]
+        torch.maximum(bounds[0], bounds[1], out=bounds[1])  # of a sum, high was left at -Inf
         # where -Inf is the largest value it is the smallest one too, so that nothing is lost
         bounds[1].clamp_(min=0)
         levels = stats.nonfinite_level(bounds)
         torch.maximum(levels[0], levels[1], out=levels[0])
+        bounds[1].fill_(-torch.inf)
         return levels

@@ -1,0 +1,53 @@
+"""Values that need not be read, since they are finite where what was read just before is.
+
+Half of what a transformer's layer passes from module to module leaves a dropout or an activation function, which cannot make NaN or
+Inf of finite values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_EXACT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.Unflatten)
+"""Not finite just where the input is not: zero times NaN or Inf is NaN, so that a dropout hides nothing."""
+_FINITE = (
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish,
+    nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink,
+)  # fmt: skip
+"""Finite where the input is; where it is Inf they may be finite, too."""
+_FUNCTIONS = {
+    "EluBackward0", "GeluBackward0", "HardsigmoidBackward0", "HardswishBackward0", "HardtanhBackward0", "LeakyReluBackward0",
+    "LogSigmoidBackward0", "MishBackward0", "ReluBackward0", "SigmoidBackward0", "SiluBackward0", "SoftplusBackward0", "TanhBackward0",
+}  # fmt: skip
+_ROOMY = (torch.float32, torch.bfloat16, torch.float64)
+"""In float16 a dropout's factor 1 / (1 - p) can overflow on its own."""
+
+
+def is_exact(module: nn.Module) -> bool:
+    """Whether a module returns NaN and Inf just where it is given some."""
+    return type(module) in _EXACT and "forward" not in module.__dict__
+
+
+def is_finite(module: nn.Module) -> bool:
+    """Whether a module returns finite values where it is given finite ones, and has finite parameters."""
+    return type(module) in _FINITE and "forward" not in module.__dict__
+
+
+def is_untouched(module: nn.Module, output: Tensor) -> bool:
+    """Whether what a module returned is as it was computed: no hook but ours can have changed it, nor a narrow dtype."""
+    return (
+        output.dtype in _ROOMY
+        and not output.is_inference()
+        and len(module._forward_hooks) == 1  # noqa: SLF001  # torch has no public way to ask
+        and not torch_module._global_forward_hooks  # noqa: SLF001
+    )
+
+
+def is_activation_of(value: Tensor, x: Tensor | None) -> bool:
+    """Whether autograd made a value by an activation function of `x` alone; False where gradients are off."""
+    if x is None or value._is_view():  # noqa: SLF001  # asking some views for their function is an error
+        return False
+    made = value.grad_fn
+    return made is not None and made.name() in _FUNCTIONS and made.next_functions[0][0] is x.grad_fn is not None
