@@ -102,6 +102,16 @@ def test_statistics_equal_a_float64_reference(dtype, data):
     assert sum(seen["activation/histogram", "", 0].counts) == finite.sum()
 
 
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf, -np.inf])
+def test_the_range_of_a_large_tensor_that_is_not_contiguous(bad):
+    x = torch.randn(300, 4, 70, generator=torch.Generator().manual_seed(0)).transpose(0, 2)
+    if bad is not None:
+        x[1, 2, 3] = bad
+    seen = observe(nn.Identity(), (x,))
+    for name in ("min", "max", "absmax"):
+        np.testing.assert_equal(seen[f"activation/{name}", "", 0], float(reference(x.numpy())[name]))
+
+
 def test_a_large_tensor_far_from_zero():
     x = torch.randn(64, 128, 33, generator=torch.Generator().manual_seed(0)) * 1e-2 + 100.0
     seen = observe(nn.Identity(), (x,))

@@ -25,6 +25,8 @@ SAMPLED = frozenset({"zero_fraction", "histogram"})
 MOMENTS = frozenset({"std", "kurtosis"})
 
 _FIRST_ROWS = 32
+_LARGE = 65_536
+"""Values from which, on a CPU, `amin` and `amax` one after the other take a fifth to a third less than `aminmax` (torch 2.13)."""
 
 
 class Row(NamedTuple):
@@ -148,7 +150,10 @@ class Bank:
         if self._is_put_off and x.numel() <= self.sample:
             self._keep_sample(index, x)
             return
-        if self._ranges:
+        if self._ranges and self.device.type == "cpu" and x.numel() >= _LARGE:
+            torch.amin(x, dim=(), out=row.low)
+            torch.amax(x, dim=(), out=row.high)
+        elif self._ranges:
             torch.aminmax(x, out=(row.low, row.high))
         if self._means:
             torch.sum(x, dim=None, out=row.total)
