@@ -83,3 +83,37 @@ def test_whatever_comes_is_survived(rates):
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LearningRate(**wrong)
+
+
+def warmed_up(optimizer):
+    up = schedules.LinearLR(optimizer, 0.01, total_iters=10)
+    return schedules.SequentialLR(optimizer, [up, schedules.CosineAnnealingLR(optimizer, 80)], [10])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(lambda o: schedules.CosineAnnealingLR(o, 40), id="short"),
+        pytest.param(lambda o: schedules.CosineAnnealingLR(o, 5), id="very short"),
+        pytest.param(lambda o: schedules.CosineAnnealingLR(o, 250, eta_min=1e-4), id="long"),
+        pytest.param(warmed_up, id="behind a warm-up"),
+    ],
+)
+def test_a_cosine_that_goes_on_behind_its_end(schedule):
+    (found,) = run(schedule, planned=None)
+    assert found.code == "scheduler-ends-early"
+    assert "climbs again" in found.message
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(lambda o: schedules.CyclicLR(o, 1e-6, 0.1, step_size_up=40), id="triangles"),
+        pytest.param(lambda o: schedules.CyclicLR(o, 1e-6, 0.1, step_size_up=20, mode="triangular2"), id="shrinking triangles"),
+        pytest.param(lambda o: schedules.CosineAnnealingWarmRestarts(o, 10, T_mult=2), id="longer restarts"),
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda i: 0.5 - 0.5 * math.cos(i / 20)), id="waves from zero"),
+        pytest.param(lambda o: schedules.CosineAnnealingLR(o, 40, eta_min=0.01), id="waves on purpose"),
+    ],
+)  # fmt: skip
+def test_a_rate_that_goes_round_on_purpose(schedule):
+    assert run(schedule, planned=None) == []

@@ -1,4 +1,4 @@
-"""`LearningRate`: a schedule that is over long before the run is."""
+"""`LearningRate`: a schedule that is over long before the run is, or begins to run backwards."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from stethoscope._record import Record
 
 LEAST = 20  # steps: a cosine that is restarted comes close to zero for a few
+BOTTOM, HALF, LEAP = 0.01, 0.5, 0.6
+"""Shares of the peak: where a fall ends, where a rise is sure, what a restart takes at once."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class LearningRate:
 
     **What it decides:** the largest learning rate of all parameter groups lies at or below `nothing` times its peak for 20 steps
     and `hold` of the planned run in a row, and at least `left` of the run is still to come. A group that is frozen by a
-    rate of zero is fine while others learn, and so is a rate that rises again.
+    rate of zero is fine while others learn.
+    Or the rate has fallen to 1 % of its peak and climbs back to half of it, not at once as a restart does, and in more than twice
+    the steps in which it first rose to its peak, as no cyclical schedule does: `CosineAnnealingLR` that goes on behind its end.
     **Finding:** `scheduler-ends-early`. **Cost:** host only, O(1) per step. **Needs:** no probe; `planned_steps`.
 
     Args:
@@ -60,7 +64,8 @@ class LearningRate:
 
     def init(self) -> State:
         """No learning rate seen."""
-        return {"plan": None, "peak": 0.0, "since": None, "told": False}
+        start = {"plan": None, "peak": 0.0, "since": None, "told": False}
+        return {**start, "first": None, "peaked": 0, "bottom": None, "last": 0.0, "turned": False}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the records of one step."""
@@ -77,6 +82,9 @@ class LearningRate:
             return state, ()
         rate, step, plan = max(rates), records[0].step, state["plan"]
         peak = max(state["peak"], rate)
+        state, found = _turn(state, rate, step)
+        if found:
+            return {**state, "peak": peak}, found
         if not plan or rate > self.nothing * peak or peak == 0:
             return {**state, "peak": peak, "since": None, "told": False}, ()
         since = step if state["since"] is None else state["since"]
@@ -95,3 +103,28 @@ class LearningRate:
             evidence={"lr": rate, "peak": peak, "since": since, "left": remains},
         )
         return {**state, "told": True}, (finding,)
+
+
+def _turn(state: State, rate: float, step: int) -> tuple[State, Sequence[Finding]]:
+    """Whether a rate that had fallen to nothing climbs back as slowly."""
+    peak, last, bottom = state["peak"], state["last"], state["bottom"]
+    first = step if state["first"] is None else state["first"]
+    peaked = step if rate > peak else state["peaked"]
+    if rate <= BOTTOM * peak:
+        bottom = step
+    elif rate < last or rate - last > LEAP * peak:  # falls on, or is restarted
+        bottom = None
+    risen = bottom is not None and rate >= HALF * peak > 0
+    state = {**state, "first": first, "peaked": peaked, "bottom": None if risen else bottom, "last": rate}
+    if state["turned"] or not risen or step - bottom <= 2 * (peaked - first):
+        return state, ()
+    finding = Finding(
+        "scheduler-ends-early",
+        "warning",
+        f"The learning rate fell to nothing at step {bottom} and climbs again: {rate:.3g}, {100 * rate / peak:.0f} % of its peak of {peak:.3g}.",
+        "CosineAnnealingLR runs backwards behind its T_max: set T_max to the number of calls of scheduler.step(), or use "
+        "CosineAnnealingWarmRestarts if the rate shall start again.",
+        step,
+        evidence={"lr": rate, "peak": peak, "since": bottom},
+    )
+    return {**state, "turned": True}, (finding,)
