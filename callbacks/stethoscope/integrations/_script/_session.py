@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from pathlib import Path
 from threading import get_ident
@@ -37,11 +38,11 @@ class Session:
         called: the module whose call is under way.
         settings: what `stethoscope run` was told.
         to: where to write.
-        gone: called when the script has let go of the model's optimizers.
+        gone: called with this session when the script has let go of the model's optimizers.
     """
 
     def __init__(
-        self, training: Training, called: nn.Module, settings: Settings, to: str, gone: Callable[[], None]
+        self, training: Training, called: nn.Module, settings: Settings, to: str, gone: Callable[[Session], None]
     ) -> None:
         root, optimizers = training.root, training.optimizers
         chosen: Any = {} if settings.preset == "none" else getattr(presets, settings.preset)()
@@ -66,7 +67,7 @@ class Session:
         self._made: dict[int, int] = {}  # steps of each, and how many there were when its step under way began
         self._begun: dict[int, int] = {}
         self._rates: list[float | Tensor] = []  # of these
-        self._thread = get_ident()
+        self._thread, self._process = get_ident(), os.getpid()
         # called itself and, since validation may go round DDP, what it wraps
         self._validation: Validation | None = Validation(
             self.monitor, [called, unwrap(called)], self._may_validate, root if training.made else None
@@ -132,11 +133,19 @@ class Session:
         """The script has let go of an optimizer: without one, it may want its model's memory back."""
         self._living -= 1
         if self._living == 0 and get_ident() == self._thread:
-            self.close()
-            self._gone()
+            self._gone(self)
+
+    def give_up(self, part: object, error: Exception) -> None:
+        """Say in this model's file that `part` has failed, and let go of the model."""
+        if self.monitor is not None and self._process == os.getpid():
+            self.monitor._notes.disabled(part, "integration", error)  # noqa: SLF001 - it is one of its parts
+        self.close()
 
     def close(self) -> None:
         """Deliver everything and let go of the model."""
+        if self._process != os.getpid():
+            self.abandon()
+            return
         monitor, self.monitor = self.monitor, None
         validation, self._validation = self._validation, None
         if monitor is None or validation is None:
