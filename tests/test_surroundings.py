@@ -237,6 +237,24 @@ def test_a_signal_in_the_middle_of_a_step_leaves_all_steps_before_once_and_the_r
     assert steps_of(tmp_path) == list(range(10))
 
 
+def test_a_sigterm_that_the_script_turns_into_an_exit_writes_everything_and_ours_is_no_handler(tmp_path):
+    done = script(
+        tmp_path,
+        """
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        handlers = {each: signal.getsignal(each) for each in signal.valid_signals()}
+        monitor = Monitor(model, sinks=Slow(folder), every=1, **presets.first_aid())
+        train(monitor, 20)
+        assert handlers == {each: signal.getsignal(each) for each in signal.valid_signals()}
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        """,
+    )
+    assert done.returncode == 143, done.stderr
+    assert steps_of(tmp_path) == list(range(20))
+
+
 def test_an_end_by_an_exception_or_at_exit_writes_everything(tmp_path):
     done = script(
         tmp_path,
