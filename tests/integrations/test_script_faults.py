@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from faulty import FailOn
 
 FOLDERS = ("integrations/_script", "integrations/_loss.py", "integrations/_validation.py")
-WRAPPERS = {"backward", "scale", "step", "call", "excepthook", "_note", "<lambda>", "<genexpr>", "say"}
+WRAPPERS = {"backward", "scale", "step", "call", "excepthook", "_note", "<lambda>", "<genexpr>", "say", "end"}
 """What holds the guards themselves, and what has one of its own."""
 
 
