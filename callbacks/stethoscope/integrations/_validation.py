@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from stethoscope._monitor import Monitor
 
@@ -43,12 +44,11 @@ class Validation:
         # weakly, since this is what hooks hold: a monitor that is dropped goes, and they with it
         self._monitor, self._due, self._container, self._thread = ref(monitor), due, container, get_ident()
         self._phase = ExitStack()
-        self._handles = [
-            each.register_forward_pre_hook(_Entry(self), with_kwargs=True, prepend=True)
-            for each in dict.fromkeys(modules)
-            if takes_hooks(each)
-        ]
+        self._handles: list[RemovableHandle] = []
         when_dropped(monitor, [self.abandon])
+        for each in dict.fromkeys(modules):
+            if takes_hooks(each):
+                self._handles.append(each.register_forward_pre_hook(_Entry(self), with_kwargs=True, prepend=True))
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called: in a validation or not?"""
