@@ -45,17 +45,8 @@ class Session:
         self, training: Training, called: nn.Module, settings: Settings, to: str, gone: Callable[[Session], None]
     ) -> None:
         root, optimizers = training.root, training.optimizers
-        chosen: Any = {} if settings.preset == "none" else getattr(presets, settings.preset)()
-        self.monitor: Monitor | None = Monitor(
-            root,
-            # only the guard needs them, and whoever holds them keeps the script from letting go of its model
-            optimizers if settings.guard else None,
-            sinks=[str(settings.place(to))],
-            every=settings.every,
-            guard=settings.guard,
-            planned_steps=settings.planned_steps,
-            **chosen,
-        )
+        self.monitor: Monitor | None = None
+        self._validation: Validation | None = None
         self.name, self.to, self.steps = type(root).__name__, to, 0
         self._place = settings.place(to)
         self.run = new_run(root, None, settings.every)
@@ -68,14 +59,25 @@ class Session:
         self._begun: dict[int, int] = {}
         self._rates: list[float | Tensor] = []  # of these
         self._thread, self._process = get_ident(), os.getpid()
-        # called itself and, since validation may go round DDP, what it wraps
-        self._validation: Validation | None = Validation(
-            self.monitor, [called, unwrap(called)], self._may_validate, root if training.made else None
-        )
         self._ended = [weakref.finalize(each, self._optimizer_gone) for each in optimizers]
         for each in self._ended:
             each.atexit = False
         self._living, self._gone = len(optimizers), gone
+        chosen: Any = {} if settings.preset == "none" else getattr(presets, settings.preset)()
+        monitor = Monitor(
+            root,
+            # only the guard needs them, and whoever holds them keeps the script from letting go of its model
+            optimizers if settings.guard else None,
+            sinks=[str(settings.place(to))],
+            every=settings.every,
+            guard=settings.guard,
+            planned_steps=settings.planned_steps,
+            **chosen,
+        )
+        # called itself and, since validation may go round DDP, what it wraps
+        entries, container = [called, unwrap(called)], root if training.made else None
+        self._validation = Validation(monitor, entries, self._may_validate, container)
+        self.monitor = monitor  # last: if anything fails, it is dropped, and takes its hooks along
 
     @property
     def written(self) -> bool:
