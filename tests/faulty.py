@@ -48,6 +48,25 @@ class FailAt:
         threading.settrace(None)
 
 
+class FailOn(FailAt):
+    """Raises when a line is run for the n-th time. Without a line, keeps how often each is run, and lets them pass."""
+
+    def __init__(self, place, n, error, folders, apart=()):
+        super().__init__(n, error, folders)
+        self.place, self.apart, self.seen = place, apart, {}
+
+    def __call__(self, frame, event, arg):
+        return None if frame.f_code.co_name in self.apart else super().__call__(frame, event, arg)
+
+    def line(self, frame, event, arg):
+        place = frame.f_code.co_filename, frame.f_lineno
+        if self.place is None:
+            if event == "line" and not linecache.getline(*place).lstrip().startswith(CANNOT_FAIL):
+                self.seen[place] = self.seen.get(place, 0) + 1
+            return self.line
+        return super().line(frame, event, arg) if place == self.place else self.line
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()

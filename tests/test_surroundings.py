@@ -237,6 +237,24 @@ def test_a_signal_in_the_middle_of_a_step_leaves_all_steps_before_once_and_the_r
     assert steps_of(tmp_path) == list(range(10))
 
 
+def test_a_sigterm_that_the_script_turns_into_an_exit_writes_everything_and_ours_is_no_handler(tmp_path):
+    done = script(
+        tmp_path,
+        """
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        handlers = {each: signal.getsignal(each) for each in signal.valid_signals()}
+        monitor = Monitor(model, sinks=Slow(folder), every=1, **presets.first_aid())
+        train(monitor, 20)
+        assert handlers == {each: signal.getsignal(each) for each in signal.valid_signals()}
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        """,
+    )
+    assert done.returncode == 143, done.stderr
+    assert steps_of(tmp_path) == list(range(20))
+
+
 def test_an_end_by_an_exception_or_at_exit_writes_everything(tmp_path):
     done = script(
         tmp_path,
@@ -298,3 +316,64 @@ def test_a_forked_child_of_the_users_trains_on_unobserved(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert steps_of(tmp_path) == list(range(5))
+
+
+@pytest.mark.parametrize("guard", [None, "skip"])
+@pytest.mark.parametrize("how", ["double", "bfloat16", "to_empty", "meta and back"])
+def test_a_model_that_is_moved_while_it_is_observed_trains_on_and_is_recorded(how, guard):
+    torch.manual_seed(0)
+    model, memory = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), sinks.Memory()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Monitor(model, optimizer, **presets.full(), sinks=memory, every=1, guard=guard) as monitor:
+        for step in range(6):
+            if step == 3:
+                move(model, how)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            x = torch.randn(6, 4, dtype=model[0].weight.dtype)
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            monitor.step({"x": x}, loss=loss)
+    assert losses(memory) == list(range(6))
+    assert {r.step for r in memory.records if r.name == "activation/rms"} == set(range(6))
+    assert "part-disabled" not in [f.code for f in monitor.findings]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def move(model, how):
+    if how in {"double", "bfloat16"}:
+        getattr(model, how)()
+        return
+    if how == "meta and back":
+        model.to("meta")
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model[1].reset_running_stats()
+
+
+def test_a_notebook_that_is_interrupted_again_and_again_goes_on(tmp_path):
+    done = script(
+        tmp_path,
+        """
+        monitor = Monitor(model, **presets.full(), sinks=folder, every=1)
+        interrupts = 0
+        for i in range(20):
+            try:
+                timer = threading.Timer(0.002 * (i % 7), lambda: os.kill(os.getpid(), signal.SIGINT))
+                timer.start()
+                train(monitor, 500)
+            except KeyboardInterrupt:
+                interrupts += 1
+            timer.join()
+        train(monitor, 3)
+        monitor.close()
+        assert interrupts >= 15, interrupts
+        assert not model._forward_hooks and not model._forward_pre_hooks
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    steps = steps_of(tmp_path)
+    assert steps == sorted(set(steps))
+    assert len(steps) >= 3

@@ -354,3 +354,51 @@ def test_a_disk_that_fills_up_costs_records_and_nothing_else(tmp_path, sink, cap
             assert steps_of(tmp_path) == list(range(len(steps_of(tmp_path))))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+class Holding(sinks.Memory):
+    """Holds back what it is given, as TensorBoard's writer does."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.held, self.flushed, self.fails = [], 0, fails
+
+    def write(self, step, records, findings):
+        self.held += records
+
+    def flush(self):
+        self.flushed += 1
+        if self.fails:
+            raise OSError("the disk is full")
+        self.records += self.held
+        self.held = []
+
+
+class HoldingApart(Holding):
+    background = True
+
+
+@pytest.mark.parametrize("wrap", [lambda sink: sink, sinks.OnRank, lambda sink: sinks.Every(sink, 1)])
+@pytest.mark.parametrize("kind", [Holding, HoldingApart])
+def test_what_a_sink_holds_back_is_written_before_a_state_is_handed_out(kind, wrap):
+    sink = kind()
+    monitor = Monitor(nn.Linear(2, 1), sinks=wrap(sink))
+    for _ in range(3):
+        monitor.step(loss=1.0)
+    assert sink.flushed == 0
+    monitor.state_dict()
+    assert [r.step for r in sink.records if r.name == "loss"] == [0, 1, 2]
+    monitor.flush()
+    assert sink.flushed == 1  # nothing has come since
+    monitor.close()
+
+
+@pytest.mark.parametrize("kind", [Holding, HoldingApart])
+def test_a_sink_that_fails_to_write_what_it_holds_back_is_switched_off_and_said(kind):
+    monitor = Monitor(nn.Linear(2, 1), sinks=kind(fails=True))
+    monitor.step(loss=1.0)
+    monitor.flush()
+    monitor.step(loss=1.0)
+    monitor.close()
+    assert [f.code for f in monitor.findings] == ["part-disabled"]
+    assert "the disk is full" in monitor.findings[0].message

@@ -197,8 +197,8 @@ class _Entry(Hook):
     def __init__(self, before: Before) -> None:
         self._before = before
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is not None and not torch.compiler.is_compiling():
             try:
                 self._before.enter(module, args, kwargs)
             except Exception as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stethoscope._dropped import unhook_optimizers
 from stethoscope.audits._nonfinite_run import scalar
 
 if TYPE_CHECKING:
@@ -54,22 +55,37 @@ class Closures:
 
         def guarded() -> Any:
             nonlocal evaluations
-            if evaluations == 0 and me in self._again:
-                self._before[me] = _copied(optimizer)
-            elif evaluations == 1:
-                self._again.add(me)
             evaluations += 1
+            try:
+                self._before_evaluation(optimizer, evaluations)
+            except Exception as error:  # too little memory for the copies, say
+                self._failed(error)
             loss = closure()
-            if me in self._bad:  # nothing that follows is to be written either
-                for each in _owned(optimizer):
-                    each.grad = None
-            elif self._look(optimizer, _scalar(loss)):
-                self._bad.add(me)
-            high = me in self._bad and evaluations > 1 and isinstance(optimizer, torch.optim.LBFGS)
-            # its line search fails on NaN, and comes back from a loss that is high
-            return torch.finfo(torch.float32).max if high else loss
+            try:
+                return self._after_evaluation(optimizer, evaluations, loss)
+            except Exception as error:
+                self._failed(error)
+                return loss
 
         return guarded
+
+    def _before_evaluation(self, optimizer: Optimizer, evaluation: int) -> None:
+        if evaluation > 1:
+            self._again.add(id(optimizer))
+        elif id(optimizer) in self._again:
+            self._before[id(optimizer)] = _copied(optimizer)
+
+    def _after_evaluation(self, optimizer: Optimizer, evaluation: int, loss: Any) -> Any:
+        """Look at it, and return the loss to tell the optimizer."""
+        me = id(optimizer)
+        if me in self._bad:  # nothing that follows is to be written either
+            for each in _owned(optimizer):
+                each.grad = None
+        elif self._look(optimizer, _scalar(loss)):
+            self._bad.add(me)
+        high = me in self._bad and evaluation > 1 and isinstance(optimizer, torch.optim.LBFGS)
+        # its line search fails on NaN, and comes back from a loss that is high
+        return torch.finfo(torch.float32).max if high else loss
 
     def undo(self, optimizer: Optimizer) -> None:
         """Put weights and state back to where they were before the first evaluation, where they are known."""
@@ -97,8 +113,7 @@ class Closures:
 
     def detach(self) -> None:
         """Remove the hooks."""
-        while self._handles:
-            self._handles.pop().remove()
+        unhook_optimizers(self._handles)
         self._before.clear()
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from threading import get_ident
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakMethod, finalize
 
 from stethoscope._secrets import trace_of
@@ -18,6 +18,9 @@ from stethoscope._secrets import trace_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Sequence
 
+    from torch.utils.hooks import RemovableHandle
+
+P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger("stethoscope")
 
@@ -83,13 +86,29 @@ def later(call: Callable[[], None]) -> None:
     when_dropped(_Cycle(), [call])
 
 
-def weakly(method: Callable[[], T]) -> Callable[[], T | None]:
+def unhook_optimizers(handles: list[RemovableHandle]) -> None:
+    """Remove hooks of optimizers now or, inside of an optimizer's step, soon.
+
+    Torch goes through the living dictionary of them, so that whoever steps a monitor in such a hook would see it change.
+    """
+
+    def leave() -> None:
+        while handles:
+            handles.pop().remove()
+
+    if under_way({"torch.optim.optimizer"}, here=True):
+        later(leave)
+    else:
+        leave()
+
+
+def weakly(method: Callable[P, T]) -> Callable[P, T | None]:
     """Return a call of `method` that does not keep its object alive, and gives None when that is gone."""
     reference = WeakMethod(method)
 
-    def call() -> T | None:
+    def call(*args: P.args, **kwargs: P.kwargs) -> T | None:
         bound = reference()
-        return None if bound is None else bound()
+        return None if bound is None else bound(*args, **kwargs)
 
     return call
 

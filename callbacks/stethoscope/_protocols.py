@@ -182,6 +182,8 @@ class Sink(Protocol):
     A sink may carry a true attribute `background`: it is then opened and written from one thread of its own, which the
     training never waits for. Without it, all happens on the training's thread.
     A sink may have a `folder: Path | None`, where further files of the run belong: incidents are written there.
+    A sink that holds back what it is given may have a method `flush()`, called by `Monitor.flush` and `state_dict`, after `write`, on the same
+    thread: a resumed run misses nothing from before its checkpoint then.
     """
 
     def open(self, run: Run) -> None:

@@ -8,6 +8,7 @@ the ranks do not agree on stays with each rank, and is said.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from concurrent import futures
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
 
 WAIT_S = 5.0
 """Seconds for which `flush` and `close` wait for other ranks, and a step's delivery at least; what is given up is not lost."""
+HASTE_S = 0.5
+"""The same where this rank ends by an error: whoever has started the ranks may kill them all next, with what they hold back."""
 MAX_HELD = 64
 """Deliveries held back for longer than that: with more, the oldest stays per rank. Ranks that share their gradients are one apart."""
+MAX_WAIT_S = 60.0
+"""Seconds that a delivery is held back however few they are: a rank that is killed takes them along."""
 GRACE_S = 5.0
 """Seconds for which the store may take to say that a message is off."""
 MAX_LAYOUTS = 16
@@ -90,17 +95,18 @@ class Reduction:
 
         Args:
             arrived: from the device.
-            wait: wait for other ranks, but no longer than `WAIT_S`; what is not complete then stays per rank.
+            wait: wait for other ranks, but no longer than `WAIT_S`, or `HASTE_S` where this one ends by an error; what is not complete
+                then stays per rank.
         """
         for records in arrived:
             layout = None if self._off else self._lay_out(records)
             settled = None if layout is None else self._begin(records, layout)
             self._held.append(_Held(records, time.monotonic(), settled))
-        until = time.monotonic() + WAIT_S if wait else None
+        until = time.monotonic() + _patience() if wait else None
         while self._held and self._ready(self._held[0], until):
             head = self._held.popleft()
             yield head.settled.result() if head.settled is not None and head.settled.done() else head.records
-        if self._late and len(self._held) <= MAX_HELD:
+        if self._late and len(self._held) <= MAX_HELD and not self._is_old():
             self._hurry("")
 
     def _begin(self, records: list[Record], layout: Layout) -> futures.Future[list[Record]] | None:
@@ -116,20 +122,27 @@ class Reduction:
         settled, age = head.settled, time.monotonic() - head.since
         if settled is None or self._off:
             return True
+        many = len(self._held) > MAX_HELD
+        limit = WAIT_S if many else MAX_WAIT_S
         if until is not None:
             futures.wait([settled], max(until - time.monotonic(), 0))
-        elif len(self._held) <= MAX_HELD or age < WAIT_S:
+        elif age < limit:
             return settled.done()
         if settled.done():
             return True
-        self._hurry(f"{MAX_HELD} deliveries and {WAIT_S:g} s" if until is None else f"{WAIT_S:g} s")
         if until is not None:
-            futures.wait([settled], GRACE_S)
-        elif age < WAIT_S + GRACE_S:
-            return settled.done()
+            self._hurry(f"{_patience():g} s")
+            futures.wait([settled], HASTE_S if _is_ending() else GRACE_S)
+        else:
+            self._hurry(f"{MAX_HELD} deliveries and {limit:g} s" if many else f"one delivery and {limit:g} s")
+            if age < limit + GRACE_S:
+                return settled.done()
         if not settled.done():
             self._stop("neither the store of the process group nor a rank in the middle of a message answers")
         return True
+
+    def _is_old(self) -> bool:
+        return bool(self._held) and time.monotonic() - self._held[0].since >= MAX_WAIT_S
 
     def _hurry(self, late: str) -> None:
         self._late = late
@@ -171,7 +184,7 @@ class Reduction:
         elif self._late:
             self._say(
                 "late",
-                "warning" if "deliveries" in self._late else "info",
+                "warning" if "deliver" in self._late else "info",
                 f"At step {step} another rank was more than {self._late} behind: there each rank keeps its own records, and so "
                 "wherever that happens again. Nothing is lost; what all send in time is combined.",
             )
@@ -269,6 +282,16 @@ class Reduction:
         self._off = True
         if self._exchange is not None:
             self._exchange.close()
+
+
+def _patience() -> float:
+    """Seconds to wait for other ranks where somebody waits for this one."""
+    return min(HASTE_S, WAIT_S) if _is_ending() else WAIT_S
+
+
+def _is_ending() -> bool:
+    """Whether an error is on its way through this call, or has ended the program, which hands over what is left."""
+    return sys.exc_info()[0] is not None or hasattr(sys, "last_value")
 
 
 def _plain(error: Exception) -> str:

@@ -36,6 +36,8 @@ _NAMES = (
 )
 _COUNT = r"(?!\d{1,7}(?![\w.%+/=-]))"
 """Not a small number: `--pad-token 0`, `?num_tokens=12`."""
+_SWITCH = r"(?!(?:on|off|yes|no|true|false|none|null)\s*(?:[\r\n\"',;)\]}]|\Z))"
+"""Not the position of a switch, and nothing after it: `authorization: off`, `password=None`."""
 _SNAKE = r"(?!(?:[a-z]+\d{0,3}|\d{1,3})(?:_(?:[a-z]+\d{0,3}|\d{1,3}))+(?!\w))"
 """Not a name of a module or metric: `layers_12_attention_dense`."""
 _FORMS = (
@@ -44,9 +46,9 @@ _FORMS = (
         rf"([?&][\w.-]{{0,40}}(?:token|key|secret|sig|passw|credential)[\w.-]{{0,40}}=){_COUNT}[^&\s\"'#]+",
         re.IGNORECASE,
     ),
-    re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?)[^\s\"',]+", re.IGNORECASE),
+    re.compile(rf"(\bauthorization[\"']?\s*[:=]\s*[\"']?{_SWITCH}(?:\w+\s+)?){_SWITCH}[^\s\"',]+", re.IGNORECASE),
     re.compile(r"(\bbearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
-    re.compile(rf"((?<![a-z])(?:{_NAMES})(?![a-z])[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&]+", re.IGNORECASE),
+    re.compile(rf"((?<![a-z])(?:{_NAMES})(?![a-z])[\"']?\s*[:=]\s*[\"']?){_SWITCH}[^\s\"',;&]+", re.IGNORECASE),
     re.compile(rf"((?<![\w-])--?[\w-]{{0,40}}(?:{_NAMES}|token)\s+){_COUNT}[^\s\"',;-][^\s\"',;]*", re.IGNORECASE),
     # words of the trade: only what is long, holds a digit and is no path of a module is taken for a secret
     re.compile(

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope._record import Finding
 from stethoscope._secrets import trace_of
@@ -39,6 +39,10 @@ class _Delivery(NamedTuple):
     findings: Sequence[Finding]
 
 
+_FLUSH: Any = object()
+"""In the queue: ask the sink for what it holds back itself."""
+
+
 class Writer:
     """Brings deliveries to one sink, in order, and survives its failures.
 
@@ -60,6 +64,8 @@ class Writer:
         self._apart = bool(getattr(sink, "background", False)) and not notes.strict
         self._opened = self._broken = self._late = False
         self._queue: deque[_Delivery] = deque()  # what is being written stays in it until it is written
+        self._flushes = callable(getattr(type(sink), "flush", None))
+        self._fresh = False  # whether anything came since the sink was flushed
         self._waiting = self._written = 0
         self._given_up = -1  # what was written when `flush` had waited in vain
         self._changed = threading.Condition()
@@ -75,6 +81,7 @@ class Writer:
             self.lost += len(records) + len(findings)
             return
         delivery = _Delivery(run, step, records, findings)
+        self._fresh = True
         if not self._apart:
             self._write(delivery)
             return
@@ -94,10 +101,21 @@ class Writer:
             self._work()
 
     def flush(self) -> bool:
-        """Wait until all is written. False if the sink has got nothing done for `PATIENCE` seconds, or in a forked process."""
+        """Wait until all is written, also what the sink holds back itself, where it has a method `flush`.
+
+        Returns:
+            False if the sink has got nothing done for `PATIENCE` seconds, or in a forked process.
+        """
         if self._process != os.getpid():
             return False
+        if self._fresh and self._flushes and not self._apart:
+            self._fresh = False
+            self._write(_FLUSH)
         with self._changed:
+            if self._fresh and self._flushes and self._apart:
+                self._fresh = False
+                self._queue.append(_FLUSH)
+                self._changed.notify_all()
             while self._queue:
                 self._start()
                 if not self._apart:
@@ -118,7 +136,8 @@ class Writer:
             return  # its thread may have held the lock at the fork
         if not self.flush():
             with self._changed:
-                self.lost += sum(len(each.records) + len(each.findings) for each in self._queue)
+                waiting = [each for each in self._queue if each is not _FLUSH]
+                self.lost += sum(len(each.records) + len(each.findings) for each in waiting)
         elif self._opened:
             self._opened = False
             try:
@@ -155,7 +174,7 @@ class Writer:
                 self._thread = None
                 if self._queue:
                     self._fail(self._queue.popleft(), error)
-                self._waiting = sum(len(each.records) for each in self._queue)
+                self._waiting = sum(len(each.records) for each in self._queue if each is not _FLUSH)
                 self._written += 1
                 self._changed.notify_all()
 
@@ -169,11 +188,14 @@ class Writer:
             self._write(delivery)
             with self._changed:
                 self._queue.popleft()
-                self._waiting -= len(delivery.records)
+                self._waiting -= 0 if delivery is _FLUSH else len(delivery.records)
                 self._written += 1
                 self._changed.notify_all()
 
     def _write(self, delivery: _Delivery) -> None:
+        if delivery is _FLUSH:
+            self._flush_sink()
+            return
         run, step, records, findings = delivery
         if not self._broken:
             try:
@@ -186,9 +208,16 @@ class Writer:
         else:
             self.lost += len(records) + len(findings)
 
+    def _flush_sink(self) -> None:
+        if self._opened and not self._broken:
+            try:
+                self.sink.flush()  # type: ignore[attr-defined]  # an offer of the protocol, not a duty
+            except Exception as error:
+                self._fail(_FLUSH, error)
+
     def _fail(self, delivery: _Delivery, error: BaseException) -> None:
         self._broken = True
-        self.lost += len(delivery.records) + len(delivery.findings)
+        self.lost += 0 if delivery is _FLUSH else len(delivery.records) + len(delivery.findings)
         self._notes.disabled(self.sink, "sink", error)
 
     def _say_late(self, step: int) -> None:

@@ -483,3 +483,64 @@ def test_with_a_limit_on_the_overhead_each_rank_keeps_its_part(two):
     for names, findings in two.run(limited):
         assert "parameter/shard_norm" in names
         assert findings == []
+
+
+def fails():
+    raise ValueError("of the user's")
+
+
+def ends_by_an_error(rank):
+    """Rank 0 has sent its step and fails; rank 1 never comes to it, and sleeps."""
+    model, memory, began = net(), sinks.Memory(), 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _reduce.WAIT_S, usual = 30.0, _reduce.WAIT_S
+    try:
+        with Monitor(model, optimizer, probes=[probes.Activations()], sinks=memory, every=1, reduce=True) as monitor:
+            for _ in loop(rank, monitor, model, optimizer, steps=3):
+                torch.distributed.barrier()
+            if rank:
+                time.sleep(4)
+            else:
+                monitor.step(loss=model(torch.randn(4, 7)).sum())
+                began = time.monotonic()
+                fails()
+    except ValueError:
+        took = time.monotonic() - began
+    finally:
+        _reduce.WAIT_S = usual
+    return outcome(monitor, memory, 0) | {"took": took if rank == 0 else 0.0}
+
+
+def test_a_rank_that_ends_by_an_error_hands_over_what_it_holds_back_and_waits_for_nobody(two):
+    first, _ = two.run(ends_by_an_error)
+    assert first["steps"] == [0, 1, 2, 3]
+    assert first["losses"] == 4
+    assert first["took"] < 0.5 + 2 + 1  # and two seconds for last words of rank 1
+
+
+def slow_steps(rank):
+    """Rank 1 stands still for a while after three steps, and rank 0 goes on, slowly."""
+    _reduce.MAX_WAIT_S, usual = 0.5, _reduce.MAX_WAIT_S
+    model, memory = net(), sinks.Memory()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    oldest = 0
+    with Monitor(model, optimizer, probes=[probes.Activations()], sinks=memory, every=1, reduce=True) as monitor:
+        for step, _ in enumerate(loop(rank, monitor, model, optimizer, steps=12)):
+            if rank and step == 3:
+                torch.distributed.barrier()  # until rank 0 is through
+            if not rank and step > 3:
+                time.sleep(0.2)
+                written = [r.step for r in memory.records if r.name == "loss"]
+                oldest = max(oldest, step - max(written, default=0))
+        if not rank:
+            torch.distributed.barrier()
+    _reduce.MAX_WAIT_S = usual
+    said = [f.message for f in monitor.findings if f.evidence.get("reason") == "late"]
+    return outcome(monitor, memory, 0) | {"oldest": oldest, "late": said}
+
+
+def test_however_few_deliveries_there_are_none_is_held_back_for_longer_than_a_minute(two):
+    first, second = two.run(slow_steps)
+    assert first["oldest"] <= 4  # at 0.2 s each, half a second and the store's answer
+    assert [first["losses"], second["losses"]] == [12, 12]
+    assert "more than one delivery and 0.5 s behind" in first["late"][0]

@@ -381,7 +381,7 @@ def test_what_fails_inside_of_us_does_not_reach_the_training(listening, capsys, 
     with listening():
         losses = train(net(), 3)
     assert len(losses) == 3
-    assert "keeps out of the training" in capsys.readouterr().err
+    assert "observes nothing from here on" in capsys.readouterr().err
 
 
 def test_a_run_folder_that_cannot_be_written_is_said_and_costs_nothing_else(listening, tmp_path, capsys):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from stethoscope import Finding, Record, report, sinks
 from stethoscope._protocols import Run
 from stethoscope._record import Histogram
+from stethoscope.report._facts import numbers
 from stethoscope.report._summary import MAX_CURVES, MAX_FINDINGS, ranks_of
 
 
@@ -40,6 +41,16 @@ def test_ranks_are_read_together_and_the_first_one_leads(tmp_path, writing):
     assert (point.low, point.high, point.value) == (1.0, 2.0, 1.0)
     assert [finding.rank for finding in summary.findings] == [1, 10]
     assert summary.grids["activation/rms", "train"].table().high[0, 0] == 2.0
+
+
+def test_a_rank_whose_file_ends_early_is_named_with_what_is_missing(tmp_path, writing):
+    run = writing(tmp_path / "run")
+    facts = report.summarise(run)
+    assert [fact.note for fact in numbers(facts) if fact.name == "Ranks"] == [""]
+    for rank, steps in ((1, 20), (2, 17), (3, 19)):
+        writing(run, run=replace(facts.run, rank=rank, world_size=4), steps=steps)
+    (ranks,) = [fact for fact in numbers(report.summarise(run)) if fact.name == "Ranks"]
+    assert ranks.note == "rank 2 ends 3 steps early, after step 16; rank 3 ends 1 step early, after step 18"
 
 
 def test_one_rank_alone_can_be_read_without_rank_0(tmp_path, writing):

@@ -24,18 +24,26 @@ class Losses:
     that the script divides by the number of accumulated batches is their mean, and the two losses of a discriminator are
     one. What `GradScaler.scale` has multiplied is taken as it was before, and a step that `GradScaler.step` leaves out, since
     its gradients have overflowed, takes its loss with it.
+
+    Args:
+        failed: takes an error of ours, once; there is no loss from there on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
         self.stepping = False
         """Whether an optimizer is at work: then only the first call counts, since LBFGS searches along a line."""
         self._pending: list[Tensor] = []
+        self._failed, self._off = failed, False
         self._taken = False
         self._unscaled: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._undo: list[Callable[[], None]] = []
-        self._wrap(torch.autograd, "backward", self._backward)
-        self._wrap(GradScaler, "scale", self._scale)
-        self._wrap(GradScaler, "step", self._scaled_step)
+        try:
+            self._wrap(torch.autograd, "backward", self._backward)
+            self._wrap(GradScaler, "scale", self._scale)
+            self._wrap(GradScaler, "step", self._scaled_step)
+        except BaseException:
+            self.close()
+            raise
 
     def take(self) -> Tensor | None:
         """Return the loss of the step that is over, with its graph; optimizers that step one after the other share its value."""
@@ -63,19 +71,19 @@ class Losses:
     def _wrap(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         original = getattr(owner, name)
         wrapper = functools.wraps(original)(make(original))
-        setattr(owner, name, wrapper)
 
         def undo() -> None:
             if getattr(owner, name) is wrapper:
                 setattr(owner, name, original)
 
-        self._undo.append(undo)
+        self._undo.append(undo)  # before there is anything to undo
+        setattr(owner, name, wrapper)
 
     def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
             # gradients of inputs only belong to an attack or a penalty, not to the step
             if isinstance(tensors, Tensor) and kwargs.get("inputs") is None:
-                self._add(tensors)
+                self._note(self._add, tensors)
             return original(tensors, *args, **kwargs)
 
         return backward
@@ -84,7 +92,7 @@ class Losses:
         def scale(scaler: GradScaler, outputs: Any) -> Any:
             scaled = original(scaler, outputs)
             if isinstance(scaled, Tensor) and isinstance(outputs, Tensor):
-                self._unscaled[id(scaled)] = weakref.ref(scaled), outputs
+                self._note(self._remember, scaled, outputs)
             return scaled
 
         return scale
@@ -97,6 +105,19 @@ class Losses:
                 self._taken = True
 
         return step
+
+    def _note(self, call: Callable[..., None], *args: Tensor) -> None:
+        """Take something down for us in the middle of what the script calls."""
+        if self._off:
+            return
+        try:
+            call(*args)
+        except Exception as error:  # instrumentation never stops a training
+            self._off, self._pending = True, []
+            self._failed(error)
+
+    def _remember(self, scaled: Tensor, loss: Tensor) -> None:
+        self._unscaled[id(scaled)] = weakref.ref(scaled), loss
 
     def _add(self, loss: Tensor) -> None:
         inner = torch._C._current_graph_task_id() != -1  # noqa: SLF001 - activation checkpointing calls backward in backward

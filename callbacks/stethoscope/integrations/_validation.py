@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from stethoscope._monitor import Monitor
 
@@ -44,11 +44,11 @@ class Validation:
         # weakly, since this is what hooks hold: a monitor that is dropped goes, and they with it
         self._monitor, self._due, self._container, self._thread = ref(monitor), due, container, get_ident()
         self._phase = ExitStack()
-        self._modules = [each for each in dict.fromkeys(modules) if takes_hooks(each)]
-        self._handles = [
-            each.register_forward_pre_hook(_Entry(self), with_kwargs=True, prepend=True) for each in self._modules
-        ]
+        self._handles: list[RemovableHandle] = []
         when_dropped(monitor, [self.abandon])
+        for each in dict.fromkeys(modules):
+            if takes_hooks(each):
+                self._handles.append(each.register_forward_pre_hook(_Entry(self), with_kwargs=True, prepend=True))
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called: in a validation or not?"""
@@ -74,12 +74,16 @@ class Validation:
     def close(self) -> None:
         """Leave, and let go of the modules."""
         self.abandon()
-        try:
-            self.leave()
-        finally:
-            for module in self._modules:
-                tidy(module)
-            self._modules, self._container = [], None
+        self._container = None
+        self.leave()
+
+    def fail(self, error: Exception) -> None:
+        """Recognise no validation any more, say so, and go back to training."""
+        self.off = True
+        monitor = self._monitor()
+        if monitor is not None:
+            monitor._notes.disabled(self, "integration's part", error)  # noqa: SLF001 - it is one of its parts
+        self.leave()
 
     def abandon(self) -> None:
         """Look at no call any more, and leave the phase as it is: in a fork it is the parent's to close."""
@@ -90,27 +94,17 @@ class Validation:
 
 @contextmanager
 def telling(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Change the hooks of a module inside while its pre-hooks run: torch has made a list of these, but not of the others.
+    """Change the hooks of a module inside while its pre-hooks run, and tell new ones of the call under way.
 
-    A new one is told of the call under way. One that is gone is still called, and must be as it was put on.
+    Torch has made a list of pre-hooks, but not of the others.
     """
-    tidy(module)
-    hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs  # noqa: SLF001 - no other way
-    before = {number: number in with_kwargs for number in hooks}
+    hooks = module._forward_pre_hooks  # noqa: SLF001 - no other way
+    before = set(hooks)
     yield
-    for number, wants in before.items():
-        if wants and number not in hooks:
-            with_kwargs[number] = True
     for number, hook in list(hooks.items()):
         if number not in before:
-            hook(module, args, kwargs) if number in with_kwargs else hook(module, args)
-
-
-def tidy(module: nn.Module) -> None:
-    """Forget how hooks that are gone were to be called."""
-    hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs  # noqa: SLF001 - no other way
-    for number in [number for number in with_kwargs if number not in hooks]:
-        del with_kwargs[number]
+            with_kwargs = number in module._forward_pre_hooks_with_kwargs  # noqa: SLF001
+            hook(module, args, kwargs) if with_kwargs else hook(module, args)
 
 
 class _Entry(Hook):
@@ -119,11 +113,10 @@ class _Entry(Hook):
     def __init__(self, validation: Validation) -> None:
         self._validation = validation
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if torch.compiler.is_compiling() or kwargs is None:
             return
         try:
             self._validation.called(module, args, kwargs)
-        except Exception:  # instrumentation never stops a training
-            self._validation.off = True
-            logging.getLogger("stethoscope").exception("Validations are not recognised any more.")
+        except Exception as error:  # instrumentation never stops a training
+            self._validation.fail(error)

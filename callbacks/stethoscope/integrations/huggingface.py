@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from stethoscope import sinks as _sinks
-from stethoscope._dropped import when_dropped
+from stethoscope._dropped import weakly, when_dropped
 from stethoscope._monitor import Monitor
 from stethoscope.integrations import _monitored
 from stethoscope.integrations._keep_out import for_the_user, keeps_out
@@ -58,6 +58,7 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
 
     Attributes:
         monitor: that of the training under way, or of the last one, closed; None before the first.
+        given_up: whether an error of ours has ended the observation, for good.
 
     Raises:
         TypeError: a part that is none, such as a class in place of an object.
@@ -162,7 +163,8 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
             self._saved = stored.get("attributes", {}).get("_saved") or {}
         if state.global_step:
             monitor.load_state_dict(self._saved or {**monitor.state_dict(), "step": state.global_step})
-        self.monitor, self._losses, self._validation = monitor, Losses(), Validation(monitor, [model])
+        self.monitor, self._validation = monitor, Validation(monitor, [model])
+        self._losses = Losses(weakly(self._loss_failed))
         when_dropped(monitor, [self._losses.close])
         self._logged, self._judged, self._saved = set(), False, {}
 
@@ -190,6 +192,10 @@ class MonitorTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[
         if self.monitor is not None and self._losses is not None:
             self.monitor._notes.disabled(self, "integration", error)  # noqa: SLF001 - it is one of its parts
         self.close()
+
+    @keeps_out
+    def _loss_failed(self, error: Exception) -> None:
+        raise error
 
     def __enter__(self) -> Self:
         return self

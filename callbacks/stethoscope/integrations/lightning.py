@@ -61,6 +61,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     Attributes:
         monitor: that of the fit, validation or test under way, or of the last one, closed; None before the first.
+        given_up: whether an error of ours has ended the observation, for good.
 
     Raises:
         TypeError: a part that is none, such as a class in place of an object.

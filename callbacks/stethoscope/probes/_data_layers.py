@@ -128,5 +128,9 @@ class _Norm(Hook):
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        if not is_traced() and args:
+        if is_traced() or not args:
+            return
+        try:
             self.owner.norm(args[0])
+        except Exception as error:
+            self.owner.failure = error

@@ -52,9 +52,9 @@ class Before(Hook):
     def __init__(self, attached: FlagHooks, site: Site) -> None:
         self.attached, self.site = attached, site
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object] | None = None) -> None:
         attached, site = self.attached, self.site
-        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing():
+        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing() or kwargs is None:
             return
         try:
             if site.root or attached.depth == 0:

@@ -29,7 +29,11 @@ class Nothing:
 
 
 class Hook:
-    """A hook that stays with the model it was put on."""
+    """A hook that stays with the model it was put on.
+
+    One that is removed while torch goes through the hooks of its module is still called, and without `kwargs`, since how a hook is to be
+    called is asked late: then it does nothing.
+    """
 
     __slots__ = ()
 

@@ -89,8 +89,8 @@ class _Before(Hook):
     def __init__(self, owner: InputsAttachment) -> None:
         self.owner = owner
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_traced():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if is_traced() or kwargs is None:
             return
         try:
             if self.owner.wanted():

@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from stethoscope import stats
+from stethoscope._dropped import unhook_optimizers
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._select import named_parameters
@@ -217,8 +218,9 @@ class OptimizerHooks:
 
     def read(self, given: Mapping[str, Tensor]) -> Readings:
         """See `Attachment`."""
-        if self.failure is not None:
-            raise self.failure
+        failure = self.failure or self._turns.failure
+        if failure is not None:
+            raise failure
         if not self._armed or not self._names:
             return Readings(())
         with torch.no_grad():
@@ -286,9 +288,7 @@ class OptimizerHooks:
         """See `Attachment`."""
         self._armed = False
         self._release()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        unhook_optimizers(self._handles)
 
 
 def _few(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:

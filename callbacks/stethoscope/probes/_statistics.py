@@ -337,8 +337,8 @@ class _Before(Hook):
     def __init__(self, attached: ActivationHooks, site: _Site) -> None:
         self.attached, self.site = attached, site
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if is_traced() or not self.attached.armed:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object] | None = None) -> None:
+        if is_traced() or not self.attached.armed or kwargs is None:
             return
         try:
             self.attached.before(self.site, args, kwargs)

@@ -25,6 +25,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
+        self.failure: Exception | None = None
         self._holders: dict[int, set[int]] = {}  # parameter -> optimizers that have ever stepped it
         self._shared: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -88,8 +89,12 @@ class _Begins(Hook):
         self.turns = turns
 
     def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        try:
             self.turns.begins(optimizer)
+        except Exception as error:  # instrumentation never stops a training
+            self.turns.failure = error
 
 
 class _Arrives(Hook):
@@ -99,4 +104,7 @@ class _Arrives(Hook):
         self.turns = turns
 
     def __call__(self, parameter: Tensor) -> None:
-        self.turns.arrives(parameter)
+        try:
+            self.turns.arrives(parameter)
+        except Exception as error:
+            self.turns.failure = error

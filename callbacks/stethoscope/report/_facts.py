@@ -121,11 +121,21 @@ def numbers(summary: Summary) -> list[Fact]:
             plural(len(run.modules), "module"),
         )
     )
-    facts.append(
-        Fact("Ranks", f"{len(summary.ranks)} of {run.world_size}", "read together" if len(summary.ranks) > 1 else "")
-    )
+    facts.append(Fact("Ranks", f"{len(summary.ranks)} of {run.world_size}", _ends(summary)))
     facts.append(Fact("State", state(summary), f"last written {age(time.time() - summary.written)} ago"))
     return facts
+
+
+def _ends(summary: Summary) -> str:
+    """Say which ranks' files end before the others, and how much is missing there: a rank that is killed cannot say so itself."""
+    early = {rank: step for rank, step in summary.ends.items() if step < max(summary.ends.values())}
+    if not early or state(summary) == "writing":
+        return "read together" if len(summary.ranks) > 1 else ""
+    last = max(summary.ends.values())
+    shown = [
+        f"rank {rank} ends {plural(last - step, 'step')} early, after step {step:,}" for rank, step in early.items()
+    ]
+    return "; ".join(shown[:3]) + (f"; {len(shown) - 3} more" if shown[3:] else "")
 
 
 def details(summary: Summary) -> list[Fact]:

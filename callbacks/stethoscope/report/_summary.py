@@ -75,6 +75,7 @@ class Summary:
         skipped: lines, or parts of lines, that could not be read.
         last_step: the last step that anything was written for; None where nothing was.
         written: when the file was last written to, seconds since 1970.
+        ends: the last step of each rank that has written any.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class Summary:
     skipped: int = 0
     last_step: int | None = None
     written: float = 0.0
+    ends: dict[int, int] = field(default_factory=dict[int, int])
 
 
 def summarise(path: str | Path) -> Summary:
@@ -121,7 +123,9 @@ def summarise(path: str | Path) -> Summary:
         if rank != ranks[0]:
             _, lines = read_lines(path, rank=rank)
         for text, upto in lines:
-            _take(summary, text, upto, leads=rank == ranks[0])
+            step = _take(summary, text, upto, leads=rank == ranks[0])
+            if step is not None:
+                summary.ends[rank] = max(step, summary.ends.get(rank, 0))
     if summary.skipped and run is None and summary.last_step is None and not summary.findings:
         _refuse_what_is_no_run(file_of(path, ranks[0]))
     summary.findings.sort(key=lambda finding: -1 if finding.step is None else finding.step)
@@ -147,22 +151,24 @@ def _refuse_what_is_no_run(file: Path) -> None:
             )
 
 
-def _take(summary: Summary, text: bytes, upto: float, *, leads: bool) -> None:
+def _take(summary: Summary, text: bytes, upto: float, *, leads: bool) -> int | None:
+    """Take a line in; return its step, None where it does not count."""
     try:
         line = _decoded(_LINE, text)
     except (ValueError, RecursionError):
         summary.skipped += 1
-        return
+        return None
     if line.findings:
         _take_findings(summary, line.findings)
     if line.step > upto:
-        return
+        return None
     summary.last_step = max(line.step, summary.last_step or 0)
     for group in line.records:
         try:
             _take_group(summary, group, line.step if group.step is None else group.step, leads=leads)
         except (ValueError, TypeError, OverflowError, RecursionError):
             summary.skipped += 1
+    return line.step
 
 
 def _decoded(decoder: msgspec.json.Decoder[_T], text: bytes | msgspec.Raw) -> _T:

@@ -62,6 +62,11 @@ class OnRank:
             self._open_inside(self._run)
         self.sink.write(step, kept, findings)
 
+    def flush(self) -> None:
+        """Have the sink inside write what it holds back."""
+        if self._opened:
+            _flush(self.sink)
+
     def close(self) -> None:
         """Close the sink inside, if it was opened."""
         if self._opened:
@@ -127,6 +132,16 @@ class Every:
         if records or findings:
             self.sink.write(step, records, findings)
 
+    def flush(self) -> None:
+        """Have the sink inside write what it holds back."""
+        _flush(self.sink)
+
     def close(self) -> None:
         """Close the sink inside."""
         self.sink.close()
+
+
+def _flush(sink: Sink) -> None:
+    flush = getattr(type(sink), "flush", None)  # an offer of the protocol, not a duty
+    if callable(flush):
+        flush(sink)

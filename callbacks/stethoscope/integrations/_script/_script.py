@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from stethoscope._secrets import trace_of
+from stethoscope.integrations._keep_out import keeps_out
 from stethoscope.integrations._loss import Losses
 from stethoscope.integrations._script import _say, _traceback
 
@@ -66,8 +67,10 @@ class Script:
         self._strange = 0  # such of modules that belong to no session
         self._unknown = 0  # steps of optimizers whose model was not found
         self._own: set[int] = set()  # optimizers of models that the script monitors itself
-        self._off = False
+        self._undo: Callable[[], None] | None = None
+        self.given_up = False
 
+    @keeps_out
     def begin(self) -> None:
         """Called once, when torch has been imported."""
         # standard output is the script's: what we log goes to standard error, whatever the script tells its root logger
@@ -75,31 +78,38 @@ class Script:
         self._handler.setFormatter(logging.Formatter("stethoscope: %(message)s"))
         log.addHandler(self._handler)
         self._propagate, log.propagate = log.propagate, False
-        self._losses, self._undo = Losses(), _traceback.install()
-        self._steady = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-            register_module_module_registration_hook(self._registered),
-        ]
+        self._losses = Losses(self._loss_failed)
+        self._undo = _traceback.install()
+        self._steady.append(register_optimizer_step_pre_hook(self._before_step))
+        self._steady.append(register_optimizer_step_post_hook(self._after_step))
+        self._steady.append(register_module_module_registration_hook(self._registered))
         self._search()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forked)
 
     def end(self) -> None:
         """Take everything off, deliver, and say what was seen."""
-        self._off = True
+        self.given_up = True
+        for each in (self._take_off, *(session.close for session in self.sessions), self._say):
+            try:
+                each()
+            except Exception as error:
+                log.error("Ending `stethoscope run` has failed.\n%s", trace_of(error))  # noqa: TRY400 - as it is
+        log.removeHandler(self._handler)
+        log.propagate = self._propagate
+
+    def _take_off(self) -> None:
         self._rest()
         for handle in self._steady:
             handle.remove()
         if self._losses is not None:
             self._losses.close()
+        if self._undo is not None:
             self._undo()
         if self._compiled is not None:
             self._compiled.__call__ = self._compiled.__call__.__wrapped__  # type: ignore[method-assign, attr-defined]
-        for session in self.sessions:
-            self._guarded(session.close)
-        log.removeHandler(self._handler)
-        log.propagate = self._propagate
+
+    def _say(self) -> None:
         over, self.sessions = [each for each in self.sessions if each.steps], []
         _say.sessions(self.settings, over)
         if _say.is_main(self.settings) and not over:
@@ -108,22 +118,22 @@ class Script:
             else:
                 _say.nothing(self.settings)
 
-    def _guarded(self, call: Callable[..., Any], *args: Any) -> None:
-        """Call something of ours; if it fails, say so and keep out of the training from there on."""
-        try:
-            call(*args)
-        except Exception as error:
-            self._off = True
-            self._rest()
-            log.error(  # noqa: TRY400 - that would write the traceback as it is
-                "`stethoscope run` has failed and keeps out of the training from here on.\n%s", trace_of(error)
-            )
+    def give_up(self, error: Exception) -> None:
+        """Say that this has failed, in the files of all models as well, and let go of them."""
+        self._rest()
+        for session in self.sessions:
+            session.give_up(self, error)
 
+    @keeps_out
+    def _loss_failed(self, error: Exception) -> None:
+        raise error
+
+    @keeps_out
     def _forked(self) -> None:
         """A child begins anew: what its parent observes, the parent writes."""
-        for session in self.sessions:
+        sessions, self.sessions = self.sessions, []
+        for session in sessions:
             session.abandon()
-        self.sessions = []
         if self._losses is not None:
             self._losses.take()  # what the parent's step under way consists of
         self._search()
@@ -132,7 +142,7 @@ class Script:
 
     def _search(self) -> None:
         self._calls = self._strange = 0
-        self._wanted = not self._off
+        self._wanted = not self.given_up
         self._hook()
 
     def _rest(self) -> None:
@@ -141,23 +151,22 @@ class Script:
 
     def _hook(self) -> None:
         if self._wanted and not self._searching:
-            self._searching = [
-                register_module_forward_pre_hook(self._enter),
-                register_module_forward_hook(self._leave, always_call=True),
-            ]
+            self._searching.append(register_module_forward_pre_hook(self._enter))
+            self._searching.append(register_module_forward_hook(self._leave, always_call=True))
 
     def _unhook(self) -> None:
-        for handle in self._searching:
-            handle.remove()
-        self._searching = []
+        while self._searching:
+            self._searching.pop().remove()
 
+    @keeps_out
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
         self._depth.value += 1
-        if self._depth.value == 1 and module.training and torch.is_grad_enabled() and not self._off:
-            self._guarded(self._look_at, module, args)
+        if self._depth.value == 1 and module.training and torch.is_grad_enabled():
+            self._look_at(module, args)
 
+    @keeps_out
     def _registered(self, parent: nn.Module, name: str, module: nn.Module | None) -> None:
         """A module got a submodule: `torch.compile` has made a wrapper, if it is that."""
         kind = type(parent)
@@ -172,16 +181,25 @@ class Script:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self._searching or torch.compiler.is_compiling():
                 return original(module, *args, **kwargs)
-            self._unhook()
-            self._enter(module, args)
+            self._enter_compiled(module, args)
             try:
                 return original(module, *args, **kwargs)
             finally:
-                self._leave(module, args, None)
-                self._hook()
+                self._leave_compiled(module)
 
         return call
 
+    @keeps_out
+    def _enter_compiled(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._unhook()
+        self._enter(module, args)
+
+    @keeps_out
+    def _leave_compiled(self, module: nn.Module) -> None:
+        self._leave(module, (), None)
+        self._hook()
+
+    @keeps_out
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if not torch.compiler.is_compiling():
             self._depth.value = max(self._depth.value - 1, 0)
@@ -196,6 +214,12 @@ class Script:
         if not _power_of_two(self._strange):
             return  # it takes a tenth of a second to look through all objects
         state = random.getstate()  # some packages draw from it when they are imported
+        try:
+            self._look_for_its_training(module, args)
+        finally:
+            random.setstate(state)
+
+    def _look_for_its_training(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         from stethoscope.integrations._script._find import training_of
         from stethoscope.integrations._script._session import Session, folder
         from stethoscope.integrations._validation import telling
@@ -208,18 +232,24 @@ class Script:
             else:
                 to = folder(self.settings.to, type(found.root).__name__, {each.to for each in self.sessions})
                 with telling(module, args, {}):
-                    self.sessions.append(Session(found, module, self.settings, to, self._search))
+                    self.sessions.append(Session(found, module, self.settings, to, self._gone))
                 if parent_process() is not None:
                     Finalize(None, self.end, exitpriority=100)  # a child of multiprocessing runs no atexit
             if all(id(each) in self._own or self._session_of(each) for each in found.others):
                 self._rest()
-        random.setstate(state)
+
+    @keeps_out
+    def _gone(self, session: Session) -> None:
+        """The script has let go of a model."""
+        session.close()
+        self._search()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    @keeps_out
     def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         losses = self._losses
-        if self._off or losses is None or torch.compiler.is_compiling():
+        if losses is None or torch.compiler.is_compiling():
             return
         losses.stepping = True
         session = self._session_of(optimizer)
@@ -228,17 +258,18 @@ class Script:
             if _power_of_two(self._unknown):
                 self._search()
         else:
-            self._guarded(session.before_step, optimizer, losses.peek() if self.settings.guard else None)
+            session.before_step(optimizer, losses.peek() if self.settings.guard else None)
 
+    @keeps_out
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         losses = self._losses
-        if self._off or losses is None or torch.compiler.is_compiling():
+        if losses is None or torch.compiler.is_compiling():
             return
         losses.stepping = False
         loss: Tensor | None = losses.take()
         session = self._session_of(optimizer)
         if session is not None:
-            self._guarded(session.after_step, optimizer, loss)
+            session.after_step(optimizer, loss)
 
     def _session_of(self, optimizer: Optimizer) -> Session | None:
         return next((each for each in self.sessions if each.monitor is not None and each.owns(optimizer)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from pathlib import Path
 from threading import get_ident
@@ -37,24 +38,15 @@ class Session:
         called: the module whose call is under way.
         settings: what `stethoscope run` was told.
         to: where to write.
-        gone: called when the script has let go of the model's optimizers.
+        gone: called with this session when the script has let go of the model's optimizers.
     """
 
     def __init__(
-        self, training: Training, called: nn.Module, settings: Settings, to: str, gone: Callable[[], None]
+        self, training: Training, called: nn.Module, settings: Settings, to: str, gone: Callable[[Session], None]
     ) -> None:
         root, optimizers = training.root, training.optimizers
-        chosen: Any = {} if settings.preset == "none" else getattr(presets, settings.preset)()
-        self.monitor: Monitor | None = Monitor(
-            root,
-            # only the guard needs them, and whoever holds them keeps the script from letting go of its model
-            optimizers if settings.guard else None,
-            sinks=[str(settings.place(to))],
-            every=settings.every,
-            guard=settings.guard,
-            planned_steps=settings.planned_steps,
-            **chosen,
-        )
+        self.monitor: Monitor | None = None
+        self._validation: Validation | None = None
         self.name, self.to, self.steps = type(root).__name__, to, 0
         self._place = settings.place(to)
         self.run = new_run(root, None, settings.every)
@@ -66,15 +58,26 @@ class Session:
         self._made: dict[int, int] = {}  # steps of each, and how many there were when its step under way began
         self._begun: dict[int, int] = {}
         self._rates: list[float | Tensor] = []  # of these
-        self._thread = get_ident()
-        # called itself and, since validation may go round DDP, what it wraps
-        self._validation: Validation | None = Validation(
-            self.monitor, [called, unwrap(called)], self._may_validate, root if training.made else None
-        )
+        self._thread, self._process = get_ident(), os.getpid()
         self._ended = [weakref.finalize(each, self._optimizer_gone) for each in optimizers]
         for each in self._ended:
             each.atexit = False
         self._living, self._gone = len(optimizers), gone
+        chosen: Any = {} if settings.preset == "none" else getattr(presets, settings.preset)()
+        monitor = Monitor(
+            root,
+            # only the guard needs them, and whoever holds them keeps the script from letting go of its model
+            optimizers if settings.guard else None,
+            sinks=[str(settings.place(to))],
+            every=settings.every,
+            guard=settings.guard,
+            planned_steps=settings.planned_steps,
+            **chosen,
+        )
+        # called itself and, since validation may go round DDP, what it wraps
+        entries, container = [called, unwrap(called)], root if training.made else None
+        self._validation = Validation(monitor, entries, self._may_validate, container)
+        self.monitor = monitor  # last: if anything fails, it is dropped, and takes its hooks along
 
     @property
     def written(self) -> bool:
@@ -132,11 +135,19 @@ class Session:
         """The script has let go of an optimizer: without one, it may want its model's memory back."""
         self._living -= 1
         if self._living == 0 and get_ident() == self._thread:
-            self.close()
-            self._gone()
+            self._gone(self)
+
+    def give_up(self, part: object, error: Exception) -> None:
+        """Say in this model's file that `part` has failed, and let go of the model."""
+        if self.monitor is not None and self._process == os.getpid():
+            self.monitor._notes.disabled(part, "integration", error)  # noqa: SLF001 - it is one of its parts
+        self.close()
 
     def close(self) -> None:
         """Deliver everything and let go of the model."""
+        if self._process != os.getpid():
+            self.abandon()
+            return
         monitor, self.monitor = self.monitor, None
         validation, self._validation = self._validation, None
         if monitor is None or validation is None:

@@ -31,6 +31,13 @@ class _Waiting(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "torch":
             return None
+        try:
+            return self._find(name)
+        except Exception as error:  # the import must not fail for us
+            _failed(error)
+            return None
+
+    def _find(self, name: str) -> ModuleSpec | None:
         sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is None or spec.loader is None:
@@ -38,12 +45,15 @@ class _Waiting(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_listen(module: ModuleType) -> None:
-            del spec.loader.exec_module  # type: ignore[union-attr]
             execute(module)
-            from stethoscope.integrations._script._script import Script
+            try:
+                del spec.loader.exec_module  # type: ignore[union-attr]
+                from stethoscope.integrations._script._script import Script
 
-            self.script = Script(self.settings)
-            self.script.begin()
+                self.script = Script(self.settings)
+                self.script.begin()
+            except Exception as error:
+                _failed(error)
 
         spec.loader.exec_module = execute_and_listen  # type: ignore[method-assign]
         return spec
@@ -60,8 +70,18 @@ class _Waiting(MetaPathFinder):
 
 def begin() -> None:
     """Called by `startup/sitecustomize.py`."""
-    settings = Settings.found()
-    if settings is not None:
-        waiting = _Waiting(settings)
-        sys.meta_path.insert(0, waiting)
-        atexit.register(waiting.end)
+    try:
+        settings = Settings.found()
+        if settings is not None:
+            waiting = _Waiting(settings)
+            sys.meta_path.insert(0, waiting)
+            atexit.register(waiting.end)
+    except Exception as error:
+        _failed(error)
+
+
+def _failed(error: Exception) -> None:
+    from stethoscope._secrets import trace_of
+    from stethoscope.integrations._script import _say
+
+    _say.say(f"`stethoscope run` has failed before the script began; nothing is observed.\n{trace_of(error)}")
