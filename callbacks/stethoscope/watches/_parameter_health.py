@@ -123,6 +123,7 @@ class ParameterHealth:
             "rates": {},
             "ran": [],
             "gains": False,
+            "matrices": [],
             "untrained": None,
             "planned": 0.0,
         }
@@ -163,6 +164,7 @@ class ParameterHealth:
         worn = any(record.name == "plan/pretrained" and record.value == 1.0 for record in records)
         look = _Look(self, {**state, "ran": ran, "planned": planned}, judging, found, worn=worn)
         if found["parameter/gain"]:
+            look.state["matrices"] = list(found["parameter/gain"])
             look.gains(found["parameter/gain"], found["parameter/constant"])
         if found["parameter/copies"]:
             look.copies(found["parameter/copies"])
@@ -176,7 +178,9 @@ class ParameterHealth:
             share = look.ratios(rates)
             # single weights that rest where all hardly move are the same thing, told by its cause
             moving &= share == 0 or share >= self.lowest
-            roles.unchanged(judging, found, ran, look.untrained(), moving=moving, waiting=waiting)
+            roles.unchanged(
+                judging, found, ran, look.untrained(), look.state.get("matrices", []), moving=moving, waiting=waiting
+            )
             roles.duplicates(judging, found["parameter/optimizers"], found["parameter/role"])
         else:
             roles.unstepped(judging, found)

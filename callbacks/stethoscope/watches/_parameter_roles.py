@@ -10,7 +10,7 @@ from stethoscope._record import Finding
 from stethoscope.watches._streaks import listing, owner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from stethoscope.watches._streaks import Judging
 
@@ -32,13 +32,14 @@ def unchanged(
     found: Mapping[str, Values],
     ran: Sequence[str],
     untrained: Sequence[str],
+    matrices: Container[str],
     *,
     moving: bool,
     waiting: bool,
 ) -> None:
     """Judge what the step should have moved and has not.
 
-    `moving` says that a learning rate is above zero, `waiting` that an optimizer of the plan has not stepped yet.
+    `matrices` are weights that multiply features; `moving` says that a learning rate is above zero, `waiting` that an optimizer of the plan has not stepped yet.
     """
     roles, still = found["parameter/role"], found["parameter/unchanged"]
     gradients, norms = found["gradient/norm"], found["parameter/norm"]
@@ -48,7 +49,7 @@ def unchanged(
     for name, norm in norms.items():
         sizes[owner(name)] = math.hypot(sizes.get(owner(name), 0.0), norm)
     same = [name for name in roles if still.get(name) == 1.0]
-    # a bias before a BatchNorm has no gradient but rounding, and rounds away, while the weight beside it moves
+    # a bias before a BatchNorm has no gradient but rounding, and a norm's weight near one rounds away in bfloat16, while what is beside them moves
     alive = {owner(name) for name, role in roles.items() if role == TRAINED and still.get(name) == 0.0}
     stuck = [
         name
@@ -56,7 +57,7 @@ def unchanged(
         if moving
         and roles[name] == TRAINED
         and gradients.get(name, math.inf) > FAINT * sizes.get(owner(name), 0.0)
-        and (owner(name) not in alive or not _is_vector(name))
+        and (owner(name) not in alive or name in matrices)
     ]
     unheld = [name for name in same if roles[name] == UNHELD]
     # what is left out at random, or is an expert, has had a gradient before and will have one again
@@ -263,11 +264,6 @@ def in_eval(judging: Judging, count: int) -> None:
             ),
             values={"count": count},
         )
-
-
-def _is_vector(name: str) -> bool:
-    """Whether it is called a bias: of a layer's parameters the one that may rest while others move."""
-    return "bias" in name.rpartition(".")[2]
 
 
 def _tail(name: str) -> str:
