@@ -307,8 +307,8 @@ class _Look:
                 Finding(
                     "dropout-high",
                     "warning",
-                    f"{listing(news)} drops {shares[news[0]]:.0%} of what it is given in each step"
-                    f"{f', and multiplies what is left by {1 / kept:.3g}' if kept > 0 else ''}.",
+                    f"{shares[news[0]]:.0%} of what is given to {listing(news)} is dropped in each step"
+                    f"{f', and what is left multiplied by {1 / kept:.3g}' if kept > 0 else ''}.",
                     "torch.nn.Dropout(p) takes the share that is dropped: write 1 - p where p was the share to keep (keep_prob).",
                     module=news[0],
                 ),
