@@ -203,3 +203,14 @@ def test_a_deep_net_without_a_signal_has_one_cause():
     told = relate.update(relate.init(), (), [Finding(code, "warning", "It is.", "", step=100) for code in codes])[1]
     assert [f.cause for f in told] == ["", *["gradient-vanishing"] * 3]
     assert told[0].code == "gradient-vanishing"
+
+
+def test_a_dropout_of_nearly_all_and_batches_of_one_class_are_causes():
+    assert told(([], [finding("dropout-high", 0)]), ([], [finding("loss-plateau", 300)]))[-1] == (
+        "loss-plateau",
+        "dropout-high",
+    )
+    assert told(([], [finding("class-imbalance", 60)]), ([], [finding("dead-units", 90)]))[-1] == (
+        "dead-units",
+        "class-imbalance",
+    )

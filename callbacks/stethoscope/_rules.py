@@ -169,6 +169,11 @@ RULES: tuple[Rule, ...] = (
             "loss-plateau",
         ),
     ),
+    # What is set so that hardly anything comes through.
+    Rule(
+        code="dropout-high",
+        explains=("dead-units", "activation-saturated", *NO_SIGNAL, "output-constant", "loss-spike", "loss-plateau"),
+    ),
     # What the data is: layers, gradients and loss follow from it.
     Rule(
         code="input-range",
@@ -331,7 +336,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
     Rule(code="input-drift", explains=("overfit", "overtraining")),
-    Rule(code="class-imbalance", explains=("prediction-collapse", "overfit", "overtraining", "loss-plateau")),
+    # in a batch of one class, units of the others are zero for every item
+    Rule(
+        code="class-imbalance",
+        explains=("dead-units", "prediction-collapse", "overfit", "overtraining", "loss-plateau"),
+    ),
     Rule(code="loss-diverged", explains=("loss-plateau", "loss-spike")),
     Rule(
         code="stalled-optimisation",

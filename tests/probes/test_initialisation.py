@@ -62,7 +62,8 @@ def test_kernels_of_one_channel_and_embeddings_are_no_copies():
     assert value(nn.Sequential(depthwise), "parameter/copies") == 0.0
     embedding = nn.Embedding(10, 4)
     nn.init.ones_(embedding.weight)
-    assert {r.module for r in looks(nn.Sequential(embedding, nn.Linear(4, 4)))} == {"1.weight"}
+    found = looks(nn.Sequential(embedding, nn.Linear(4, 4)))
+    assert {r.module for r in found if r.name == "parameter/copies"} == {"1.weight"}
 
 
 def test_it_looks_five_times_and_first_before_the_first_step():
@@ -76,3 +77,12 @@ def test_it_looks_five_times_and_first_before_the_first_step():
     gains = [r.value for r in memory.records if r.name == "parameter/gain"]
     assert len(gains) == 5
     assert gains[0] < 1 < gains[1]
+
+
+def test_an_embedding_is_as_large_as_its_entries_and_a_tied_one_has_a_gain():
+    table, head = nn.Embedding(200, 16), nn.Linear(16, 200, bias=False)
+    nn.init.normal_(table.weight, std=3.0)
+    assert value(nn.Sequential(table), "parameter/table_rms") == pytest.approx(3.0, rel=0.1)
+    head.weight = table.weight
+    assert "parameter/table_rms" not in {record.name for record in looks(nn.Sequential(table, head))}
+    assert looks(nn.Sequential(nn.Embedding(4, 4)).requires_grad_(False)) == []

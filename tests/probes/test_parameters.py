@@ -151,3 +151,20 @@ def test_a_part_that_moves_and_a_lazy_part_are_read():
         last = {r.module: r.value for r in memory.records if r.step == 3 and r.name == name}
         assert {"0.weight", "1.weight", "2.weight"} <= set(last)
     assert last["1.weight"] == pytest.approx(model[1].weight.grad.norm().item())
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.1, 1.0), (0.9, -1.0)])
+def test_steps_along_the_weights_are_told_from_steps_across(factor, expected):
+    def outward(change):
+        torch.manual_seed(0)
+        model, memory = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), sinks.Memory()
+        with Monitor(model, probes=[Parameters()], sinks=[memory], every=1, strict=True) as monitor:
+            model(torch.randn(4, 64))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    change(parameter)
+            monitor.step()
+        return next(record.value for record in memory.records if record.name == "parameter/outward")
+
+    assert outward(lambda p: p.mul_(factor)) == pytest.approx(expected, abs=1e-3)
+    assert abs(outward(lambda p: p.add_(1e-3 * torch.randn_like(p)))) < 0.2

@@ -203,3 +203,10 @@ def test_a_model_that_moves_to_another_device_is_read_there(within):
     model.to("meta")(torch.randn(4, 6, device="meta"))
     assert {tensor.device.type for tensor in attached.read({}).values()} == {"meta"}
     attached.detach()
+
+
+def test_dropout_of_half_and_more_is_recorded_where_it_drops():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 8), nn.Dropout(0.9))
+    found = read(model, lambda: torch.randn(64, 6))
+    assert found["dropped_fraction", "3"] == pytest.approx(0.9)
+    assert ("dropped_fraction", "1") not in found

@@ -273,3 +273,41 @@ def test_ten_thousand_times_the_input_is_told_at_the_first_look(rms, told):
             ]
     found = [f for f in replay(ActivationHealth(), records) if f.code == "activation-exploding"]
     assert [(f.step, f.module) for f in found] == [(step, "rnn") for step in told]
+
+
+@pytest.mark.parametrize(
+    ("p", "told"), [(0.5, []), (0.8, []), (0.95, [("dropout-high", "2")]), (1.0, [("dropout-high", "2")])]
+)
+def test_a_dropout_that_drops_nearly_all_is_told_at_the_first_look(p, told):
+    model = mlp(depth=1)
+    model.insert(2, nn.Dropout(p))
+    assert [found for found in train(model, steps=6) if found[0] == "dropout-high"] == told
+
+
+def test_a_dropout_that_is_in_eval_mode_drops_nothing():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp(depth=1)
+            self.body.insert(2, nn.Dropout(0.95))
+
+        def forward(self, x):
+            self.body[2].eval()
+            return self.body(x)
+
+    assert train(Net(), steps=6) == []
+
+
+def test_an_rms_of_infinity_says_nothing_of_a_scale():
+    records = [
+        Record(name, value, step, module)
+        for step in (0, 10, 20, 30)
+        for name, value, module in (
+            ("activation/input_rms", 1.0, "a"),
+            ("activation/rms", float("inf") if step > 20 else 1.0, "a"),
+            ("activation/input_rms", 1.0, "b"),
+            ("activation/rms", 1.0, "b"),
+            ("parameter/norm", 1.0, "a.weight"),
+        )
+    ]
+    assert replay(ActivationHealth(), records) == []

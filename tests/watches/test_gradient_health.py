@@ -361,3 +361,42 @@ def test_gradients_of_a_model_that_no_optimizer_holds_are_not_zero():
     other = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.01)
     assert [each for each in train(model, optimizer=optimizer) if each[0] == "gradient-zero"] == []
+
+
+class Gated(nn.Module):
+    def __init__(self, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.gate, self.update, self.head = (
+            nn.Linear(8, 32),
+            nn.Linear(32, 32),
+            nn.Linear(32, 32),
+            nn.Linear(32, 4),
+        )
+        nn.init.constant_(self.gate.bias, bias)
+
+    def forward(self, x):
+        x = self.inner(x).tanh()
+        gate = self.gate(x).sigmoid()
+        return self.head(gate * self.update(x) + (1 - gate) * x)
+
+
+@pytest.mark.parametrize(("bias", "told"), [(-30.0, ["gate", "update"]), (-3.0, []), (0.0, [])])
+def test_a_gate_that_is_shut_is_told_by_the_gradients_that_do_not_pass_it(bias, told):
+    found = [each for each in train(Gated(bias)) if each[0] == "gradient-vanishing"]
+    assert found == [("gradient-vanishing", "warning", told[0])] if told else not found
+
+
+def test_branches_behind_a_scale_that_begins_at_a_millionth_are_fine():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.start, self.head = mlp(depth=1), nn.Linear(4, 4)
+            self.branch, self.scale = mlp(depth=2), nn.Parameter(torch.full((4,), 1e-6))
+
+        def forward(self, x):
+            return self.head(self.start(x) + self.scale * self.branch(x))
+
+    torch.manual_seed(0)
+    model = Scaled()
+    assert train(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3)) == []

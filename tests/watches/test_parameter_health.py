@@ -548,3 +548,111 @@ def test_a_minimum_that_is_reached_is_no_fault():
         for _ in range(60):
             monitor.step(loss=optimizer.step(closure))
     assert "parameter-unchanged" not in [f.code for f in monitor.findings]
+
+
+def test_a_penalty_that_is_subtracted_makes_the_weights_longer():
+    def steps(weight, make):
+        model = mlp()
+        optimizer = make(model.parameters())
+        with Monitor(model, optimizer, watches=[ParameterHealth()], every=5, strict=True) as monitor:
+            for _ in range(300):
+                x = torch.randn(16, 8)
+                penalty = sum(parameter.square().sum() for parameter in model.parameters())
+                loss = nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)) + weight * penalty
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                monitor.step(loss=loss)
+        return [(each.code, "longer" in each.message) for each in monitor.findings if each.severity != "info"]
+
+    adam, sgd = (lambda p: torch.optim.Adam(p, lr=3e-3)), (lambda p: torch.optim.SGD(p, lr=0.1))
+    assert steps(-0.02, adam) == [("weight-norm-drift", True)]
+    assert ("weight-norm-drift", True) in steps(-0.1, sgd)
+    assert steps(0.001, adam) == steps(0.001, sgd) == []
+
+
+def test_weights_that_double_while_they_turn_are_well():
+    records = [
+        Record(name, value, step, module)
+        for step in range(0, 200, 10)
+        for name, value, module in (
+            ("parameter/norm", 1.0 + step / 50, "a.weight"),
+            ("parameter/outward", 0.6 if step < 40 else 0.2, ""),
+        )
+    ]
+    assert replay(ParameterHealth(), records) == []
+
+
+@pytest.mark.parametrize(("gain", "depth", "told"), [(4.0, 12, True), (4.0, 3, False), (1.5, 12, False)])
+def test_gains_compound_with_depth(gain, depth, told):
+    model = mlp(depth, 64, lambda w: nn.init.normal_(w, std=gain / w.shape[1] ** 0.5))
+    assert ("poor-initialisation" in {code for code, *_ in train(model, steps=2)}) is told
+
+
+@pytest.mark.parametrize(("deviation", "told"), [(0.02, False), (1.0, False), (5.0, False), (60.0, True)])
+def test_an_embedding_far_larger_than_the_weights_is_told(deviation, told):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    nn.init.normal_(model[0].weight, std=deviation)
+    found = train(model, forward=lambda x: model(x[:, 0].abs().clamp(max=9).long()), steps=2)
+    assert found == ([("poor-initialisation", "warning", "0")] if told else [])
+
+
+def normed(width=32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, 4))
+
+
+def pretrained():
+    model = normed()
+    train(model, torch.optim.Adam(model.parameters(), lr=1e-2), steps=40)
+    return model
+
+
+def test_a_first_step_that_turns_over_what_a_checkpoint_has_learnt_is_told():
+    for make, rate, told in ((pretrained, 0.1, True), (pretrained, 1e-3, False), (normed, 3e-2, False)):
+        model = make()
+        found = train(model, torch.optim.Adam(model.parameters(), lr=rate), steps=2)
+        assert ("update-ratio-high" in {code for code, *_ in found}) is told, (make, rate)
+
+
+def test_a_new_head_on_a_checkpoint_may_learn_fast():
+    model = pretrained()
+    model[3] = nn.Linear(32, 4)
+    model[:3].requires_grad_(False)
+    assert train(model, torch.optim.Adam(model[3].parameters(), lr=5e-2), steps=2) == []
+
+
+def test_a_weight_that_is_written_back_is_told_although_its_bias_moves():
+    model = mlp()
+    held = model[2].weight.detach().clone()
+    found = train(model, after=lambda _: model[2].weight.data.copy_(held))
+    assert found == [("parameter-unchanged", "warning", "2")]
+
+
+def test_weights_that_rest_at_a_rate_of_nothing_are_a_low_rate_and_nothing_else():
+    model = mlp()
+    found = train(model, torch.optim.SGD(model.parameters(), lr=2e-7))
+    assert [code for code, *_ in found] == ["update-ratio-low"]
+
+
+class Translator(nn.Module):
+    """What the encoder returns is detached; or it is used, and a small head beside it is not."""
+
+    def __init__(self, *, detached):
+        super().__init__()
+        self.detached = detached
+        self.encoder, self.aside, self.decoder = mlp(depth=1, width=16), nn.Linear(4, 3, bias=False), nn.Linear(12, 4)
+        self.start, self.norm = nn.Linear(8, 8), nn.LayerNorm(12)
+
+    def forward(self, x):
+        memory = self.encoder(x)
+        self.aside(memory)
+        memory = memory.detach() if self.detached else memory
+        return self.decoder(self.norm(torch.cat([self.start(x), memory], 1)))
+
+
+def test_an_encoder_whose_result_is_detached_is_told_and_an_auxiliary_head_is_an_aside():
+    found = train(Translator(detached=True))
+    assert [each for each in found if each[1] == "warning"] == [("module-unused", "warning", "encoder.0")]
+    assert {severity for _, severity, _ in train(Translator(detached=False))} == {"info"}

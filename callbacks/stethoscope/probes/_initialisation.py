@@ -40,7 +40,7 @@ class Initialisation:
     convolutions and their like; no embeddings but those that are tied to one):
     `parameter/gain` = ||W|| / sqrt(outputs), the factor by which white inputs grow in rms (1 for Xavier, 1.41 for Kaiming, 0.58
     for PyTorch's default); `parameter/copies`, the share of outputs in [0, 1] whose weights, not all zero, are those of
-    another output; `parameter/constant`, 1 where all values of a layer's weight are one number other than zero (left out elsewhere). Weights that
+    another output; `parameter/table_rms`, the root mean square of an embedding that is tied to nothing (1 for PyTorch's default); `parameter/constant`, 1 where all values of a layer's weight are one number other than zero (left out elsewhere). Weights that
     are frozen are left out.
 
     **Cost:** three reads of each weight on five steps, then nothing. Never waits for the device.
@@ -76,6 +76,9 @@ class _Weights:
         self._weights = [
             (name, owner, parameter) for name, owner, parameter in named_parameters(model) if id(parameter) in used
         ]
+        self._tables = [
+            (name, p) for name, owner, p in named_parameters(model) if id(p) not in used and isinstance(owner, tables)
+        ]
         self._looks = 0
         self._columns: list[Columns] = []
 
@@ -107,7 +110,7 @@ class _Weights:
                     names, found = places.setdefault((numbers.device, numbers.dtype), ([], []))
                     names.append(name)
                     found.append(numbers)
-            columns = []
+            columns = [_rms(name, table) for name, table in self._tables if _plain(table)]
             for names, found in places.values():
                 numbers = torch.stack(found)
                 for i, kind in enumerate(("gain", "copies", "constant")):
@@ -117,7 +120,20 @@ class _Weights:
 
     def detach(self) -> None:
         """See `Attachment`."""
-        self._columns, self._weights = [], []
+        self._columns, self._weights, self._tables = [], [], []
+
+
+def _plain(parameter: nn.Parameter) -> bool:
+    """Whether it is trained, whole, and has its shape."""
+    lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+    if lazy or not parameter.requires_grad or hasattr(parameter, "to_local"):
+        return False
+    return parameter.is_floating_point() and parameter.numel() > 0
+
+
+def _rms(name: str, table: Tensor) -> Columns:
+    rms = torch.linalg.vector_norm(table, dtype=stats.precision(table.dtype, table.device)) / table.numel() ** 0.5
+    return Columns([Key("parameter/table_rms", name)], rms.view(1), [0])
 
 
 def _by_output(parameter: nn.Parameter, *, transposed: bool) -> Tensor | None:

@@ -39,7 +39,9 @@ class Parameters:
     **Records**, in training only, per parameter: `parameter/norm` (2-norm) at the end of the step;
     `parameter/update_ratio`, the norm of the
     step's change over the larger of the norms before and after, from a regular sample of up to 2048 values (about
-    1e-3 is usual; 1 for a weight that starts at zero); `parameter/unchanged`, 1 where not one bit has changed over the
+    1e-3 is usual; 1 for a weight that starts at zero), and with it, of the model as a whole, `parameter/outward`: the cosine between a
+    parameter's change and the parameter as it was, in [-1, 1], mean over those that have moved (1 where all of them grow in place, -1
+    where they shrink); `parameter/unchanged`, 1 where not one bit has changed over the
     step; `parameter/nonfinite`, 1 where the norm was NaN or Inf when the step's first forward pass began, that is before
     this step's gradients could spread it (left out where it was finite).
 
@@ -200,6 +202,9 @@ class ParameterReader:
                 else:
                     moved, said = _update_ratios(group.owners(values), group.samples, after, len(names)), "update_ratio"
                 yield Columns([Key(f"parameter/{said}", name) for name in names], moved, rows)
+                if not part and group is max(self._sorted, key=lambda each: len(each.names)):
+                    outward = _outward(group.owners(values), group.samples, after, len(names))
+                    yield Columns([Key("parameter/outward")], outward, [0])
         if group.checksums is not None:
             sums = _checksums(values)
             if sums.device == group.checksums.device:
@@ -326,6 +331,16 @@ def _update_ratios(owners: Tensor, before: Tensor, after: Tensor, count: int) ->
     """Norm of the change over the larger norm, per parameter, from flat samples."""
     largest = torch.maximum(_squares(owners, before, count), _squares(owners, after, count)).sqrt()
     return _squares(owners, after - before, count).sqrt() / largest.clamp(min=torch.finfo(largest.dtype).tiny)
+
+
+def _outward(owners: Tensor, before: Tensor, after: Tensor, count: int) -> Tensor:
+    """Cosine between change and weight, mean over the parameters that have moved, shape (1,), from flat samples."""
+    change = after - before
+    moved, size = _squares(owners, change, count), _squares(owners, before, count)
+    along = torch.zeros_like(size).index_add_(0, owners, change * before)
+    both = (moved * size).sqrt()
+    # NaN, which no threshold meets, where nothing has moved
+    return ((along / both.clamp(min=torch.finfo(both.dtype).tiny)).sum() / (both > 0).sum()).view(1)
 
 
 def _update_norms(group: _Group, values: Sequence[Tensor], after: Tensor) -> Tensor:

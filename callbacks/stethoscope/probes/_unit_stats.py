@@ -28,11 +28,12 @@ NOWHERE_FLAT = (
     nn.LeakyReLU,
     nn.PReLU,
 )
+DROPOUT = nn.modules.dropout._DropoutNd  # noqa: SLF001  # only their base knows all of them
 PASSING_ON = (
     nn.Identity,
     nn.Flatten,
     nn.Unflatten,
-    nn.modules.dropout._DropoutNd,  # noqa: SLF001
+    DROPOUT,
     nn.modules.pooling._MaxPoolNd,  # noqa: SLF001
     nn.modules.pooling._AvgPoolNd,  # noqa: SLF001
     nn.modules.pooling._AdaptiveAvgPoolNd,  # noqa: SLF001

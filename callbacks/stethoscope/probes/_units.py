@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _FUNCTIONS = {"TanhBackward0": "saturated", "SigmoidBackward0": "certain"}
 """Operations of autograd by which a functional activation is recognised, and what is said of it."""
 
+HALF = 0.5
+"""Dropout of which nothing is recorded below."""
+
 IN_A_ROW = 3
 """Observed steps in which a unit must have been dead to count."""
 
@@ -46,6 +49,7 @@ class Units:
     - `unit/saturated_fraction`: units with 90 % of their values in the flat ends of a tanh (|y| > .99); `unit/certain_fraction`: the same of a
       sigmoid (y < .01, y > .99), and of a softmax the rows whose largest value exceeds .999. Left out of the last module that runs.
       Of a functional one right before a `Linear` or convolution: `unit/input_saturated_fraction`, `unit/input_certain_fraction`, of that module.
+    - `unit/dropped_fraction`: what a dropout module is set to drop, where that is half or more.
     - `unit/starved_fraction`: groups that a normalisation gets with a variance below its own eps, though not all zero.
     - `unit/dead_heads`: attention heads that contribute less than a thousandth of the largest one.
     - `unit/headroom_bits`, `unit/floor_bits`, of float16: octaves from the largest absolute value to overflow, and down to the
@@ -194,6 +198,8 @@ class UnitHooks:
             self._keep(site, "zeros", (real == 0).to(real.dtype).mean())
         if x.dtype is torch.float16:
             self._keep(site, "largest", real.abs().amax())
+        if isinstance(site.module, units.DROPOUT) and site.module.training and site.module.p >= HALF:
+            self._keep(site, "dropped", real.new_full((), site.module.p))
 
     def _axis(self, site: _Site, x: Tensor) -> int:
         axis = units.channel_axis(site.module, x)
@@ -264,8 +270,7 @@ class UnitHooks:
         found += [
             (f"input_{made}_fraction", now[f"input {made}"]) for made in _FUNCTIONS.values() if f"input {made}" in now
         ]
-        if "starved" in now:
-            found.append(("starved_fraction", now["starved"]))
+        found += [(f"{name}_fraction", now[name]) for name in ("starved", "dropped") if name in now]
         if "largest" in now:
             limits = torch.finfo(torch.float16)
             found.append(("headroom_bits", (limits.max / now["largest"]).log2()))

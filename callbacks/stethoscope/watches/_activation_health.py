@@ -38,6 +38,7 @@ class ActivationHealth:
       relative to the model's input where that is larger than 1. Or a module with parameters returns more than `large` times what it is
       given, and times the model's input or 1; more than ten times as much is told at the first look. The last module is not looked at: targets may be large.
     - `activation-vanishing`: what the last module is given has an rms below `faint` of the model's input, or of 1 where that is larger.
+    - `dropout-high`: a dropout module drops `dropped` or more of what it is given.
     - `norm-input-variance`: half of the groups that a normalisation gets vary less than its eps.
     - `attention-head-dead`: a head that contributes less than a thousandth of the strongest one.
     - `dtype-headroom`, of float16: fewer than `headroom_bits` octaves to overflow, or all values below the smallest normal number.
@@ -56,6 +57,7 @@ class ActivationHealth:
         large: rms, in units of the input's rms or of 1.
         huge: the same; squares of it leave float16, and ten layers of gain 3 stay below.
         faint: the same.
+        dropped: share of the units, in (0, 1]. A tenth to a half is usual; at 0.9 what is kept is multiplied by ten.
         headroom_bits: octaves. Two are a factor of four.
 
     Examples:
@@ -78,6 +80,7 @@ class ActivationHealth:
     large: float = 1e3
     huge: float = 1e5
     faint: float = 1e-4
+    dropped: float = 0.9
     headroom_bits: float = 2.0
 
     @property
@@ -106,6 +109,7 @@ class ActivationHealth:
         owners = {owner(name) for name in found["parameter/norm"]}
         look.scale(_leaves(found["activation/rms"]), _leaves(found["activation/input_rms"]), owners)
         look.starved(unit["starved_fraction"])
+        look.dropout(unit["dropped_fraction"])
         look.heads(unit["dead_heads"])
         look.headroom(unit["headroom_bits"], unit["floor_bits"])
         return {**look.state, "held": judging.held}, judging.findings
@@ -121,6 +125,7 @@ UNITS = (
     "batch_spread",
     "constant_fraction",
     "starved_fraction",
+    "dropped_fraction",
     "dead_heads",
     "headroom_bits",
     "floor_bits",
@@ -231,10 +236,14 @@ class _Look:
         high = {
             name: value / unit
             for name, value in inner.items()
-            if value > watch.huge * unit
-            or (name in levels and value > max(watch.large * unit, watch.growth * median(levels[name])))
-            # what has no parameters is as large as it is meant to be: a mask of -1e9, an exponential
-            or (name in owners and name in inputs and value > watch.large * max(unit, inputs[name]))
+            # what is not finite is NonFinite's, and says nothing of a scale
+            if math.isfinite(value)
+            and (
+                value > watch.huge * unit
+                or (name in levels and value > max(watch.large * unit, watch.growth * median(levels[name])))
+                # what has no parameters is as large as it is meant to be: a mask of -1e9, an exponential
+                or (name in owners and name in inputs and value > watch.large * max(unit, inputs[name]))
+            )
         }
         # by that much nothing is meant, and what heals in a few steps has thrown the weights about
         bar = GROSS * watch.large
@@ -282,6 +291,25 @@ class _Look:
                     "rounding, or next to nothing.",
                     "Look at the layer in front (weights near zero? all units alike?) and at the axes that are normalised; a smaller eps "
                     "only helps where the signal is meant to be that small.",
+                    module=news[0],
+                ),
+                news,
+                shares,
+            )
+
+    def dropout(self, shares: Mapping[str, float]) -> None:
+        hits = [name for name, share in shares.items() if share >= self.watch.dropped]
+        # it is a setting, and no measurement that may be chance
+        news = self.judging.hold("dropout-high", hits, shares, times=1)
+        if news:
+            kept = 1 - shares[news[0]]
+            self.judging.tell(
+                Finding(
+                    "dropout-high",
+                    "warning",
+                    f"{shares[news[0]]:.0%} of what is given to {listing(news)} is dropped in each step"
+                    f"{f', and what is left multiplied by {1 / kept:.3g}' if kept > 0 else ''}.",
+                    "torch.nn.Dropout(p) takes the share that is dropped: write 1 - p where p was the share to keep (keep_prob).",
                     module=news[0],
                 ),
                 news,

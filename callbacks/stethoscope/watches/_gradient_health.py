@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding
 from stethoscope.probes import Activations, Gradients, Optimizers, Parameters
+from stethoscope.watches import _gradient_balance as balance
 from stethoscope.watches._gradient_modules import (
+    FEWEST,
     IDLE,
     TRAINED,
     UNHELD,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Record, Severity
 
-FEWEST = 4  # modules that a trend over depth needs
 CLIPPED = 5  # observed steps in a row that are clipped hard: the first steps of a run may be, all of them are not
 MEMORY = 20  # observed norms whose median is the level
 
@@ -44,7 +45,8 @@ class GradientHealth:
 
     - `gradient-vanishing`, `gradient-exploding` (over depth): the median relative gradient of the first quarter of the
       modules, in the order of the forward pass, and that of the last quarter differ by `depth_ratio`; or all of it is below
-      `smallest`.
+      `smallest`. Or one module's relative gradient is below `starved` times the median of all, in five observed steps: something closed
+      lies between it and the loss.
     - `gradient-exploding` (over time): the norm of all gradients is `growth` times the median of up to 20 earlier ones and
       `large` times that of the weights, twice in a row.
     - `gradient-zero`: exactly zero, or none at all, in a module that runs. Only info where it looks like an expert that
@@ -66,6 +68,7 @@ class GradientHealth:
         steps: steps that they must span at least.
         depth_ratio: a factor. Healthy networks stay within a few hundred; 1e4 is eight sigmoid layers.
         smallest: relative gradient of the whole model. 1e-8 is below Adam's eps for weights of any usual size.
+        starved: share of the median, of one module. A layer scale of 1e-6 begins there, and has left it after some steps.
         growth: a factor over the run's own level.
         large: relative gradient of the whole model: SGD at a rate of 0.1 would replace all weights in one step.
         imbalance: a factor.
@@ -87,6 +90,7 @@ class GradientHealth:
     steps: int = 10
     depth_ratio: float = 1e4
     smallest: float = 1e-8
+    starved: float = 1e-6
     growth: float = 100.0
     large: float = 10.0
     imbalance: float = 1e4
@@ -153,7 +157,9 @@ class GradientHealth:
         steep = look.depth(modules)
         total, size = norm_of(gradients), norm_of(found["parameter/norm"])
         look.time(gradients.get("", total), total / size if size > 0 else 0.0)
-        look.imbalance({} if steep else modules)
+        # a trend over depth unbalances single modules, too
+        balance.far_above(judging, {} if steep else modules, self.imbalance)
+        balance.far_below(judging, {} if steep else modules, self.starved)
         applied, scale = found["gradient/applied_norm"], found["gradient/scale"].get("", 1.0)
         lost = look.lost({name: norm for name, norm in gradients.items() if norm > 0}, applied, found)
         pairs = [(scale * applied[name], norm) for name, norm in gradients.items() if name in applied and norm > 0]
@@ -322,35 +328,6 @@ class _Look:
             )
         if not high:
             self.state["totals"] = [*totals, total][-MEMORY:]
-
-    def imbalance(self, modules: Mapping[str, Module]) -> None:
-        alive = {name: each for name, each in modules.items() if each.relative > 0}
-        high: dict[str, float] = {}
-        if len(alive) >= FEWEST:
-            # of two halves the higher: an adapter's zero half starts with tiny gradients in the other one
-            level = sorted(each.gradient for each in alive.values())[len(alive) // 2]
-            relative = sorted(each.relative for each in alive.values())[len(alive) // 2]
-            bar = self.watch.imbalance
-            high = {
-                name: each.gradient / level
-                for name, each in alive.items()
-                if each.gradient > bar * level and each.relative > bar * relative
-            }
-        news = self.judging.hold("gradient-imbalance", high, list(modules))
-        if news:
-            self.judging.tell(
-                Finding(
-                    "gradient-imbalance",
-                    "warning",
-                    f"The gradient of {listing(news)} is {high[news[0]]:.2g} times the median of all modules: one learning "
-                    "rate cannot fit both.",
-                    "Normalise what this module gets (an input in the thousands?), look for a loss term that only reaches it, or "
-                    "give it a parameter group of its own.",
-                    module=news[0],
-                ),
-                news,
-                high,
-            )
 
     def clipping(self, pairs: Sequence[tuple[float, float]]) -> None:
         if not pairs:

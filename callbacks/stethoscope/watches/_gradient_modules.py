@@ -13,6 +13,7 @@ from stethoscope.watches._streaks import owner
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+FEWEST = 4  # modules that a trend or a median needs
 UNHELD, IDLE, TRAINED = 1, 3, 4  # as probes.Optimizers numbers roles
 
 

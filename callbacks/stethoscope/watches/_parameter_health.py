@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope._record import Finding
 from stethoscope.probes import Activations, Gradients, Initialisation, Optimizers, Parameters
 from stethoscope.watches import _parameter_roles as roles
+from stethoscope.watches import _weight_size as weight_size
 from stethoscope.watches._parameter_roles import TRAINED, Values
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
@@ -24,10 +25,12 @@ WILD = 100.0  # gain of a single weight that no scheme of initialisation has: a 
 OUTLYING = (
     40.0  # the same, and its factor over the median; a table of deviation 1 that is tied to an output has 32 at 1024
 )
+TURNED = (
+    0.1  # update ratio of the first step of a model that was trained before: ten such steps replace what it has learnt
+)
 SLOW = 5  # observed steps in a row: as many as clipping takes, which is often the cause
-DECAY = 0.01  # share of a weight per step: what 100 steps have taught is gone. 1e-3 (momentum 0.9, 0.1 * 1e-3) is the most that is usual
-STRONG = 1e-3  # share of a weight per step, with which a norm that has fallen is no chance
 RESTS = 100  # steps that one of several optimizers may wait for its first: a critic or generator that goes every few
+DEEP = 2.0  # gain that compounds: ten ReLU layers of it multiply by 30, of Kaiming's 1.41 by 1
 FEWEST = 2  # weights that a verdict on an initialisation needs
 
 
@@ -38,7 +41,8 @@ class ParameterHealth:
     **What it decides**, on observed steps; update ratios are those of modules, sqrt(sum(change^2)) / sqrt(sum(weight^2)) over
     a module's own parameters, since a bias near zero moves by its own size and means no harm:
 
-    - `update-ratio-high`: above `highest` in half of the modules or in the model as a whole; once is enough above `sudden`.
+    - `update-ratio-high`: above `highest` in half of the modules or in the model as a whole; once is enough above `sudden`, or above 0.1 in
+      the first step of a model that was trained before, as the weights of its normalisations tell, and of which most is trained now.
     - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising, in five
       observed steps.
     - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero, or although gradients
@@ -47,11 +51,13 @@ class ParameterHealth:
     - `optimizer-duplicate-parameters`: several optimizers step with one and the same gradient.
     - `parameter-changed`: a frozen parameter changes. A warning, but info where it looks like a moving average of a trained one.
     - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
-      or above 100 in one (40, where that is 40 times the median); a layer's weight of two outputs or more, not the last one, of
+      or above 100 in one (40, where that is 40 times the median); gains above 2 in half of the weights, where some module returns more than
+      `compound` times what the first one does; the rms of an embedding above 40 times the median of gains, or 40; a layer's weight of two outputs or more, not the last one, of
       which all values are equal.
     - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.
     - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less (half of it where weight decay takes
-      more than 0.1 % per step); or weight decay by itself takes more than 1 % per step.
+      more than 0.1 % per step); or weight decay by itself takes more than 1 % per step; or the norm has doubled, and steps point along the
+      weights themselves (cosine above 0.4, mean over parameters) in five observed steps: something rewards size.
     - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module looks like an expert
       that is not chosen, or runs, unless others of its stack are trained and something of another kind after it is, too. A part that
       several layers have and none of them calls is a warning.
@@ -70,6 +76,7 @@ class ParameterHealth:
         lowest: update ratio, per step. 1e-6 moves a weight by 10 % in 100,000 steps; below 6e-8 float32 rounds it away.
         gain_high: factor of rms per layer. Kaiming has 1.4; four layers of 5 make 600.
         gain_low: factor of rms per layer. Four layers of 0.02 make 1.6e-7.
+        compound: a factor of rms, from one end of the model to the other.
         drift: a factor.
 
     Examples:
@@ -93,6 +100,7 @@ class ParameterHealth:
     lowest: float = 1e-6
     gain_high: float = 5.0
     gain_low: float = 0.02
+    compound: float = 1e3
     drift: float = 10.0
 
     @property
@@ -115,6 +123,7 @@ class ParameterHealth:
             "rates": {},
             "ran": [],
             "gains": False,
+            "matrices": [],
             "untrained": None,
             "planned": 0.0,
         }
@@ -133,7 +142,9 @@ class ParameterHealth:
             "parameter/unchanged",
             "parameter/role",
             "parameter/held",
+            "parameter/outward",
             "parameter/gain",
+            "parameter/table_rms",
             "parameter/copies",
             "parameter/constant",
             "parameter/optimizers",
@@ -150,8 +161,10 @@ class ParameterHealth:
             return ({**state, "planned": planned} if planned != state.get("planned", 0.0) else state), ()
         ran = [*state["ran"], *(name for name in found["activation/rms"] if name not in set(state["ran"]))]
         judging = Judging(state["held"], records[0].step, self.observations, self.steps)
-        look = _Look(self, {**state, "ran": ran, "planned": planned}, judging, found)
+        worn = any(record.name == "plan/pretrained" and record.value == 1.0 for record in records)
+        look = _Look(self, {**state, "ran": ran, "planned": planned}, judging, found, worn=worn)
         if found["parameter/gain"]:
+            look.state["matrices"] = list(found["parameter/gain"])
             look.gains(found["parameter/gain"], found["parameter/constant"])
         if found["parameter/copies"]:
             look.copies(found["parameter/copies"])
@@ -162,13 +175,17 @@ class ParameterHealth:
             # a schedule that is through, or has been cut off, is another story
             moving = not rates or max(rates.values()) > SETTLED * top
             waiting = found["optimizer/known"].get("", math.inf) < planned and judging.step < RESTS
-            roles.unchanged(judging, found, ran, look.untrained(), moving=moving, waiting=waiting)
+            share = look.ratios(rates)
+            # single weights that rest where all hardly move are the same thing, told by its cause
+            moving &= share == 0 or share >= self.lowest
+            roles.unchanged(
+                judging, found, ran, look.untrained(), look.state.get("matrices", []), moving=moving, waiting=waiting
+            )
             roles.duplicates(judging, found["parameter/optimizers"], found["parameter/role"])
-            look.ratios(rates)
         else:
             roles.unstepped(judging, found)
         roles.changed(judging, found)
-        look.drift()
+        look.state["first"] = weight_size.drift(judging, found, state["first"], self.drift)
         return {**look.state, "held": judging.held}, judging.findings
 
 
@@ -176,9 +193,16 @@ class _Look:
     """One observed step of one run."""
 
     def __init__(
-        self, watch: ParameterHealth, state: dict[str, Any], judging: Judging, found: Mapping[str, Values]
+        self,
+        watch: ParameterHealth,
+        state: dict[str, Any],
+        judging: Judging,
+        found: Mapping[str, Values],
+        *,
+        worn: bool,
     ) -> None:
         self.watch, self.state, self.judging, self.found = watch, state, judging, found
+        self.worn = worn  # trained before this run, whose first step this is
 
     def untrained(self) -> list[str]:
         """Parameters that have not had a gradient in any observed step so far, and have not moved in between either.
@@ -213,14 +237,17 @@ class _Look:
         if len(gains) < FEWEST:
             return
         watch = self.watch
-        usual = sorted(gains.values())[len(gains) // 2]
+        usual, weights = sorted(gains.values())[len(gains) // 2], gains
+        # what an embedding returns is as large as its entries: its gain
+        gains = {**gains, **self.found["parameter/table_rms"]}
         wild = [name for name, gain in gains.items() if gain > WILD or gain > OUTLYING * max(1.0, usual)]
+        high = DEEP if self._compounds() else watch.gain_high
         for what, hit in (
-            ("large", [name for name, gain in gains.items() if gain > watch.gain_high]),
-            ("small", [name for name, gain in gains.items() if 0 < gain < watch.gain_low]),
-            ("zero", [name for name, gain in gains.items() if gain == 0]),
+            ("large", [name for name, gain in weights.items() if gain > high]),
+            ("small", [name for name, gain in weights.items() if 0 < gain < watch.gain_low]),
+            ("zero", [name for name, gain in weights.items() if gain == 0]),
         ):
-            if 2 * len(hit) <= len(gains) - (what != "zero"):
+            if 2 * len(hit) <= len(weights) - (what != "zero"):
                 hit = wild if what == "large" else []  # noqa: PLW2901  # what is told is what was found
             if not hit:
                 continue
@@ -238,6 +265,11 @@ class _Look:
                 hit,
                 gains,
             )
+
+    def _compounds(self) -> bool:
+        """Whether the signal that the model begins with grows layer by layer beyond all use."""
+        sizes = list(self.found["activation/rms"].values())
+        return bool(sizes) and math.isfinite(max(sizes)) and max(sizes) > self.watch.compound * max(1.0, sizes[0])
 
     def copies(self, copies: Values) -> None:
         hit = [name for name, share in copies.items() if share >= 0.5]
@@ -272,7 +304,8 @@ class _Look:
                 news,
             )
 
-    def ratios(self, rates: Mapping[str, float]) -> None:
+    def ratios(self, rates: Mapping[str, float]) -> float:
+        """Judge how far this step has gone; return it for the model as a whole, 0 where nothing can be told."""
         role = self.found["parameter/role"]
         ratios, norms = self.found["parameter/update_ratio"], self.found["parameter/norm"]
         # the ratio of a weight that was zero is 1 and says nothing
@@ -282,7 +315,7 @@ class _Look:
             if name in norms and role.get(name, float(TRAINED)) == TRAINED and abs(ratios[name] - 1) > ROUNDING
         ]
         if not trained or not all(math.isfinite(ratios[name] * norms[name]) for name in trained):
-            return
+            return 0.0
         modules: dict[str, list[str]] = {}
         for name in trained:
             modules.setdefault(owner(name), []).append(name)
@@ -294,8 +327,12 @@ class _Look:
         # norms and biases begin near one or zero, and weigh much in the whole of a small model
         torn = [module for module, value in ratio.items() if value > self.watch.sudden]
         sudden = everything > self.watch.sudden or (len(modules) > 2 and 2 * len(torn) > len(modules))
+        # an adapter, a prompt or a new head that is trained alone has not learnt anything yet
+        whole = self.worn and 2 * len(trained) > len(role)
+        if whole and everything > TURNED:
+            wide = sudden = True
         if self.judging.model("update-ratio-high", wide, times=1 if sudden else None):
-            named = sorted(far, key=lambda module: -ratio[module])
+            named = sorted(far or modules, key=lambda module: -ratio[module])
             self.judging.tell(
                 Finding(
                     "update-ratio-high",
@@ -325,46 +362,7 @@ class _Look:
                 ),
                 values={"ratio": everything, "rate": rate} if rates else {"ratio": everything},
             )
-
-    def drift(self) -> None:
-        norms = self.found["parameter/norm"]
-        size = math.hypot(*norms.values(), 0.0)
-        if not norms or not math.isfinite(size):
-            return
-        first = self.state["first"]
-        if first is None or first <= 0:
-            self.state["first"] = size
-            return
-        factor = size / first
-        decay = self.found["optimizer/decay"].get("", 0.0)
-        if self.judging.model("weight-decay-high", decay > DECAY):
-            self.judging.tell(
-                Finding(
-                    "weight-norm-drift",
-                    "warning",
-                    f"Weight decay takes {decay:.2g} of each weight per step (lr * weight_decay; 1e-7 to 1e-4 are usual): a weight that the "
-                    f"gradient does not renew is halved within {math.ceil(math.log(2) / decay)} steps.",
-                    "Lower weight_decay: AdamW multiplies by 1 - lr * weight_decay per step, and SGD with momentum m by about "
-                    "1 - lr * weight_decay / (1 - m).",
-                ),
-                values={"decay": decay, "first": first, "now": size},
-            )
-        least = self.watch.drift / (2 if decay > STRONG else 1)
-        # what strong decay does to the norm has been told by its cause
-        off = factor > self.watch.drift or (factor < 1 / least and decay <= DECAY)
-        if self.judging.model("weight-norm-drift", off):
-            grown = factor > 1
-            self.judging.tell(
-                Finding(
-                    "weight-norm-drift",
-                    "warning",
-                    f"The norm of all weights has {'grown' if grown else 'shrunk'} from {first:.3g} to {size:.3g}.",
-                    "Lower the learning rate or add weight decay; look at whether targets and inputs are normalised."
-                    if grown
-                    else "Weight decay is stronger than the gradients: lower it (AdamW decays by lr * weight_decay per step).",
-                ),
-                values={"first": first, "now": size},
-            )
+        return everything
 
 
 def _planned(record: Record) -> float:

@@ -10,7 +10,7 @@ from stethoscope._record import Finding
 from stethoscope.watches._streaks import listing, owner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from stethoscope.watches._streaks import Judging
 
@@ -19,6 +19,9 @@ FROZEN, UNHELD, RESTING, IDLE, TRAINED = range(5)
 
 FAINT = 1e-5
 """Gradient over the weights of its module of which a rate of 0.01 leaves 1e-7, what float32 rounds away; LBFGS stops there by itself."""
+
+ASIDE = 0.25
+"""Share of the parameters that learn: an auxiliary head whose loss is off is less."""
 
 Values: TypeAlias = "dict[str, float]"
 """One number per parameter or module."""
@@ -29,13 +32,14 @@ def unchanged(
     found: Mapping[str, Values],
     ran: Sequence[str],
     untrained: Sequence[str],
+    matrices: Container[str],
     *,
     moving: bool,
     waiting: bool,
 ) -> None:
     """Judge what the step should have moved and has not.
 
-    `moving` says that a learning rate is above zero, `waiting` that an optimizer of the plan has not stepped yet.
+    `matrices` are weights that multiply features; `moving` says that a learning rate is above zero, `waiting` that an optimizer of the plan has not stepped yet.
     """
     roles, still = found["parameter/role"], found["parameter/unchanged"]
     gradients, norms = found["gradient/norm"], found["parameter/norm"]
@@ -45,7 +49,7 @@ def unchanged(
     for name, norm in norms.items():
         sizes[owner(name)] = math.hypot(sizes.get(owner(name), 0.0), norm)
     same = [name for name in roles if still.get(name) == 1.0]
-    # whole modules: a bias before a BatchNorm has no gradient but rounding, and rounds away
+    # a bias before a BatchNorm has no gradient but rounding, and a norm's weight near one rounds away in bfloat16, while what is beside them moves
     alive = {owner(name) for name, role in roles.items() if role == TRAINED and still.get(name) == 0.0}
     stuck = [
         name
@@ -53,7 +57,7 @@ def unchanged(
         if moving
         and roles[name] == TRAINED
         and gradients.get(name, math.inf) > FAINT * sizes.get(owner(name), 0.0)
-        and owner(name) not in alive
+        and (owner(name) not in alive or name in matrices)
     ]
     unheld = [name for name in same if roles[name] == UNHELD]
     # what is left out at random, or is an expert, has had a gradient before and will have one again
@@ -118,7 +122,9 @@ def duplicates(judging: Judging, twice: Values, roles: Values) -> None:
 
 def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str]) -> None:
     alive = {_kind(name) for name, role in roles.items() if role == TRAINED}
-    dropped = set(_dropped([name for name in idle if owner(name) in ran and _kind(name) in alive], roles, ran))
+    running = [name for name in idle if owner(name) in ran]
+    dropped = set(_dropped([name for name in running if _kind(name) in alive], roles, ran))
+    dropped |= set(_detached([name for name in running if _kind(name) not in alive], roles, ran))
     missing = set(_missing([name for name in idle if owner(name) not in ran], roles))
     quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped | missing}
     for code, hits in (("module-unused", [n for n in idle if n not in quiet]), ("module-unused-quiet", quiet)):
@@ -158,6 +164,18 @@ def _dropped(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[st
         if used_after and (middle or _element(module) not in alive):
             found.append(name)
     return found
+
+
+def _detached(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[str]:
+    """Those that run before something that is trained, and are too much of the model to be a head beside the others: cut off by `detach`."""
+    learning = [name for name, role in roles.items() if role in (IDLE, TRAINED)]
+    last = max(
+        (i for i, module in enumerate(ran) if any(roles[n] == TRAINED for n in learning if owner(n) == module)),
+        default=-1,
+    )
+    before = set(ran[:last])
+    found = [name for name in names if owner(name) in before]
+    return found if len(found) >= ASIDE * len(learning) else []
 
 
 def _missing(names: Sequence[str], roles: Values) -> list[str]:

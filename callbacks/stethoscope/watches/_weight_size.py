@@ -1,0 +1,82 @@
+"""How large the weights as a whole become: part of `ParameterHealth`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from stethoscope._record import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stethoscope.watches._streaks import Judging
+
+DECAY = 0.01  # share of a weight per step: what 100 steps have taught is gone. 1e-3 (momentum 0.9, 0.1 * 1e-3) is the most that is usual
+STRONG = 1e-3  # share of a weight per step, with which a norm that has fallen is no chance
+OUTWARD = 0.4  # cosine of step and weight, mean over parameters; steps that fit weights to data keep near 0
+GROWN = 2.0  # factor over the first norm: below, what was learnt is not yet most of the weights
+LASTING = 5  # observed steps in a row
+
+
+def drift(
+    judging: Judging, found: Mapping[str, Mapping[str, float]], first: float | None, factor: float
+) -> float | None:
+    """Judge the norm of all weights against its `first`, and return the latter; `factor` either way is too much."""
+    norms = found["parameter/norm"]
+    size = math.hypot(*norms.values(), 0.0)
+    if not norms or not math.isfinite(size):
+        return first
+    if first is None or first <= 0:
+        return size
+    decay = found["optimizer/decay"].get("", 0.0)
+    _decay(judging, decay, first, size)
+    change = size / first
+    least = factor / (2 if decay > STRONG else 1)
+    # what strong decay does to the norm has been told by its cause
+    off = change > factor or (change < 1 / least and decay <= DECAY)
+    if judging.model("weight-norm-drift", off):
+        grown = change > 1
+        judging.tell(
+            Finding(
+                "weight-norm-drift",
+                "warning",
+                f"The norm of all weights has {'grown' if grown else 'shrunk'} from {first:.3g} to {size:.3g}.",
+                "Lower the learning rate or add weight decay; look at whether targets and inputs are normalised."
+                if grown
+                else "Weight decay is stronger than the gradients: lower it (AdamW decays by lr * weight_decay per step).",
+            ),
+            values={"first": first, "now": size},
+        )
+    _outward(judging, found["parameter/outward"].get("", 0.0), first, size)
+    return first
+
+
+def _decay(judging: Judging, decay: float, first: float, size: float) -> None:
+    if judging.model("weight-decay-high", decay > DECAY):
+        judging.tell(
+            Finding(
+                "weight-norm-drift",
+                "warning",
+                f"Weight decay takes {decay:.2g} of each weight per step (lr * weight_decay; 1e-7 to 1e-4 are usual): a weight that the "
+                f"gradient does not renew is halved within {math.ceil(math.log(2) / decay)} steps.",
+                "Lower weight_decay: AdamW multiplies by 1 - lr * weight_decay per step, and SGD with momentum m by about "
+                "1 - lr * weight_decay / (1 - m).",
+            ),
+            values={"decay": decay, "first": first, "now": size},
+        )
+
+
+def _outward(judging: Judging, outward: float, first: float, size: float) -> None:
+    if judging.model("weight-norm-outward", outward > OUTWARD and size > GROWN * first, times=LASTING):
+        judging.tell(
+            Finding(
+                "weight-norm-drift",
+                "warning",
+                f"Steps make the weights longer rather than turn them (cosine of step and weight {outward:.2f}, mean over parameters): the "
+                f"norm of all weights has grown from {first:.3g} to {size:.3g}.",
+                "Look for a term of the loss that rewards large weights: a penalty with the wrong sign, a loss that has no lowest "
+                "value; or add weight decay.",
+            ),
+            values={"outward": outward, "first": first, "now": size},
+        )
