@@ -117,7 +117,7 @@ def dropout_of_one(t: Training) -> None:
 
 
 @fault(forecaster, "dead-units", "poor-initialisation", modules=("activation", "project"), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "module-unused", "update-ratio-low", "activation-saturated", "loss-spike"))  # fmt: skip
-def prior_in_every_bias(t: Training) -> None:
+def prior_of_rare_objects(t: Training) -> None:
     """A detector's recipe, a bias of -log(99) for rare objects, is applied to all linear layers: the ReLU never opens. SageMaker
     DeadRelu and PoorWeightInitialization."""
     t.model.apply(lambda module: nn.init.constant_(module.bias, -4.6) if isinstance(module, nn.Linear) else None)
