@@ -31,7 +31,7 @@ def changed(t: Training, change) -> None:
 # -- layers ----------------------------------------------------------------------------------------------------------
 
 
-@fault(forecaster, "activation-vanishing", "norm-input-variance", "feature-constant", "poor-initialisation", "gradient-vanishing", modules=("lstm", "norm"), then=(*STUCK, *FLAT, "gradient-imbalance", "update-ratio-low", "gradient-exploding"))  # fmt: skip
+@fault(forecaster, "activation-vanishing", "norm-input-variance", "feature-constant", "poor-initialisation", "gradient-vanishing", modules=("lstm", "norm"), then=("gradient-zero", "parameter-unchanged", *STUCK, *FLAT, "gradient-imbalance", "update-ratio-low", "gradient-exploding"))  # fmt: skip
 def output_gate_shut(t: Training) -> None:
     """The bias of the output gate starts at -20, since the order of the gates is that of another library: the state that leaves the
     LSTM is nearly zero. SageMaker PoorWeightInitialization."""
@@ -39,7 +39,7 @@ def output_gate_shut(t: Training) -> None:
         t.model.lstm.bias_ih_l0[72:] = -20.0
 
 
-@fault(forecaster, "gradient-exploding", "poor-initialisation", "gradient-imbalance", "activation-saturated", modules=("lstm", "project", ""), then=(*DIVERGES, *STUCK, "gradient-clipping", "gradient-vanishing", "update-ratio-low", "gradient-zero"))  # fmt: skip
+@fault(forecaster, "gradient-exploding", "poor-initialisation", "gradient-imbalance", modules=("lstm", "project", ""), then=("activation-saturated", "parameter-unchanged", *DIVERGES, *STUCK, "gradient-clipping", "gradient-vanishing", "update-ratio-low", "gradient-zero"))  # fmt: skip
 def recurrent_gain_of_eighty(t: Training) -> None:
     """Recurrent weights are drawn as an orthogonal matrix with a gain of 80, where the scale of something else was meant: gates are
     open or shut, and gradients grow with each hour. AutoTrainer: exploding gradient; SageMaker PoorWeightInitialization."""
@@ -116,7 +116,7 @@ def dropout_of_one(t: Training) -> None:
     t.model = forecaster.Forecaster(dropout=1.0)
 
 
-@fault(forecaster, "dead-units", "poor-initialisation", modules=("activation", "project"), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "module-unused", "update-ratio-low", "activation-saturated", "loss-spike"))  # fmt: skip
+@fault(forecaster, "dead-units", "poor-initialisation", modules=("activation", "project"), then=("gradient-clipping", *STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "module-unused", "update-ratio-low", "activation-saturated", "loss-spike"))  # fmt: skip
 def prior_of_rare_objects(t: Training) -> None:
     """A detector's recipe, a bias of -log(99) for rare objects, is applied to all linear layers: the ReLU never opens. SageMaker
     DeadRelu and PoorWeightInitialization."""
@@ -337,7 +337,7 @@ def error_as_text(t: Training) -> None:
     t.measure = measure
 
 
-@fault(forecaster, "input-constant", "input-duplicate", "feature-constant", step=90, then=(*DIVERGES, *STUCK, "input-drift", "output-constant"))  # fmt: skip
+@fault(forecaster, "input-constant", "input-duplicate", "feature-constant", step=90, then=("gradient-zero", "parameter-unchanged", *DIVERGES, *STUCK, "input-drift", "output-constant"))  # fmt: skip
 def feed_went_down(t: Training) -> None:
     """From step 90 on the feed of the meters returns zeros, times of day as well. TheDeepChecker: constant inputs; SageMaker
     AllZero."""

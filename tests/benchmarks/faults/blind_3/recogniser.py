@@ -74,7 +74,12 @@ def losses_summed_up(t: Training) -> None:
     loss_of(t, lambda logits: logits.log_softmax(-1), reduction="sum")
 
 
-@fault(recogniser, "loss-sign", "loss-diverged", then=(*DIVERGES, *STUCK, *NONFINITE, *FLAT, "activation-saturated"))
+@fault(
+    recogniser,
+    "loss-sign",
+    "loss-diverged",
+    then=("gradient-clipping", *DIVERGES, *STUCK, *NONFINITE, *FLAT, "activation-saturated"),
+)
 def optimizer_maximises(t: Training) -> None:
     """`AdamW(..., maximize=True)`, left from a script that climbs a reward. TheDeepChecker: wrong sign; Humbatova: optimiser."""
     t.optimize = lambda p: torch.optim.AdamW(p, 2e-3, maximize=True)
@@ -89,7 +94,7 @@ def warm_up_for_a_week(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50_000))
 
 
-@fault(recogniser, "weight-norm-drift", "feature-constant", "activation-vanishing", "output-constant", "prediction-collapse", then=(*STUCK, *FLAT))  # fmt: skip
+@fault(recogniser, "weight-norm-drift", "feature-constant", "activation-vanishing", "output-constant", "prediction-collapse", then=(*DIVERGES, "gradient-clipping", *STUCK, *FLAT))  # fmt: skip
 def decay_of_thirty(t: Training) -> None:
     """`weight_decay=30`, as with losses that are divided by the number of items: each step takes 6 % off all weights. Humbatova:
     regularisation."""
