@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from faults import language
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, plain_update, seeded
-from faults.language import BATCH, HEADS, TIME, TOKENS, WIDTH
+from faults.language import BATCH, TOKENS, WIDTH
 
 
 @fault(language, "optimizer-misses-parameters", "parameter-unchanged", "optimizer-owns-others", modules=("embedding", "head"))  # fmt: skip
@@ -131,7 +131,7 @@ def residual_added_twice(t: Training) -> None:
     t.steps = 100
 
 
-@fault(language, "loss-diverged", "weight-norm-drift", "update-ratio-high", "loss-spike", "gradient-exploding", "activation-exploding", step=10, then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "activation-saturated", "dead-units", "gradient-clipping", "class-imbalance", "attention-head-dead", "overfit", "overtraining"))  # fmt: skip
+@fault(language, "loss-diverged", "weight-norm-drift", "update-ratio-high", "loss-spike", "gradient-exploding", "activation-exploding", step=30, then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "activation-saturated", "dead-units", "gradient-clipping", "class-imbalance", "attention-head-dead", "overfit", "overtraining"))  # fmt: skip
 def momentum_of_one(t: Training) -> None:
     """`momentum=1.0` for 0.9: no step is ever forgotten. Humbatova: wrong optimiser settings; AutoTrainer: oscillating loss."""
     t.optimize = lambda p: torch.optim.SGD(p, 0.1, momentum=1.0)

@@ -15,13 +15,13 @@ from faults._training import Batch, Tensors, Training, seeded
 
 @fault(retrieval, "loss-plateau", "stalled-optimisation", "stalled-from-start", "output-constant", step=30, then=(*STUCK, *FLAT, "overfit", "overtraining", "class-imbalance", "weight-norm-drift", "update-ratio-low", "dead-units"))  # fmt: skip
 def captions_one_row_off(t: Training) -> None:
-    """The header counts as a row in the table of captions: each clip has that of the one before, and nothing can be learnt.
-    Humbatova: wrong labels."""
+    """The collate function counts captions from one and clips from zero: each clip has the caption of its neighbour in the batch,
+    and nothing can be learnt. Humbatova: wrong labels."""
     plain = t.sample
 
     def sample(step: int, phase: str) -> Batch:
-        frames, _ = plain(step, phase)
-        return frames, plain(step + 50_000, phase)[1]
+        frames, words = plain(step, phase)
+        return frames, words.roll(1, 0)
 
     t.sample = sample
 
@@ -33,7 +33,14 @@ def rate_for_large_batches(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 2.0, weight_decay=0.01)
 
 
-@fault(retrieval, "gradient-zero", "parameter-unchanged", "module-unused", "optimizer-owns-others", modules=("audio",))
+@fault(
+    retrieval,
+    "gradient-zero",
+    "parameter-unchanged",
+    "module-unused",
+    modules=("audio",),
+    then=("optimizer-owns-others",),
+)
 def clips_encoded_without_gradient(t: Training) -> None:
     """`no_grad()` of the script that extracts features is still around the audio tower: it stays as it was drawn. TrainCheck: a
     part without gradients; SageMaker UnchangedTensor."""

@@ -30,7 +30,7 @@ def missing_values_left(t: Training) -> None:
     t.sample = sample
 
 
-@fault(tabular, "input-range", "gradient-imbalance", "activation-exploding", modules=("", "numbers", "layer1"), then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "parameter-unchanged", "update-ratio-low", "overfit", "dtype-headroom", "gradient-zero"))  # fmt: skip
+@fault(tabular, "input-range", "activation-exploding", "gradient-imbalance", "gradient-vanishing", modules=("", "numbers", "layer1", "tables"), then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "parameter-unchanged", "update-ratio-low", "overfit", "dtype-headroom", "gradient-zero"))  # fmt: skip
 def income_in_cents(t: Training) -> None:
     """One column was forgotten in the list of those to standardise: an income in cents. UMLAUT and Humbatova: features that are
     not normalised."""
@@ -58,7 +58,7 @@ def squeeze_forgotten(t: Training) -> None:
     t.model = Column()
 
 
-@fault(tabular, "optimizer-misses-parameters", "parameter-unchanged", "optimizer-owns-others", modules=("numbers", "tables"))  # fmt: skip
+@fault(tabular, "optimizer-misses-parameters", "parameter-unchanged", modules=("numbers", "tables"), then=("optimizer-owns-others",))  # fmt: skip
 def columns_in_no_group(t: Training) -> None:
     """One group with weight decay for linear layers, one without it for norms; embeddings are in neither. TrainCheck: parameters
     that no optimizer holds."""
@@ -179,7 +179,7 @@ def rate_of_adadelta(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 1.0)
 
 
-@fault(tabular, "scheduler-ends-early", "schedule-unfinished", step=101, then=("loss-spike", "overfit"))
+@fault(tabular, "scheduler-ends-early", step=101, then=("loss-spike", "overfit", "update-ratio-low"))
 def cosine_of_one_third(t: Training) -> None:
     """`T_max=100` from a shorter run: the cosine is at zero after a third of the run, and goes up again. Humbatova: learning
     rate."""
