@@ -124,6 +124,35 @@ def test_what_is_done_behind_an_activation_function_is_seen():
     assert flagged(Functional(plant), torch.randn(64, WIDTH)) >= {"dropout", "more"}
 
 
+class Halves(nn.Module):
+    """Returns two results of one operation, the first of which has a NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 2 * WIDTH)
+        with torch.no_grad():
+            self.linear.bias[3] = math.nan
+
+    def forward(self, x):
+        return self.linear(x).split(WIDTH, dim=-1)
+
+
+class Crossed(nn.Module):
+    """Takes the first result, where the second was read last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves, self.dropout = Halves(), nn.Dropout()
+
+    def forward(self, x):
+        first, second = self.halves(x)
+        return self.dropout(torch.relu(first)) + second
+
+
+def test_results_of_one_operation_are_told_apart():
+    assert flagged(Crossed(), torch.randn(64, WIDTH)) == {"", "halves", "halves.linear", "dropout"}
+
+
 def test_what_is_written_into_an_activation_is_seen():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Dropout(), nn.Linear(WIDTH, WIDTH))
 

@@ -49,5 +49,7 @@ def is_activation_of(value: Tensor, x: Tensor | None) -> bool:
     """Whether autograd made a value by an activation function of `x` alone; False where gradients are off."""
     if x is None or value._is_view():  # noqa: SLF001  # asking some views for their function is an error
         return False
-    made = value.grad_fn
-    return made is not None and made.name() in _FUNCTIONS and made.next_functions[0][0] is x.grad_fn is not None
+    made, before = value.grad_fn, x.grad_fn
+    if made is None or before is None or made.name() not in _FUNCTIONS:
+        return False
+    return made.next_functions[0] == (before, x.output_nr)  # an operation may have several results
