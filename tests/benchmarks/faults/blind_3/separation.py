@@ -10,13 +10,13 @@ from torch import nn
 from faults import separation
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, finish_update, plain_update, update_of_two
-from faults.separation import CHANNELS, pit, shown, si_sdr
+from faults.separation import CHANNELS, pit, shown
 
 COLLAPSED = ("stalled-assignment", "output-collapse", "assignment-ambiguous", "stalled-from-start")
 THREE = ("layers.0", "layers.1", "layers.2")
 
 
-@fault(separation, "optimizer-misses-parameters", "parameter-unchanged", modules=("mask",), then=(*STUCK, *COLLAPSED, "model-changed"))  # fmt: skip
+@fault(separation, "optimizer-misses-parameters", "parameter-unchanged", modules=("mask",), then=(*STUCK, *COLLAPSED, "model-changed", "gradient-accumulation", "gradient-clipping", "gradient-imbalance", "gradient-exploding"))  # fmt: skip
 def mask_made_after_the_optimizer(t: Training) -> None:
     """The layer of the masks is made anew for two speakers when the optimizer is there already, and holds the one of before.
     TrainCheck: parameters not in the optimizer; SageMaker UnchangedTensor."""
@@ -214,7 +214,14 @@ def decay_like_a_rate(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 2e-3, weight_decay=25.0)
 
 
-@fault(separation, "overfit", "input-duplicate", "audio-duplicate", step=100, then=("overtraining", "loss-plateau", "gradient-clipping"))
+@fault(
+    separation,
+    "overfit",
+    "input-duplicate",
+    "audio-duplicate",
+    step=100,
+    then=("overtraining", "loss-plateau", "gradient-clipping"),
+)
 def twelve_mixtures(t: Training) -> None:
     """The list of files is cut for a dry run and left so: twelve mixtures, again and again. SageMaker Overfit."""
     plain, t.steps = t.sample, 500
@@ -284,7 +291,7 @@ def block_filled_with_a_constant(t: Training) -> None:
         nn.init.zeros_(part.bias)
 
 
-@fault(separation, "audio-clipping", "audio-mixture", "batch-order", then=("loss-plateau", "stalled-optimisation"))
+@fault(separation, "audio-clipping", "audio-mixture", then=("batch-order", "loss-plateau", "stalled-optimisation", "activation-saturated"))  # fmt: skip
 def mixtures_cut_off(t: Training) -> None:
     """Mixtures are made 20 dB louder and saved within -1 and 1, their references are not. Humbatova: wrong preprocessing;
     speech: mixtures saved as integers."""
