@@ -293,13 +293,13 @@ def block_filled_with_a_constant(t: Training) -> None:
 
 @fault(separation, "audio-clipping", "audio-mixture", then=("batch-order", "loss-plateau", "stalled-optimisation", "activation-saturated"))  # fmt: skip
 def mixtures_cut_off(t: Training) -> None:
-    """Mixtures are made 20 dB louder and saved within -1 and 1, their references are not. Humbatova: wrong preprocessing;
-    speech: mixtures saved as integers."""
+    """Mixtures were saved as integers, which ends them at -1 and 1, references as floats, which go to 6. Humbatova: wrong
+    preprocessing; speech: mixtures made in advance."""
     plain = t.sample
 
     def sample(step: int, phase: str) -> Batch:
         mixture, references = plain(step, phase)
-        return (10 * mixture).clamp(-1, 1), references
+        return mixture.clamp(-1, 1), references
 
     t.sample = sample
 
