@@ -68,7 +68,7 @@ class Recurrent(separation.Separator):
 def recurrent_masks() -> Training:
     """A bidirectional GRU and rectified masks; the rate is halved when validation gets no better."""
     t = separation.build(82)
-    t.model = Recurrent()
+    t.model, t.steps = Recurrent(), 200
     t.optimize = lambda p: torch.optim.Adam(p, 5e-3)
     schedulers: list[ReduceLROnPlateau] = []
 
