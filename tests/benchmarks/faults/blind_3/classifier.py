@@ -79,7 +79,7 @@ def clipped_to_the_rate(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)
 
 
-@fault(classifier, "optimizer-owns-others", "parameter-unchanged", "optimizer-misses-parameters", then=(*STUCK, "update-ratio-low"))  # fmt: skip
+@fault(classifier, "optimizer-owns-others", "parameter-unchanged", "optimizer-misses-parameters", then=("gradient-accumulation", "gradient-exploding", *STUCK, "update-ratio-low"))  # fmt: skip
 def optimizer_of_the_first_fold(t: Training) -> None:
     """Cross-validation builds a new model for each fold and goes on with the optimizer of the first. TrainCheck: parameters not
     in the optimizer; Humbatova: training process."""
@@ -87,7 +87,7 @@ def optimizer_of_the_first_fold(t: Training) -> None:
     t.model = classifier.Classifier()
 
 
-@fault(classifier, "optimizer-misses-parameters", "parameter-unchanged", modules=("block2",))
+@fault(classifier, "optimizer-misses-parameters", "parameter-unchanged", modules=("block2",), then=("gradient-accumulation", "gradient-exploding", "gradient-imbalance"))  # fmt: skip
 def group_of_one_block_forgotten(t: Training) -> None:
     """Groups with rates of their own are made by hand, one for each block, and the second block has none. TrainCheck: parameters
     not in the optimizer."""
@@ -146,7 +146,7 @@ def shrunk_to_one_pixel(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "input-range", "activation-exploding", "gradient-imbalance", "gradient-exploding", modules=("block1", "block2", "block3", ""), then=(*DIVERGES, *STUCK, *FLAT, "loss-spike", "update-ratio-high", "overfit", "dtype-headroom", "dead-units", "prediction-collapse", "class-imbalance"))  # fmt: skip
+@fault(classifier, "input-range", "activation-exploding", "gradient-imbalance", "gradient-exploding", modules=("block1", "block2", "block3", ""), then=(*NONFINITE, *DIVERGES, *STUCK, *FLAT, "loss-spike", "update-ratio-high", "overfit", "dtype-headroom", "dead-units", "prediction-collapse", "class-imbalance"))  # fmt: skip
 def hot_pixels(t: Training) -> None:
     """A few pixels of the sensor read 3e4, where all others are standardised, and nobody masks them. TheDeepChecker: unscaled
     data; Humbatova: missing preprocessing."""

@@ -47,7 +47,7 @@ def masks_of_other_scans(t: Training) -> None:
     t.sample = sample
 
 
-@fault(segmenter, "class-imbalance", "prediction-collapse", then=("metric-constant", "gradient-vanishing", "output-constant", "update-ratio-low", "loss-plateau", "overtraining"))  # fmt: skip
+@fault(segmenter, "class-imbalance", "prediction-collapse", "metric-constant", then=("gradient-vanishing", "output-constant", "update-ratio-low", "loss-plateau", "overtraining"))  # fmt: skip
 def masks_interpolated_to_nothing(t: Training) -> None:
     """Masks are made smaller and larger again with a linear interpolation, and `.long()` cuts all that is below 1: no pixel is
     left. Humbatova: wrong preprocessing of labels; SageMaker ClassImbalance."""
@@ -61,7 +61,7 @@ def masks_interpolated_to_nothing(t: Training) -> None:
     t.sample = sample
 
 
-@fault(segmenter, "metric-constant", step=49, then=("input-range",))
+@fault(segmenter, "metric-constant", step=49, then=("input-drift", "input-range"))
 def void_in_validation(t: Training) -> None:
     """Validation masks hold 0 and 255, and 255 is what the loss ignores: no marked pixel counts, and Dice is 0 throughout.
     Humbatova: wrong labels; UMLAUT: accuracy."""
@@ -294,8 +294,7 @@ def filters_filled_with_one_number(t: Training) -> None:
 
 @fault(segmenter, "model-in-eval", step=20, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"))
 def preview_leaves_eval_on(t: Training) -> None:
-    """At step 20 a preview is drawn with `model.eval()`, and the loop calls `train()` once only, before it. TrainCheck: wrong mode;
-    milesial/Pytorch-UNet."""
+    """At step 20 a preview is drawn with `model.eval()`, and the loop calls `train()` once only, before it. TrainCheck: wrong mode."""
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
         training.model.train(step < 20)
@@ -312,7 +311,7 @@ def rate_of_the_old_optimizer(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 0.5)
 
 
-@fault(segmenter, "parameter-unchanged", "gradient-zero", then=(*STUCK, "module-unused", "update-ratio-low"))
+@fault(segmenter, "parameter-unchanged", "gradient-zero", then=("step-skipped", *STUCK, "module-unused", "update-ratio-low"))  # fmt: skip
 def zeroed_before_stepping(t: Training) -> None:
     """`loss.backward(); optimizer.zero_grad(); optimizer.step()`: what is stepped with is zero or nothing. TrainCheck: misplaced
     `zero_grad`; SageMaker UnchangedTensor."""
@@ -379,7 +378,7 @@ def rate_cut_when_dice_rises(t: Training) -> None:
 # -- metrics ---------------------------------------------------------------------------------------------------------
 
 
-@fault(segmenter, "metric-nonfinite", step=49)
+@fault(segmenter, "metric-nonfinite", step=99)
 def dice_of_empty_masks(t: Training) -> None:
     """Dice of each scan by hand, `2 * both / (marked + wanted)`: where nothing is to be marked and nothing is, 0 / 0. GRIST:
     division by zero; Humbatova: wrong metrics."""
