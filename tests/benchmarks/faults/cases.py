@@ -17,6 +17,7 @@ from faults import (
     language,
     recogniser,
     retrieval,
+    segmenter,
     separation,
     tabular,
 )
@@ -29,7 +30,18 @@ from faults.observer_torchlens import TorchLens
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, forecaster, retrieval, tabular)
+PROGRAMS = (
+    classifier,
+    autoencoder,
+    language,
+    separation,
+    recogniser,
+    enhancement,
+    forecaster,
+    retrieval,
+    tabular,
+    segmenter,
+)
 FOLDERS = ("written", "blind_1", "blind_2", "blind_3")
 """Those written beside the watches, then those written by people who had not seen a watch; the last are held out."""
 
