@@ -29,7 +29,7 @@ def momentum_given_as_decay(t: Training) -> None:
 
 
 @fault(classifier, "weight-norm-drift", "update-ratio-high", "loss-diverged", "activation-exploding", "dead-units", step=20, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated", "gradient-zero"))  # fmt: skip
-def momentum_of_one(t: Training) -> None:
+def momentum_without_decay(t: Training) -> None:
     """A momentum of 1.0: velocities add up for ever and forget nothing. Humbatova: parameters of the optimiser; AutoTrainer:
     oscillating loss."""
     t.model = classifier.Classifier(norm=lambda channels: nn.Identity())

@@ -250,7 +250,7 @@ def weights_in_bfloat16(t: Training) -> None:
 
 
 @fault(enhancement, "weight-norm-drift", "dead-units", step=50, then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "gradient-zero", "units-symmetric", "overfit", "overtraining"))  # fmt: skip
-def momentum_of_one(t: Training) -> None:
+def undamped_momentum(t: Training) -> None:
     """SGD with a momentum of 1, as nothing was to be lost: nothing ever slows down. Humbatova: optimiser's parameters;
     TheDeepChecker: unstable updates."""
     t.optimize = lambda p: torch.optim.SGD(p, 1.0, momentum=1.0)
