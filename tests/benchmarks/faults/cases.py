@@ -18,6 +18,7 @@ from faults import (
     recogniser,
     retrieval,
     separation,
+    translator,
 )
 from faults._fault import Fault, Healthy
 from faults.observer_numbers import TrainingDoctor, Trainpulse
@@ -28,7 +29,7 @@ from faults.observer_torchlens import TorchLens
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, forecaster, retrieval)
+PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, forecaster, retrieval, translator)
 FOLDERS = ("written", "blind_1", "blind_2", "blind_3")
 """Those written beside the watches, then those written by people who had not seen a watch; the last are held out."""
 
