@@ -58,7 +58,7 @@ class Words(nn.Module):
         self.table = nn.Embedding(WORDS, WIDTH, padding_idx=PAD)
         nn.init.normal_(self.table.weight[PAD + 1 :], std=WIDTH**-0.5)
         self.dropout = nn.Dropout(dropout)
-        angles = torch.arange(2 * LENGTH)[:, None] * torch.exp(-math.log(100.0) * torch.arange(0, WIDTH, 2) / WIDTH)
+        angles = torch.arange(8 * LENGTH)[:, None] * torch.exp(-math.log(100.0) * torch.arange(0, WIDTH, 2) / WIDTH)
         self.register_buffer("position", torch.cat([angles.sin(), angles.cos()], 1))
 
     def forward(self, tokens):

@@ -72,7 +72,9 @@ class Spread(autoencoder.Autoencoder):
         return self.decoder(code), self.spread(code)
 
 
-@fault(autoencoder, "nonfinite-loss", modules=("", "spread"), then=(*NONFINITE, "gradient-exploding", "gradient-imbalance"))
+@fault(
+    autoencoder, "nonfinite-loss", modules=("", "spread"), then=(*NONFINITE, "gradient-exploding", "gradient-imbalance")
+)
 def variance_below_zero(t: Training) -> None:
     """A Gaussian likelihood whose variance comes from a plain linear layer: the logarithm of negative numbers. GRIST:
     logarithm; Humbatova: missing activation."""
