@@ -269,7 +269,7 @@ def norms_in_no_group(t: Training) -> None:
     t.optimizers = [torch.optim.AdamW(groups, 5e-3, betas=(0.9, 0.98))]
 
 
-@fault(translator, "loss-sign", "loss-diverged", "activation-exploding", "weight-norm-drift", step=30, then=(*DIVERGES, *STUCK, *FLAT, "gradient-clipping", "activation-saturated", "dead-units", "overfit", "gradient-imbalance", "class-imbalance", "gradient-vanishing"))  # fmt: skip
+@fault(translator, "loss-sign", "prediction-collapse", "metric-constant", "output-constant", "activation-exploding", step=30, then=(*DIVERGES, *STUCK, *FLAT, "gradient-clipping", "activation-saturated", "dead-units", "overfit", "gradient-imbalance", "class-imbalance"))  # fmt: skip
 def likelihood_without_its_minus(t: Training) -> None:
     """The mean log probability of the right words is minimised, as the minus was forgotten. TheDeepChecker: wrong sign of the
     loss; Humbatova."""
@@ -298,6 +298,7 @@ def return_inside_the_loop(t: Training) -> None:
         for block in t.model.encoder:
             x = block(x, padding)
             return t.model.encoder_norm(x), padding
+        return x, padding
 
     t.model.encode = encode
 
