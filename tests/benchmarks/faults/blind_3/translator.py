@@ -212,7 +212,7 @@ def validation_of_unknown_words(t: Training) -> None:
     t.sample = sample
 
 
-@fault(translator, "metric-constant", step=149, then=("metric-phase-mismatch", "metric-range"))
+@fault(translator, "metric-constant", step=99, then=("metric-phase-mismatch", "metric-range"))
 def exact_against_its_input(t: Training) -> None:
     """Sentences are compared with what the decoder was given, whose first token is the start that it never says: exactly 0.0
     for ever. Humbatova: wrong validation metric; speech: wenet-e2e/wenet."""
@@ -318,7 +318,7 @@ def encoder_still_frozen(t: Training) -> None:
     t.model.encoder.requires_grad_(False)
 
 
-@fault(translator, "poor-initialisation", "activation-exploding", "loss-spike", "gradient-exploding", modules=("head", "target", "target.table"), then=(*DIVERGES, *STUCK, "gradient-clipping", "gradient-imbalance", "update-ratio-low", "class-imbalance", "activation-saturated"))  # fmt: skip
+@fault(translator, "poor-initialisation", "activation-exploding", modules=("head", "target", "target.table"), then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "gradient-clipping", "gradient-imbalance", "update-ratio-low", "class-imbalance", "activation-saturated"))  # fmt: skip
 def exponent_of_the_table(t: Training) -> None:
     """`width ** 0.5` for the deviation of the tied table, where `width ** -0.5` belongs: logits of 30 at the start. SageMaker
     PoorWeightInitialization; TheDeepChecker."""
@@ -326,14 +326,15 @@ def exponent_of_the_table(t: Training) -> None:
     t.model.head.weight = t.model.target.table.weight
 
 
-@fault(translator, "units-symmetric", "poor-initialisation", modules=tuple(f"{part}.{i}.mlp{inner}" for part in ("encoder", "decoder") for i in range(2) for inner in ("", ".0", ".2")), then=("feature-constant", "gradient-zero", "gradient-vanishing", "dead-units", "parameter-unchanged", "update-ratio-low", "gradient-imbalance"))  # fmt: skip
-def feed_forward_of_one_number(t: Training) -> None:
-    """`constant_(0.02)` for the weights of all feed-forward layers, so that a run can be repeated: their units are copies.
-    TheDeepChecker: constant initialisation; SageMaker PoorWeightInitialization."""
+@fault(translator, "units-symmetric", modules=tuple(f"{part}.{i}.mlp{inner}" for part in ("encoder", "decoder") for i in range(2) for inner in ("", ".0", ".2")), then=("feature-constant", "gradient-zero", "dead-units", "poor-initialisation", "gradient-imbalance"))  # fmt: skip
+def each_unit_with_the_same_seed(t: Training) -> None:
+    """The function that draws a unit's weights seeds itself, so that all hidden units of a feed-forward layer are copies.
+    TheDeepChecker: symmetric initialisation; Humbatova: wrong weights initialisation."""
     for block in (*t.model.encoder, *t.model.decoder):
-        for layer in (block.mlp[0], block.mlp[2]):
-            nn.init.constant_(layer.weight, 0.02)
-            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            block.mlp[0].weight.copy_(block.mlp[0].weight[:1].expand_as(block.mlp[0].weight))
+            block.mlp[2].weight.copy_(block.mlp[2].weight[:, :1].expand_as(block.mlp[2].weight))
+            nn.init.zeros_(block.mlp[0].bias)
 
 
 @fault(translator, "model-in-eval", step=60, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"))
@@ -357,7 +358,7 @@ def temperature_reaches_zero(t: Training) -> None:
     with_loss(t, lambda logits, targets: F.cross_entropy(logits / (1 - min(now[0], 200) / 200), targets))
 
 
-@fault(translator, "update-ratio-high", "weight-norm-drift", "activation-exploding", modules=("source", "target", "source.table", "target.table"), then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "gradient-vanishing", "gradient-imbalance", "overfit", "poor-initialisation", "dead-units"))  # fmt: skip
+@fault(translator, "update-ratio-high", "weight-norm-drift", modules=("source", "target", "source.table", "target.table"), then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "gradient-vanishing", "gradient-imbalance", "overfit", "poor-initialisation", "dead-units"))  # fmt: skip
 def rate_of_the_tables(t: Training) -> None:
     """Tables have a group of their own, at a rate of 5: it was written for a sparse optimizer whose gradients were means over
     the vocabulary. Humbatova: learning rate; SageMaker WeightUpdateRatio."""
