@@ -159,14 +159,14 @@ def clipped_by_rate(t: Training) -> None:
     t.optimize, t.clip = (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)), 5e-4
 
 
-@fault(autoencoder, "loss-spike", "input-range", "gradient-exploding", "activation-saturated", modules=("", "encoder", "encoder.0", "encoder.1"), step=40, then=(*DIVERGES, "input-drift", "gradient-imbalance", "feature-constant", "overfit"))  # fmt: skip
+@fault(autoencoder, "loss-spike", "input-range", "gradient-exploding", "activation-saturated", modules=("", "encoder", "encoder.0", "encoder.1"), step=39, then=(*DIVERGES, "input-drift", "gradient-imbalance", "feature-constant", "overfit"))  # fmt: skip
 def one_file_in_millimetres(t: Training) -> None:
     """One file in forty was written in millimetres, all others in metres and standardised. Humbatova: wrong data;
     TheDeepChecker: outliers."""
     in_training(t, lambda x, step: 1000 * x if step % 40 == 39 else x)
 
 
-@fault(autoencoder, "loss-diverged", "weight-norm-drift", "activation-saturated", "activation-exploding", "update-ratio-high", step=15, then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "loss-plateau", "overtraining", "dead-units"))  # fmt: skip
+@fault(autoencoder, "loss-diverged", "weight-norm-drift", "activation-saturated", "activation-exploding", "update-ratio-high", step=5, then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "loss-plateau", "overtraining", "dead-units"))  # fmt: skip
 def momentum_of_second_moment(t: Training) -> None:
     """SGD with a momentum of 0.999, which was Adam's second beta: steps add up a thousand times. Humbatova: optimiser
     settings; AutoTrainer: oscillating loss."""
@@ -196,7 +196,7 @@ def deviation_of_a_hundredth(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)
 
 
-@fault(autoencoder, "overfit", "overtraining", step=100, then=("input-drift", "input-duplicate", "loss-plateau", "weight-norm-drift"))  # fmt: skip
+@fault(autoencoder, "overfit", "overtraining", step=49, then=("input-drift", "input-duplicate", "loss-plateau", "weight-norm-drift"))  # fmt: skip
 def sixteen_items(t: Training) -> None:
     """`nrows=16` of a quick look at the table was left in: 16 items, learnt by heart by a wide model. SageMaker Overfit;
     TheDeepChecker: overfitting."""
@@ -309,7 +309,7 @@ def loss_wrapped_anew(t: Training) -> None:
     t.forward = forward
 
 
-@fault(autoencoder, "update-ratio-low", "loss-plateau", "stalled-optimisation", "scheduler-ends-early", step=20, then=(*STUCK, "parameter-unchanged"))  # fmt: skip
+@fault(autoencoder, "update-ratio-low", "loss-plateau", "stalled-optimisation", "scheduler-ends-early", step=3, then=(*STUCK, "parameter-unchanged"))  # fmt: skip
 def patience_of_one_step(t: Training) -> None:
     """`ReduceLROnPlateau(patience=1)`, meant for epochs, is stepped with the loss of each batch: after 40 steps the rate is
     1e-8 of what it was. Humbatova: learning rate; SageMaker LossNotDecreasing."""
