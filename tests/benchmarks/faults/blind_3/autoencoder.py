@@ -309,10 +309,10 @@ def loss_wrapped_anew(t: Training) -> None:
     t.forward = forward
 
 
-@fault(autoencoder, "update-ratio-low", "loss-plateau", "stalled-optimisation", "scheduler-ends-early", step=3, then=(*STUCK, "parameter-unchanged"))  # fmt: skip
+@fault(autoencoder, "update-ratio-low", "loss-plateau", "stalled-optimisation", "scheduler-ends-early", step=6, then=(*STUCK, "parameter-unchanged"))  # fmt: skip
 def patience_of_one_step(t: Training) -> None:
-    """`ReduceLROnPlateau(patience=1)`, meant for epochs, is stepped with the loss of each batch: after 40 steps the rate is
-    1e-8 of what it was. Humbatova: learning rate; SageMaker LossNotDecreasing."""
+    """`ReduceLROnPlateau(patience=1)`, meant for epochs, is stepped with the loss of each batch: after 16 steps the rate is
+    a millionth of what it was. Humbatova: learning rate; SageMaker LossNotDecreasing."""
     schedulers: list[torch.optim.lr_scheduler.ReduceLROnPlateau] = []
 
     def update(training: Training, step: int, observer) -> tuple[Batch, Tensors]:
