@@ -20,6 +20,7 @@ from faults import (
     segmenter,
     separation,
     tabular,
+    translator,
 )
 from faults._fault import Fault, Healthy
 from faults.observer_numbers import TrainingDoctor, Trainpulse
@@ -41,6 +42,7 @@ PROGRAMS = (
     retrieval,
     tabular,
     segmenter,
+    translator,
 )
 FOLDERS = ("written", "blind_1", "blind_2", "blind_3")
 """Those written beside the watches, then those written by people who had not seen a watch; the last are held out."""
