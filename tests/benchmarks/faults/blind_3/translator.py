@@ -74,14 +74,14 @@ def memory_not_passed(t: Training) -> None:
 
 
 @fault(translator, "gradient-zero", "parameter-unchanged", "module-unused", modules=ENCODER, then=("update-ratio-low",))
-def encoder_under_no_grad(t: Training) -> None:
+def source_without_gradient(t: Training) -> None:
     """`encode` has the `@torch.no_grad()` that was meant for `translate` below it. SageMaker UnchangedTensor; TrainCheck: no
     gradients."""
     t.model.encode = torch.no_grad()(t.model.encode)
 
 
 @fault(translator, "optimizer-misses-parameters", "parameter-unchanged", modules=("target", "target.table"), then=("optimizer-owns-others",))  # fmt: skip
-def table_resized_too_late(t: Training) -> None:
+def vocabulary_grown_too_late(t: Training) -> None:
     """The target's table is replaced, for a vocabulary with two more words, behind the optimizer. TrainCheck:
     huggingface/accelerate#2665; SageMaker UnchangedTensor."""
     t.optimizers = [t.optimize(t.model.parameters())]
@@ -238,7 +238,7 @@ def hits_for_each_sentence(t: Training) -> None:
 
 
 @fault(translator, "metric-nonfinite", "metric-range", step=49)
-def perplexity_of_a_sum(t: Training) -> None:
+def perplexity_of_summed_losses(t: Training) -> None:
     """The exponential of the summed loss, where that of its mean belongs: Inf in each validation. GRIST: overflow of an
     exponential; Humbatova: wrong validation metric."""
     measured = t.measure
@@ -304,7 +304,7 @@ def return_inside_the_loop(t: Training) -> None:
 
 
 @fault(translator, "update-ratio-low", "loss-plateau", "stalled-optimisation", then=(*STUCK, "parameter-unchanged", "class-imbalance"))  # fmt: skip
-def epsilon_of_one(t: Training) -> None:
+def large_epsilon(t: Training) -> None:
     """`eps=1.0` for Adam, from a recipe for another network: all steps are a thousandth of the rate. Humbatova: optimiser
     settings; SageMaker WeightUpdateRatio."""
     t.optimize = lambda p: torch.optim.AdamW(p, 1e-3, betas=(0.9, 0.98), eps=1.0)
