@@ -44,7 +44,7 @@ PROGRAMS = (
     segmenter,
     translator,
 )
-FOLDERS = ("written", "blind_1", "blind_2", "blind_3")
+FOLDERS = ("written", "blind_1", "blind_2", "blind_3", "blind_4")
 """Those written beside the watches, then those written by people who had not seen a watch; the last are held out."""
 
 

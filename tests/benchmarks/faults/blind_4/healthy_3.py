@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from faults import language, retrieval, tabular
 from faults._fault import healthy
 from faults._training import Batch, Tensors, Training, seeded
-from faults.blind_3 import models_3 as models
+from faults.blind_4 import models_3 as models
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 
