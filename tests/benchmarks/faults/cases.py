@@ -17,7 +17,10 @@ from faults import (
     language,
     recogniser,
     retrieval,
+    segmenter,
     separation,
+    tabular,
+    translator,
 )
 from faults._fault import Fault, Healthy
 from faults.observer_numbers import TrainingDoctor, Trainpulse
@@ -28,8 +31,20 @@ from faults.observer_torchlens import TorchLens
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PROGRAMS = (classifier, autoencoder, language, separation, recogniser, enhancement, forecaster, retrieval)
-FOLDERS = ("written", "blind_1", "blind_2", "blind_3")
+PROGRAMS = (
+    classifier,
+    autoencoder,
+    language,
+    separation,
+    recogniser,
+    enhancement,
+    forecaster,
+    retrieval,
+    tabular,
+    segmenter,
+    translator,
+)
+FOLDERS = ("written", "blind_1", "blind_2", "blind_3", "blind_4")
 """Those written beside the watches, then those written by people who had not seen a watch; the last are held out."""
 
 
