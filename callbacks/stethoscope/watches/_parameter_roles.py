@@ -125,7 +125,8 @@ def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[
     running = [name for name in idle if owner(name) in ran]
     dropped = set(_dropped([name for name in running if _kind(name) in alive], roles, ran))
     dropped |= set(_detached([name for name in running if _kind(name) not in alive], roles, ran))
-    missing = set(_missing([name for name in idle if owner(name) not in ran], roles))
+    absent = [name for name in idle if owner(name) not in ran]
+    missing = {*_missing(absent, roles), *_behind_the_first(absent, roles, ran)}
     quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped | missing}
     for code, hits in (("module-unused", [n for n in idle if n not in quiet]), ("module-unused-quiet", quiet)):
         news = judging.hold(code, [name for name in idle if name in hits], roles)
@@ -183,6 +184,25 @@ def _missing(names: Sequence[str], roles: Values) -> list[str]:
     trained = {_place(name) for name, role in roles.items() if role == TRAINED}
     places = [_place(name) for name in names]
     return [name for name, place in zip(names, places, strict=True) if places.count(place) > 1 and place not in trained]
+
+
+def _behind_the_first(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[str]:
+    """All but the first of a list, where something that is trained follows: a `return` inside of the loop, or a router that knows one expert.
+
+    A list of heads, of which the first is in use, has nothing behind it.
+    """
+    trained = {owner(name) for name, role in roles.items() if role == TRAINED}
+    alive = {_element(each) for each in trained}
+    found = []
+    for name in names:
+        element = _element(owner(name))
+        used = [each for each in alive if _kind(each) == _kind(element)]
+        if len(used) != 1 or not used[0].endswith(".0") or not re.search(r"\.\d+$", element):
+            continue
+        last = max((i for i, each in enumerate(ran) if _element(each) == used[0]), default=len(ran))
+        if any(each in trained and _kind(_element(each)) != _kind(element) for each in ran[last + 1 :]):
+            found.append(name)
+    return found
 
 
 def _place(name: str) -> str:
