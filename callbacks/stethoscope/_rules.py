@@ -143,7 +143,14 @@ SPOILED = (
     "loss-plateau",
 )
 """What data on another scale than the weights does to a training."""
-NO_SIGNAL = ("gradient-vanishing", "gradient-zero", "gradient-imbalance", "feature-constant", "prediction-collapse")
+NO_SIGNAL = (
+    "gradient-vanishing",
+    "gradient-zero",
+    "gradient-imbalance",
+    "feature-constant",
+    "prediction-collapse",
+    "class-imbalance",
+)
 
 RULES: tuple[Rule, ...] = (
     # What the loss is made of: no other number of the run means what it should.

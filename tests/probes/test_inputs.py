@@ -320,3 +320,20 @@ def test_with_dropout_a_batch_of_everything_twice_is_meant_and_four_times_is_not
         shares.append(read(attached)["input/repeated"])
     attached.detach()
     assert shares == [0, 0, 0.75, 0.75]
+
+
+def test_numbers_beside_an_embedding_are_data():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.city, self.first = nn.Embedding(3, 4), nn.Linear(6, 2)
+
+        def forward(self, numbers, city):
+            return self.first(torch.cat([numbers, self.city(city)], -1))
+
+    attached = Inputs().attach(Table())
+    attached.arm(True, "train")
+    model = attached._model
+    model(torch.tensor([[3e4, 1.0]]).expand(8, -1), torch.zeros(8, dtype=torch.long))
+    assert float(attached.read({})[Key("input/column_rms", "first")]) == pytest.approx(3e4)
+    attached.detach()

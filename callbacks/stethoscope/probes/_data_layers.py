@@ -26,7 +26,8 @@ MOST_VALUES = 2**18
 class DataLayers:
     """Measures what trained linear, convolutional and recurrent layers are given where that is data, not activations.
 
-    Data is what carries no history of the graph: it came from outside, through no trained weight. Each column (feature, channel) has
+    Data is what carries no history of the graph: it came from outside, through no trained weight; or what such data was put beside (`torch.cat`
+    of numbers and embeddings). Each column (feature, channel) has
     an rms; the largest counts. What a normalisation follows at once may have any scale in common, so there the largest column is
     set against the median one, of at least 1.
     """
@@ -53,7 +54,7 @@ class DataLayers:
 
     def layer(self, name: str, module: nn.Module, x: object, out: object) -> None:
         """A layer has run."""
-        if not isinstance(x, Tensor) or not x.is_leaf or isinstance(x, nn.Parameter) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter) or not x.is_floating_point() or not _is_data(x):
             return
         if not self._wanted() or not torch.is_grad_enabled() or x.is_nested or x.numel() == 0 or x.dim() == 0:
             return
@@ -87,6 +88,14 @@ class DataLayers:
 
 def _trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _is_data(x: Tensor) -> bool:
+    """Whether a tensor, or a part that it was put together of, came from outside."""
+    node = x.grad_fn
+    if node is None:
+        return x.is_leaf
+    return node.name().startswith("CatBackward") and any(part is None for part, _ in node.next_functions)
 
 
 def _columns(module: nn.Module, x: Tensor) -> Tensor:
