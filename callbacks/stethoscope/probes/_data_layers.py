@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from stethoscope._shards import local
+from stethoscope.probes._columns import Column
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 
 if TYPE_CHECKING:
@@ -37,29 +38,44 @@ class DataLayers:
         self._handles: list[RemovableHandle] = []
         self._found: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._normalised: set[str] = set()
+        self._columns: dict[str, Column] = {}
+        self._phase = "train"
         self._out: tuple[int, str] | None = None
         self.failure: Exception | None = None
 
-    def arm(self, on: bool) -> None:
-        """Hook the layers, or remove all hooks."""
-        if not on:
+    def arm(self, on: bool, phase: str = "train") -> None:
+        """Hook the layers, or remove all hooks. Outside of training, those are looked at that were given data in training."""
+        if not on or phase != self._phase:
             while self._handles:
                 self._handles.pop().remove()
-        elif not self._handles:
-            for name, module in self._model.named_modules():
-                if isinstance(module, WEIGHTED) and _trained(module) and takes_hooks(module):
-                    self._handles.append(module.register_forward_hook(_Layer(self, name)))
-                elif isinstance(module, NORMS) and takes_hooks(module):
-                    self._handles.append(module.register_forward_pre_hook(_Norm(self)))
+        self._phase = phase
+        if not on or self._handles:
+            return
+        for name, module in self._model.named_modules():
+            if not takes_hooks(module):
+                continue
+            if isinstance(module, WEIGHTED) and (_trained(module) if phase == "train" else name in self._columns):
+                self._handles.append(module.register_forward_hook(_Layer(self, name)))
+            elif isinstance(module, NORMS) and phase == "train":
+                self._handles.append(module.register_forward_pre_hook(_Norm(self)))
 
     def layer(self, name: str, module: nn.Module, x: object, out: object) -> None:
         """A layer has run."""
-        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter) or not x.is_floating_point() or not _is_data(x):
+        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter) or not x.is_floating_point():
             return
-        if not self._wanted() or not torch.is_grad_enabled() or x.is_nested or x.numel() == 0 or x.dim() == 0:
+        if not self._wanted() or x.is_nested or x.numel() == 0 or x.dim() == 0:
+            return
+        if self._phase != "train":
+            if name in self._columns:
+                with torch.no_grad():
+                    self._columns[name].take(_rows(module, local(x)), self._phase)
+            return
+        if not torch.is_grad_enabled() or not _is_data(x):
             return
         with torch.no_grad():
-            rms = _columns(module, local(x))  # of a DTensor, this rank's part
+            rows = _rows(module, local(x))  # of a DTensor, this rank's part
+            rms = rows.square().mean(0).sqrt()
+            self._columns.setdefault(name, Column()).take(rows, "train")
             largest, usual = rms.amax(), rms.median().clamp(min=1)
             before = self._found.get(name)
             if before is not None and before[0].device == rms.device:  # a model may be moved while it is observed
@@ -73,6 +89,11 @@ class DataLayers:
         if self._out is not None and id(x) == self._out[0]:
             self._normalised.add(self._out[1])
         self._out = None
+
+    def drift(self, phase: str) -> dict[str, Tensor]:
+        """Layer to what `Column.read` says of another phase; learn from training."""
+        found = {name: column.read(phase) for name, column in self._columns.items()}
+        return {name: numbers for name, numbers in found.items() if numbers is not None}
 
     def read(self) -> dict[str, Tensor]:
         """Layer to its number, since the last call."""
@@ -98,17 +119,17 @@ def _is_data(x: Tensor) -> bool:
     return node.name().startswith("CatBackward") and any(part is None for part, _ in node.next_functions)
 
 
-def _columns(module: nn.Module, x: Tensor) -> Tensor:
-    """(columns,) rms."""
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    """(rows, columns) of what a layer is given, columns being features or channels."""
+    x = x.detach()
     if isinstance(module, _ConvNd):
         axes = len(module.kernel_size)
         if x.dim() <= axes:
-            return x.detach().float().square().mean().sqrt()[None]
+            return x.float().reshape(-1, 1)
         x = x.movedim(-axes - 1, -1)
-    x = x.detach()
     if x.dim() > 1:
         x = x[:: -(-x.numel() // MOST_VALUES)]
-    return x.float().reshape(-1, x.shape[-1]).square().mean(0).sqrt()
+    return x.float().reshape(-1, x.shape[-1])
 
 
 class _Layer(Hook):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stethoscope._record import Finding
 
 STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant")
+DRIFT = ("columns_changed", "column_change_db", "columns_shifted", "column_shift")
 
 MAX_TENSORS = 8
 """Of one call that are told apart; a list of a thousand crops is not worth a thousand series."""
@@ -54,6 +55,9 @@ class Inputs:
     (4 items of 8 values at least; constant ones do not count), and `input/returned`, share of these copies that the batch before had as
     well; `input/column_rms`, per trained linear, convolutional or recurrent layer that is given data, the largest rms of a column (feature
     or channel), over the median one (at least 1) where a normalisation follows at once; without a module: the largest of all.
+    In other phases, per such layer, against the training observations so far (5 at least), per column, beyond 8 of their standard deviations:
+    `input/columns_changed`, share of columns whose spread is off by more than 6 dB, and `input/column_change_db`, the largest change;
+    `input/columns_shifted`, share whose mean is off by more than one spread, and `input/column_shift`, the largest shift, in spreads.
     **Cost:** hooks on observed steps only; about six passes over at most 2^20 values of each tensor, device, no wait. What
     torch.compile has compiled runs eagerly on observed training steps.
 
@@ -135,7 +139,7 @@ class InputsAttachment:
                 self._handles.append(entry.register_forward_pre_hook(_Before(self), with_kwargs=True))
         elif not self.armed:
             self._release()
-        self._layers.arm(self.armed and phase == "train")
+        self._layers.arm(self.armed, phase)
 
     def wanted(self) -> bool:
         """Whether a pass that is under way is one to be read."""
@@ -185,6 +189,11 @@ class InputsAttachment:
                 self._source = "batch"
                 self.take(batch)
         columns = self._statistics(self._phases.pop(self._phase, _Gathered()))
+        drift = self._layers.drift(self._phase)
+        columns += [
+            Columns([Key(f"input/{name}", layer) for name in DRIFT], numbers, range(len(DRIFT)))
+            for layer, numbers in drift.items()
+        ]
         if self._phase == "train":
             columns += self._of_training()
         return Readings(columns) if columns else {}
