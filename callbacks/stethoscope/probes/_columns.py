@@ -54,7 +54,9 @@ class Column:
         sums = self._sums.pop(phase, None)
         if sums is None:
             return None
-        mean = sums.total / sums.count  # of a column without a value, or with one alone, it is not finite, or its spread not
+        mean = (
+            sums.total / sums.count
+        )  # of a column without a value, or with one alone, it is not finite, or its spread not
         spread = (sums.squares / sums.count - mean.square()).clamp(min=0).sqrt()
         now = torch.stack([mean, 20 * spread.log10()])
         known = self._mean is not None and self._mean.shape == now.shape and self._mean.device == now.device

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = (nn.Linear, _ConvNd, nn.RNNBase, nn.RNNCellBase)
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+FEWEST_ITEMS = 4
 MOST_VALUES = 2**18
 """Of one tensor that are looked at, whole items, evenly spread."""
 
@@ -40,6 +41,8 @@ class DataLayers:
         self._normalised: set[str] = set()
         self._columns: dict[str, Column] = {}
         self._phase = "train"
+        self._rows: dict[str, Tensor] = {}  # of embeddings, what the first item held
+        self._alike: dict[str, Tensor] = {}
         self._out: tuple[int, str] | None = None
         self.failure: Exception | None = None
 
@@ -56,6 +59,8 @@ class DataLayers:
                 continue
             if isinstance(module, WEIGHTED) and (_trained(module) if phase == "train" else name in self._columns):
                 self._handles.append(module.register_forward_hook(_Layer(self, name)))
+            elif isinstance(module, nn.Embedding) and module.num_embeddings > 2 and phase == "train":
+                self._handles.append(module.register_forward_hook(_Looked(self, name)))
             elif isinstance(module, NORMS) and phase == "train":
                 self._handles.append(module.register_forward_pre_hook(_Norm(self)))
 
@@ -83,6 +88,27 @@ class DataLayers:
             self._found[name] = largest, usual, len(rms)
         if isinstance(out, Tensor):
             self._out = id(out), name
+
+    def looked_up(self, name: str, x: object) -> None:
+        """An embedding has run: whether all items held the same sequence, the one of the observation before."""
+        if not isinstance(x, Tensor) or x.dim() < 2 or len(x) < FEWEST_ITEMS or x[0].numel() < 2 or not self._wanted():
+            return
+        with torch.no_grad():
+            x = local(x)
+            items = x.reshape(len(x), -1)
+            first, before = items[0], self._rows.get(name)
+            self._rows[name] = first.clone()
+            if before is None or before.shape != first.shape or before.device != first.device:
+                return
+            steps = first.diff()
+            counts = (steps != steps[0]).any()  # positions count up, types of tokens are one number: the same by right
+            alike = (items == before).all() & counts & (len(first) > 2)
+            self._alike[name] = alike & self._alike.get(name, alike)
+
+    def alike(self) -> dict[str, Tensor]:
+        """Embedding to 1 where all calls since the last reading were given one sequence, the same for all items."""
+        found, self._alike = self._alike, {}
+        return {name: flag.float() for name, flag in found.items()}
 
     def norm(self, x: object) -> None:
         """A normalisation is about to run."""
@@ -160,3 +186,20 @@ class _Norm(Hook):
     def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
         if not is_traced() and args:
             self.owner.norm(args[0])
+
+
+class _Looked(Hook):
+    """Called after an embedding."""
+
+    __slots__ = ("name", "owner")
+
+    def __init__(self, owner: DataLayers, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        if is_traced() or not args or self.owner.failure is not None:
+            return
+        try:
+            self.owner.looked_up(self.name, args[0])
+        except Exception as error:  # instrumentation never stops a training
+            self.owner.failure = error

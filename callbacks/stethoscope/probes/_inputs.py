@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Attachment, Probe
     from stethoscope._record import Finding
 
-STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant")
+STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant", "items_db")
 DRIFT = ("columns_changed", "column_change_db", "columns_shifted", "column_shift")
 
 MAX_TENSORS = 8
@@ -49,12 +49,14 @@ class Inputs:
     padding, masks and dropout leave the level as it is; `input/absmax`; `input/roughness`, the rms of differences along the last axis
     over the rms, 0 for a constant and 1.41 for white noise (it falls with the bandwidth of audio and with the blur of images);
     `input/length`, size of the last axis; `input/constant`, share of items (first axis) of 8 and more values that are all equal, in
-    [0, 1]. The first tensor of 8 and more values per item carries the plain name (the first of all where none has), others their path,
+    [0, 1]; `input/items_db`, standard deviation of the items' levels (20 log10 of their rms). The first tensor of 8 and more values per item carries the plain name (the first of all where none has), others their path,
     e.g. `input/rms.mask`. Token numbers (integers other than uint8) have a length only.
     In training also: `input/repeated`, share of items that equal an earlier one of their batch in all tensors, 1 where all are alike
     (4 items of 8 values at least; constant ones do not count), and `input/returned`, share of these copies that the batch before had as
     well; `input/column_rms`, per trained linear, convolutional or recurrent layer that is given data, the largest rms of a column (feature
     or channel), over the median one (at least 1) where a normalisation follows at once; without a module: the largest of all.
+    `input/alike`, per embedding of more than two rows that is given sequences (of three and more): 1 where all items held one and the same, also at the
+    observation before, 0 otherwise and for what counts up or is one number (positions, types of tokens).
     In other phases, per such layer, against the training observations so far (5 at least), per column, beyond 8 of their standard deviations:
     `input/columns_changed`, share of columns whose spread is off by more than 6 dB, and `input/column_change_db`, the largest change;
     `input/columns_shifted`, share whose mean is off by more than one spread, and `input/column_shift`, the largest shift, in spreads.
@@ -202,10 +204,18 @@ class InputsAttachment:
     def _statistics(gathered: _Gathered) -> list[Columns]:
         columns = []
         for name, sums in gathered.sums.items():
-            calls, mean, square, power, change, length, constant = sums.unbind()
+            calls, mean, square, power, change, length, constant, levels = sums.unbind()
             rough = torch.where(power > 0, change / power, torch.zeros_like(power)).sqrt()
             level = (square / calls).sqrt()
-            values = (mean / calls, level, gathered.peaks[name], rough, length / calls, constant / calls)
+            values = (
+                mean / calls,
+                level,
+                gathered.peaks[name],
+                rough,
+                length / calls,
+                constant / calls,
+                levels / calls,
+            )
             kept = [4] if name in gathered.tokens else list(range(len(STATISTICS)))
             columns.append(Columns([Key(f"input/{STATISTICS[i]}{name}") for i in kept], torch.stack(values), kept))
         return columns
@@ -215,6 +225,8 @@ class InputsAttachment:
         copies = self._repeats.read()
         if copies is not None:
             columns.append(Columns([Key("input/repeated"), Key("input/returned")], copies, [0, 1]))
+        alike = self._layers.alike()
+        columns += [Columns([Key("input/alike", name)], flag.reshape(1), [0]) for name, flag in alike.items()]
         layers = self._layers.read()
         if layers:
             values = torch.stack([value.to(next(iter(layers.values())).device) for value in layers.values()])
@@ -249,7 +261,8 @@ def _real(x: Tensor) -> Tensor:
 def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
     """What one call adds to the sums of a tensor, and its largest absolute value.
 
-    1, mean and mean square of the values other than 0, mean square of all, mean square difference, length, share of constant items.
+    1, mean and mean square of the values other than 0, mean square of all, mean square difference, length, share of constant items, standard deviation of
+    the items' levels in dB.
     """
     length = float(x.shape[-1])
     x = x[:: -(-x.numel() // MOST_VALUES)]
@@ -260,5 +273,11 @@ def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
     change = x.diff(dim=-1).square().mean() if x.shape[-1] > 1 else x.new_zeros(())
     share = (x != 0).to(x.dtype).mean().clamp(min=1 / x.numel())
     one, power = x.new_ones(()), x.square().mean()
-    sums = torch.stack([one, x.mean() / share, power / share, power, change, one * length, constant])
+    # silent items have no level; of fewer than two there is no spread
+    loud = items.square().mean(1)
+    heard = (loud > 0).to(x.dtype)
+    db, count = 10 * loud.clamp(min=1e-36).log10(), heard.sum().clamp(min=1)
+    middle = (db * heard).sum() / count
+    levels = (((db - middle).square() * heard).sum() / count).sqrt()
+    sums = torch.stack([one, x.mean() / share, power / share, power, change, one * length, constant, levels])
     return sums, torch.maximum(high.amax(), -low.amin())

@@ -166,7 +166,9 @@ def _columns(records: Sequence[Record], raised: list[str], found: list[Finding])
             continue
         changed, db = now["input/columns_changed"], now["input/column_change_db"]
         shifted, shift = now["input/columns_shifted"], now["input/column_shift"]
-        whole = any(f"{phase} input/{name}" in raised for name in ("rms", "mean"))  # then all columns follow, and that is said
+        whole = any(
+            f"{phase} input/{name}" in raised for name in ("rms", "mean")
+        )  # then all columns follow, and that is said
         off = (changed >= _MANY or db > _ONE_DB or shifted >= _MANY or shift > _ONE) and not whole
         key = f"{phase} columns {layer}"
         if not off or key in raised:
