@@ -18,7 +18,7 @@ CHANGED_DB, SHIFTED = 6.0, 1.0
 class _Moments(NamedTuple):
     """Sums over rows, per column: exact zeros are padding, masks, dropout or another category."""
 
-    count: Tensor
+    filled: Tensor
     total: Tensor
     squares: Tensor
 
@@ -41,7 +41,7 @@ class Column:
         before = self._sums.get(phase)
         now = _Moments(rows.count_nonzero(0).double(), rows.sum(0), rows.square().sum(0))
         if before is not None and before.total.shape == now.total.shape and before.total.device == now.total.device:
-            now = _Moments(before.count + now.count, before.total + now.total, before.squares + now.squares)
+            now = _Moments(before.filled + now.filled, before.total + now.total, before.squares + now.squares)
         self._sums[phase] = now
 
     def read(self, phase: str) -> Tensor | None:
@@ -55,9 +55,9 @@ class Column:
         if sums is None:
             return None
         mean = (
-            sums.total / sums.count
+            sums.total / sums.filled
         )  # of a column without a value, or with one alone, it is not finite, or its spread not
-        spread = (sums.squares / sums.count - mean.square()).clamp(min=0).sqrt()
+        spread = (sums.squares / sums.filled - mean.square()).clamp(min=0).sqrt()
         now = torch.stack([mean, 20 * spread.log10()])
         known = self._mean is not None and self._mean.shape == now.shape and self._mean.device == now.device
         if phase == "train":
