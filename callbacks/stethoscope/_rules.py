@@ -156,7 +156,7 @@ RULES: tuple[Rule, ...] = (
     # What the loss is made of: no other number of the run means what it should.
     Rule(
         code="loss-input-mismatch",
-        explains=("activation-saturated", *NO_SIGNAL, "update-ratio-low", "loss-diverged", "loss-plateau"),
+        explains=("activation-saturated", *NO_SIGNAL, "update-ratio-low", "loss-diverged", "loss-plateau", "overfit"),
     ),
     # What a run begins with, then steps that are too large: they spoil what is measured after them.
     Rule(
@@ -338,6 +338,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
     Rule(code="input-drift", explains=("overfit", "overtraining")),
+    Rule(code="validation-in-train-mode", explains=("overfit", "overtraining", "metric-phase-mismatch")),
     Rule(code="class-imbalance", explains=("prediction-collapse", "overfit", "overtraining", "loss-plateau")),
     Rule(code="loss-diverged", explains=("loss-plateau", "loss-spike")),
     Rule(

@@ -110,7 +110,7 @@ def test_a_model_without_forward_is_measured_by_its_batch():
     attachment.arm(True, "train")
     found = read(attachment, {"batch/0": torch.full((2, 4), 3.0), "loss": torch.ones(2, 4)})
     assert found["input/rms"] == 3
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_unsigned_images_count_and_nan_is_passed_on(model):

@@ -155,3 +155,46 @@ def test_columns_that_are_nearly_the_same_are_fine(change):
 
 def test_a_small_difference_is_told_where_batches_are_all_alike():
     assert [f.evidence["record"] for f in table(lambda x: 1.7 * x, columns=200)] == ["input/rms"]
+
+
+class Bare(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), *layers, nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def validated(model, before, phase="val"):
+    with Monitor(model, watches=[InputDrift()], every=1, strict=True) as monitor:
+        for _ in range(3):
+            model.train()
+            model(torch.randn(8, 8))
+            monitor.step()
+            before(model)
+            with monitor.phase(phase), torch.no_grad():
+                model(torch.randn(8, 8))
+    return [(f.severity, f.phase) for f in monitor.findings if f.code == "validation-in-train-mode"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "before", "phase", "told"),
+    [
+        ([nn.BatchNorm1d(8)], lambda m: None, "val", [("warning", "val")]),
+        ([nn.BatchNorm1d(8), nn.Dropout(0.1)], lambda m: None, "valid", [("warning", "valid")]),
+        ([nn.Dropout(0.1)], lambda m: None, "test", [("info", "test")]),
+        ([nn.BatchNorm1d(8)], lambda m: m.eval(), "val", []),
+        ([nn.BatchNorm1d(8)], lambda m: None, "recalibration", []),
+        ([nn.BatchNorm1d(8, track_running_stats=False)], lambda m: None, "val", []),
+        (
+            [nn.BatchNorm1d(8), nn.Dropout(0.1)],
+            lambda m: (m.eval(), m.body[2].train()),
+            "val",
+            [],
+        ),  # Monte Carlo dropout
+        ([nn.LayerNorm(8), nn.Dropout(0.0)], lambda m: None, "val", []),
+    ],
+)
+def test_a_validation_in_train_mode(layers, before, phase, told):
+    assert validated(Bare(*layers), before, phase) == told

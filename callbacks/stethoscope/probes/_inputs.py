@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
+from stethoscope import stats
 from stethoscope._protocols import Attachment, Columns, Key, Readings
 from stethoscope._tree import callable_parts, has_no_forward, tensors
 from stethoscope.probes._compiled import Eagerly
@@ -60,6 +63,7 @@ class Inputs:
     In other phases, per such layer, against the training observations so far (5 at least), per column, beyond 8 of their standard deviations:
     `input/columns_changed`, share of columns whose spread is off by more than 6 dB, and `input/column_change_db`, the largest change;
     `input/columns_shifted`, share whose mean is off by more than one spread, and `input/column_shift`, the largest shift, in spreads.
+    `input/norms_in_training`, `input/dropouts_in_training`: BatchNorm and dropout modules that act as in training there, where the model is in train mode.
     **Cost:** hooks on observed steps only; about six passes over at most 2^20 values of each tensor, device, no wait. What
     torch.compile has compiled runs eagerly on observed training steps.
 
@@ -125,6 +129,7 @@ class InputsAttachment:
         self._model = model
         self._phases: dict[str, _Gathered] = {}
         self._phase = "train"
+        self._moving: dict[str, list[int]] = {}  # phase to BatchNorm and dropout modules that act as in training
         entries = [*([] if has_no_forward(model) else [model]), *callable_parts(model)]
         self._entries = [each for each in entries if takes_hooks(each)]
         self._source: nn.Module | str | None = None  # what is read: comparing two kinds of it would say nothing
@@ -157,6 +162,8 @@ class InputsAttachment:
         if self._source is None:
             self._source, self._entries = module, [module]
         if module is self._source:
+            if self._phase != "train" and self._phase not in self._moving:
+                self._moving[self._phase] = _in_train_mode(self._model)
             self.take([*tensors(args), *tensors(kwargs)])
 
     def take(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -198,6 +205,10 @@ class InputsAttachment:
         ]
         if self._phase == "train":
             columns += self._of_training()
+        elif columns and (moving := self._moving.pop(self._phase, None)) is not None:
+            keys = [Key("input/norms_in_training"), Key("input/dropouts_in_training")]
+            device = columns[0].tensor.device
+            columns.append(Columns(keys, stats.upload(list(map(float, moving)), torch.float32, device), [0, 1]))
         return Readings(columns) if columns else {}
 
     @staticmethod
@@ -247,6 +258,15 @@ class InputsAttachment:
     def _release(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+
+def _in_train_mode(model: nn.Module) -> list[int]:
+    """Number of normalisations whose running statistics move, and of dropouts that drop, where the model as a whole is in train mode."""
+    if not model.training:
+        return [0, 0]
+    modules = [module for module in model.modules() if module.training]
+    norms = sum(isinstance(module, _BatchNorm) and module.track_running_stats for module in modules)
+    return [norms, sum(isinstance(module, _DropoutNd) and module.p > 0 for module in modules)]
 
 
 def _readable(x: Tensor) -> bool:

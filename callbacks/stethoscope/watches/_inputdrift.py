@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope._record import Finding
 from stethoscope.probes import Inputs
+from stethoscope.watches import _metric_names as names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +61,8 @@ class InputDrift:
     the rms will do. Or, of what a trained layer is given as data, a quarter of the columns (features, channels) have another spread (6 dB) or mean (one
     spread), beyond 8 standard deviations each, or a single one by 20 dB or ten spreads. `input-constant` when at
     least half of the items of a training step's first tensor are constant.
+    `validation-in-train-mode` when the model is in train mode in a phase of validation or test and BatchNorm modules take its batches into their running
+    statistics (an info where there is only dropout, which some leave on by purpose).
     The first tensor of 8 and more values per item is judged: masks, timesteps, what a decoder is given and targets differ on purpose.
     Raised again only after the phase was back within its bounds. Drift within training (a curriculum) is no finding.
     **Cost:** host, O(tensors).   **Needs:** `Inputs`; other phases run inside of `monitor.phase(name)`.
@@ -102,6 +105,7 @@ class InputDrift:
             elif record.name in train and train[record.name][0] >= _ENOUGH:
                 self._compare(quantity, record, value, train[record.name], raised, found)
         _columns(records, raised, found)
+        _modes(records, raised, found)
         return {"train": train, "raised": raised}, found
 
     @staticmethod
@@ -188,6 +192,32 @@ def _columns(records: Sequence[Record], raised: list[str], found: list[Finding])
                 evidence={"columns_changed": changed, "change_db": db, "columns_shifted": shifted, "shift": shift},
             )
         )
+
+
+def _modes(records: Sequence[Record], raised: list[str], found: list[Finding]) -> None:
+    """Judge the mode in which a validation runs."""
+    counts = {record.name: record for record in records if record.name.endswith("s_in_training")}
+    norms, drops = (counts.get(f"input/{kind}_in_training") for kind in ("norms", "dropouts"))
+    if norms is None or drops is None or names.phase(norms.phase) not in {"val", "test"}:
+        return
+    key, told = f"{norms.phase} mode", bool(norms.value or drops.value)
+    if told and key not in raised:
+        raised.append(key)
+        batches = f"{norms.value:.0f} BatchNorm modules normalise by its own batches and take them into their running statistics"
+        found.append(
+            Finding(
+                "validation-in-train-mode",
+                "warning" if norms.value else "info",
+                f"The model is in train mode in phase {norms.phase}: {batches if norms.value else f'{drops.value:.0f} dropout modules drop'}.",
+                "Call model.eval() before it, and model.train() after it: torch.no_grad() does neither.",
+                step=norms.step,
+                phase=norms.phase,
+                rank=norms.rank,
+                evidence={"norms": norms.value, "dropouts": drops.value},
+            )
+        )
+    elif not told and key in raised:
+        raised.remove(key)
 
 
 def _value(quantity: _Quantity, record: Record, rms: object) -> float | None:
