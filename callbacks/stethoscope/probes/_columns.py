@@ -7,10 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ENOUGH = 5
+from stethoscope import stats
+
+ENOUGH = 10
 """Training observations before anything is compared."""
 SPREADS = 8.0
-"""Standard deviations over training observations beyond which a column counts: of thousands, none is there by chance."""
+"""Standard deviations over training observations beyond which a column counts: with those of ten, chance goes there once in 50,000."""
+FEWEST = 8
+"""Values of a column from which it has a spread."""
 CHANGED_DB, SHIFTED = 6.0, 1.0
 """How far a column counts as off: its spread by a factor of two, its mean by one spread."""
 
@@ -37,9 +41,10 @@ class Column:
 
     def take(self, rows: Tensor, phase: str) -> None:
         """Add (rows, columns) of one call."""
-        rows = rows.double()  # a year or a price would lose its spread in the difference of two squares
+        if rows.device.type != "mps":  # which has no float64
+            rows = rows.double()  # a year or a price would lose its spread in the difference of two squares
         before = self._sums.get(phase)
-        now = _Moments(rows.count_nonzero(0).double(), rows.sum(0), rows.square().sum(0))
+        now = _Moments(rows.count_nonzero(0).to(rows.dtype), rows.sum(0), rows.square().sum(0))
         if before is not None and before.total.shape == now.total.shape and before.total.device == now.total.device:
             now = _Moments(before.filled + now.filled, before.total + now.total, before.squares + now.squares)
         self._sums[phase] = now
@@ -54,10 +59,9 @@ class Column:
         sums = self._sums.pop(phase, None)
         if sums is None:
             return None
-        mean = (
-            sums.total / sums.filled
-        )  # of a column without a value, or with one alone, it is not finite, or its spread not
+        mean = sums.total / sums.filled
         spread = (sums.squares / sums.filled - mean.square()).clamp(min=0).sqrt()
+        spread = torch.where(sums.filled < FEWEST, torch.nan, spread)
         now = torch.stack([mean, 20 * spread.log10()])
         known = self._mean is not None and self._mean.shape == now.shape and self._mean.device == now.device
         if phase == "train":
@@ -85,7 +89,7 @@ class Column:
         off, noise = (torch.cat([each[:1] / scale, each[1:]]) for each in (off, noise))
         usable = off.isfinite().all(0) & noise.isfinite().all(0)
         counts = (off.abs() > SPREADS * noise) & usable
-        bars = torch.tensor([[SHIFTED], [CHANGED_DB]], dtype=off.dtype).to(off.device, non_blocking=True)
+        bars = stats.upload([SHIFTED, CHANGED_DB], off.dtype, off.device)[:, None]
         shares = (counts & (off.abs() > bars)).sum(1) / usable.sum().clamp(min=1)
         largest = torch.where(counts, off.abs(), torch.zeros_like(off)).amax(1)
         return torch.stack([shares[1].to(off.dtype), largest[1], shares[0].to(off.dtype), largest[0]]).float()

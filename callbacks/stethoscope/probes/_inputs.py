@@ -60,7 +60,7 @@ class Inputs:
     or channel), over the median one (at least 1) where a normalisation follows at once; without a module: the largest of all.
     `input/alike`, per embedding of more than two rows that is given sequences (of three and more): 1 where all items held one and the same, also at the
     observation before, 0 otherwise and for what counts up or is one number (positions, types of tokens).
-    In other phases, per such layer, against the training observations so far (5 at least), per column, beyond 8 of their standard deviations:
+    In other phases, per such layer, against the training observations so far (10 at least), per column, beyond 8 of their standard deviations:
     `input/columns_changed`, share of columns whose spread is off by more than 6 dB, and `input/column_change_db`, the largest change;
     `input/columns_shifted`, share whose mean is off by more than one spread, and `input/column_shift`, the largest shift, in spreads.
     `input/norms_in_training`, `input/dropouts_in_training`: BatchNorm and dropout modules that act as in training there, where the model is in train mode.

@@ -59,7 +59,7 @@ class InputDrift:
     standard deviations of the training observations (at least 5 of them) *and* by more than: level (rms) 6 dB; mean 0.5 of
     the rms; roughness 3 dB; share of constant items 0.25; length a factor of 4 (info). Beyond 10 standard deviations, 4 dB of level and a mean of 0.25 of
     the rms will do. Or, of what a trained layer is given as data, a quarter of the columns (features, channels) have another spread (6 dB) or mean (one
-    spread), beyond 8 standard deviations each, or a single one by 20 dB or ten spreads. `input-constant` when at
+    spread), beyond 8 standard deviations each (of at least 10 observations), or a single one by 20 dB or ten spreads. `input-constant` when at
     least half of the items of a training step's first tensor are constant.
     `validation-in-train-mode` when the model is in train mode in a phase of validation or test and BatchNorm modules take its batches into their running
     statistics (an info where there is only dropout, which some leave on by purpose).
