@@ -132,14 +132,21 @@ def test_one_answer_during_a_warm_up_is_no_collapse():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("group", ["classes", "tokens"])
-def test_a_model_that_says_what_most_targets_are_and_nothing_else(seed, group):
-    targets = drawn([0.6, 0.14, 0.13, 0.13], 64, seed)
-    found = replay(ClassHealth(), observed(targets, lambda i: [0] * 64, plan=600, group=group))
-    assert [f.code for f in found] == ["class-imbalance"]
+@pytest.mark.parametrize(
+    ("group", "shares", "code"),
+    [
+        ("classes", [0.6, 0.14, 0.13, 0.13], "prediction-collapse"),
+        ("tokens", [0.6, 0.14, 0.13, 0.13], "prediction-collapse"),
+        ("tokens", [0.93, 0.02, 0.02, 0.03], "class-imbalance"),
+    ],
+)
+def test_a_model_that_says_what_most_targets_are_and_nothing_else(seed, group, shares, code):
+    targets = drawn(shares, 320, seed)
+    found = replay(ClassHealth(), observed(targets, lambda i: [0] * 320, plan=600, group=group))
+    assert [f.code for f in found] == [code]
     assert found[0].message.startswith("100.0% of the answers are class 0")
     assert found[0].step >= 300
-    learns = lambda i: [0] * 64 if i < 25 else targets(i)  # noqa: E731
+    learns = lambda i: [0] * 320 if i < 25 else targets(i)  # noqa: E731
     assert replay(ClassHealth(), observed(targets, learns, plan=600, group=group)) == []
 
 

@@ -52,7 +52,8 @@ class ClassHealth:
       with `rare` items at least, and less than `recalled` of them are recognised, while more than half of all items are; not in the first
       quarter of a planned run. Or, in the second half of a planned run, a class as rare has not been answered once since training works, though six of
       its items came (more where many classes are rare), in however many steps. Or, there as well, 99 % of the answers are the class of most
-      targets, and less than 5 % of the others (100 items at least) are recognised, for a quarter of the run (5000 steps without a plan). Or the batches themselves, of eight items at least, five observed ones in a row that span 50 steps, are of one
+      targets, and less than 5 % of the others (100 items at least) are recognised, for a quarter of the run (5000 steps without a plan);
+      a `prediction-collapse` where the others together are not `imbalance` times rarer. Or the batches themselves, of eight items at least, five observed ones in a row that span 50 steps, are of one
       class each (nine tenths): another one from time to time (data in order); or of one class alone that was not alone before (more items in
       a row than chance gives once in 1e9, by its share before), or 500 items from the start.
 
@@ -224,28 +225,30 @@ class ClassHealth:
         enough = NEVER + log(max(1, len(rare))) / MISSES
         return [str(i) for i in rare if since[i] >= enough]
 
-    @staticmethod
     def _majority(
-        judging: Judging, answers: list[float], targets: list[float], right: list[float], total: float
+        self, judging: Judging, answers: list[float], targets: list[float], right: list[float], total: float
     ) -> None:
         """Judge a model that says what most targets are, and nothing else."""
         most = targets.index(max(targets))
         others, hits = total - targets[most], sum(right) - right[most]
         majority = answers[most] >= ALL * total and 2 * targets[most] > total and others >= FEW and hits < REST * others
         told = judging.held.get("class-imbalance", {}).get("told")
-        if judging.model("class-imbalance/majority", majority and not told):
+        if judging.model("majority", majority and not told):
             share = targets[most] / total
-            judging.tell(
-                Finding(
-                    "class-imbalance",
-                    "warning",
-                    f"{answers[most] / total:.1%} of the answers are class {most}, as {share:.1%} of the targets are; of the {1 - share:.1%} that are "
-                    f"not, {hits / others:.1%} is recognised.",
-                    "Is this class padding, background or an unknown token? Leave it out of the loss (ignore_index), weigh it down, or look for "
-                    "labels that were lost on the way (another vocabulary, masks of another depth).",
-                ),
-                values={"class": most, "share": share, "answered": answers[most] / total, "recall": hits / others},
+            said = (
+                f"{answers[most] / total:.1%} of the answers are class {most}, as {share:.1%} of the targets are; of the {1 - share:.1%} that are "
+                f"not, {hits / others:.1%} is recognised."
             )
+            values = {"class": most, "share": share, "answered": answers[most] / total, "recall": hits / others}
+            if targets[most] < self.imbalance * others:
+                advice = "The model ignores its input: look at whether labels belong to their inputs, at the learning rate and at dead units."
+                judging.tell(Finding("prediction-collapse", "warning", said, advice), values=values)
+                return
+            advice = (
+                "Is this class padding, background or an unknown token? Leave it out of the loss (ignore_index), weigh it down, or look for labels that "
+                "were lost on the way (another vocabulary, masks of another depth)."
+            )
+            judging.tell(Finding("class-imbalance", "warning", said, advice), values=values)
 
     def _imbalance(
         self, judging: Judging, targets: list[float], right: list[float], total: float, unanswered: list[list[float]]
