@@ -143,13 +143,20 @@ SPOILED = (
     "loss-plateau",
 )
 """What data on another scale than the weights does to a training."""
-NO_SIGNAL = ("gradient-vanishing", "gradient-zero", "gradient-imbalance", "feature-constant", "prediction-collapse")
+NO_SIGNAL = (
+    "gradient-vanishing",
+    "gradient-zero",
+    "gradient-imbalance",
+    "feature-constant",
+    "prediction-collapse",
+    "class-imbalance",
+)
 
 RULES: tuple[Rule, ...] = (
     # What the loss is made of: no other number of the run means what it should.
     Rule(
         code="loss-input-mismatch",
-        explains=("activation-saturated", *NO_SIGNAL, "update-ratio-low", "loss-diverged", "loss-plateau"),
+        explains=("activation-saturated", *NO_SIGNAL, "update-ratio-low", "loss-diverged", "loss-plateau", "overfit"),
     ),
     # What a run begins with, then steps that are too large: they spoil what is measured after them.
     Rule(
@@ -336,6 +343,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
     Rule(code="input-drift", explains=("overfit", "overtraining")),
+    Rule(code="validation-in-train-mode", explains=("overfit", "overtraining", "metric-phase-mismatch")),
     # in a batch of one class, units of the others are zero for every item
     Rule(
         code="class-imbalance",

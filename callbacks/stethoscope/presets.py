@@ -23,6 +23,7 @@ from stethoscope.watches import (
     Overfit,
     ParameterHealth,
     Plateau,
+    TargetHealth,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def full() -> Preset:
     base = separation()
     health = (
         LossInput(),
+        TargetHealth(),
         InputHealth(),
         ParameterHealth(),
         ActivationHealth(),

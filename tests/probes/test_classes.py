@@ -54,3 +54,24 @@ def test_nothing_waits_for_the_device():
     given = {"outputs": torch.randn(4, 3), "labels": torch.tensor([0, 1, 2, 1])}
     assert_no_sync(probes.Classes(), nn.Linear(3, 3), torch.randn(4, 3), given)
     assert_no_sync(probes.Classes(), nn.Linear(3, 3), torch.randn(4, 3), {"logits": torch.randn(4, 5, 3)})
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_one_logit_per_item_stands_for_two_classes(shape, kind):
+    logits, labels = torch.tensor([2.0, -1.0, 0.5, -3.0]).view(shape), torch.tensor([1, 1, 0, 0]).to(kind)
+    found = counted(logits=logits, targets=labels)
+    assert found == {"classes/predicted": [2, 2], "classes/target": [2, 2], "classes/right": [1, 1]}
+
+
+def test_a_mask_of_pixels_is_counted_as_tokens_and_measurements_not_at_all():
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, 0, 0] = 1.0
+    assert counted(logits=mask - 0.5, targets=mask)["tokens/right"] == [28, 4]
+    assert counted(logits=torch.randn(4), targets=torch.tensor([0.0, 1.0, 0.3, 1.0]))["classes/target"] == [0, 0]
+    assert counted(logits=torch.randn(4, 5), targets=torch.ones(4, 5)) == {}  # five questions per item
+
+
+def test_binary_targets_do_not_wait_for_the_device():
+    given = {"logits": torch.randn(4), "labels": torch.tensor([0.0, 1.0, 1.0, 1.0])}
+    assert_no_sync(probes.Classes(), nn.Linear(3, 3), torch.randn(4, 3), given)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from stethoscope._aside import aside
+from stethoscope._protocols import Key
 from stethoscope.probes import Inputs
 
 
@@ -109,7 +110,7 @@ def test_a_model_without_forward_is_measured_by_its_batch():
     attachment.arm(True, "train")
     found = read(attachment, {"batch/0": torch.full((2, 4), 3.0), "loss": torch.ones(2, 4)})
     assert found["input/rms"] == 3
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_unsigned_images_count_and_nan_is_passed_on(model):
@@ -205,7 +206,7 @@ def test_there_are_no_hooks_between_observed_steps(model):
     attached.arm(True, "train")
     assert hooks() == 2
     attached.arm(True, "val")
-    assert hooks() == 1
+    assert hooks() == 2  # the layer that data has reached
     attached.arm(False, "train")
     assert hooks() == 0
     attached.arm(True, "train")
@@ -320,3 +321,20 @@ def test_with_dropout_a_batch_of_everything_twice_is_meant_and_four_times_is_not
         shares.append(read(attached)["input/repeated"])
     attached.detach()
     assert shares == [0, 0, 0.75, 0.75]
+
+
+def test_numbers_beside_an_embedding_are_data():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.city, self.first = nn.Embedding(3, 4), nn.Linear(6, 2)
+
+        def forward(self, numbers, city):
+            return self.first(torch.cat([numbers, self.city(city)], -1))
+
+    attached = Inputs().attach(Table())
+    attached.arm(True, "train")
+    model = attached._model
+    model(torch.tensor([[3e4, 1.0]]).expand(8, -1), torch.zeros(8, dtype=torch.long))
+    assert float(attached.read({})[Key("input/column_rms", "first")]) == pytest.approx(3e4)
+    attached.detach()

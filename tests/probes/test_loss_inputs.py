@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stethoscope.probes import LossInputs
 from stethoscope.probes._loss_inputs import LAYER, LOG_SOFTMAX, OTHER, OTHER_AXIS, RELU, SIGMOID, SOFTMAX, TANH
+from stethoscope.testing import assert_no_sync
 
 LABELS = torch.tensor([0, 1, 2, 1])
 
@@ -147,3 +148,9 @@ def test_without_a_graph_nothing_is_read_and_in_other_phases_nothing_is_hooked()
     assert not model._forward_hooks
     attached.arm(True, "train")
     assert len(attached.read({"loss": torch.zeros(())})) == 0
+
+
+def test_targets_do_not_wait_for_the_device():
+    outputs = torch.randn(8, requires_grad=True).sigmoid()
+    given = {"outputs": outputs, "targets": torch.randn(8), "loss": (outputs - 1).square().mean()}
+    assert_no_sync(LossInputs(), nn.Linear(3, 3), torch.randn(4, 3), given)

@@ -129,3 +129,38 @@ def test_one_answer_during_a_warm_up_is_no_collapse():
     warm = [r for i in range(60) for r in (rates[i], *(w for w in wrong if w.step == i * 10))]
     assert "prediction-collapse" in [f.code for f in replay(ClassHealth(), wrong)]
     assert "prediction-collapse" not in [f.code for f in replay(ClassHealth(), warm)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("group", "shares", "code"),
+    [
+        ("classes", [0.6, 0.14, 0.13, 0.13], "prediction-collapse"),
+        ("tokens", [0.6, 0.14, 0.13, 0.13], "prediction-collapse"),
+        ("tokens", [0.93, 0.02, 0.02, 0.03], "class-imbalance"),
+    ],
+)
+def test_a_model_that_says_what_most_targets_are_and_nothing_else(seed, group, shares, code):
+    targets = drawn(shares, 320, seed)
+    found = replay(ClassHealth(), observed(targets, lambda i: [0] * 320, plan=600, group=group))
+    assert [f.code for f in found] == [code]
+    assert found[0].message.startswith("100.0% of the answers are class 0")
+    assert found[0].step >= 300
+    learns = lambda i: [0] * 320 if i < 25 else targets(i)  # noqa: E731
+    assert replay(ClassHealth(), observed(targets, learns, plan=600, group=group)) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_class_too_rare_for_ten_steps_that_is_never_answered(seed, answered):
+    targets = drawn([0.495, 0.495, 0.01], 32, seed)
+    seen = {i: targets(i) for i in range(60)}
+    blind = lambda i: [c if answered else min(c, 1) for c in seen[i]]  # noqa: E731
+    found = replay(ClassHealth(), observed(seen.get, blind, plan=600))
+    assert [f.code for f in found] == ([] if answered else ["class-imbalance"])
+
+
+def test_a_rare_class_is_told_once_however_many_of_it_lie_in_the_window():
+    seen = {i: [0] * 60 + [1] * (4 if i % 20 < 10 else 0) for i in range(60)}
+    found = replay(ClassHealth(), observed(seen.get, lambda i: [0] * len(seen[i]), plan=600))
+    assert [f.code for f in found] == ["class-imbalance"]

@@ -319,3 +319,62 @@ HEALTHY_VALIDATION = {
 def test_what_validation_changes_with_right_is_no_drift(name):
     batch, validation = HEALTHY_VALIDATION[name]
     assert train(Net(), batch, validation=validation) == []
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.places, self.kinds = nn.Embedding(9, 8), nn.Embedding(12, 8), nn.Embedding(2, 8)
+        self.ear, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, sound, words):
+        places = torch.arange(words.shape[1]).expand_as(words)
+        text = self.words(words) + self.places(places) + self.kinds(torch.zeros_like(words))
+        return self.head(self.ear(sound) * text.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (lambda i: torch.tensor([[1, 0, 0, 0]]).expand(8, -1), ["words"]),
+        (lambda i: torch.randint(9, (1, 4)).expand(8, -1), []),  # one prompt for all, another one at each step
+        (lambda i: torch.randint(9, (8, 4)), []),
+        (lambda i: torch.full((8, 4), 3), []),
+        (lambda i: torch.tensor([[1, 0]]).expand(8, -1), []),
+    ],
+)
+def test_an_embedding_that_is_given_one_sequence_for_all_items(words, told):
+    torch.manual_seed(0)
+    model = Reader()
+    with Monitor(model, watches=[InputHealth()], every=1, strict=True) as monitor:
+        for i in range(8):
+            loss = model(torch.randn(8, 8), words(i)).mean()
+            loss.backward()
+            monitor.step(loss=loss)
+    assert [f.module for f in monitor.findings if f.code == "input-duplicate"] == told
+
+
+@pytest.mark.parametrize(("spread", "told"), [(0.0, False), (12.0, False), (60.0, True)])
+@pytest.mark.parametrize("items", [4, 32])
+def test_levels_of_items_that_are_orders_of_magnitude_apart(spread, told, items):
+    torch.manual_seed(0)
+    model = nn.Conv1d(1, 2, 3)
+    with Monitor(model, watches=[InputHealth()], every=1, strict=True) as monitor:
+        for _ in range(20):
+            gain = 10 ** (spread * torch.randn(items, 1, 1) / 20)
+            loss = model(1e-2 * gain * torch.randn(items, 1, 200)).mean()
+            loss.backward()
+            monitor.step(loss=loss)
+    assert [f.evidence["items_db"] > 30 for f in monitor.findings if "levels of the items" in f.message] == [
+        True
+    ] * told
+
+
+def test_silent_items_have_no_level():
+    model = nn.Conv1d(1, 2, 3)
+    with Monitor(model, watches=[InputHealth()], every=1, strict=True) as monitor:
+        for _ in range(6):
+            x = torch.randn(8, 1, 50)
+            x[:3] = 0.0
+            monitor.step(loss=model(x).mean())
+    assert [f for f in monitor.findings if f.severity != "info"] == []

@@ -113,3 +113,88 @@ def test_any_records_are_survived_and_the_state_is_json(rows):
         )
         found += findings
     assert all(0 <= finding.step < len(rows) for finding in found)
+
+
+def table(change, rounds=3, columns=6):
+    torch.manual_seed(0)
+    model, found = nn.Linear(columns, 1), []
+    spread = torch.linspace(0.2, 3.0, columns)
+    with Monitor(model, watches=[InputDrift()], every=1, on_finding=found.append, strict=True) as monitor:
+        for _ in range(rounds):
+            for _ in range(10):
+                model(spread * torch.randn(64, columns))
+                monitor.step()
+            with monitor.phase("val"), torch.no_grad():
+                for _ in range(3):
+                    model(change(spread * torch.randn(64, columns)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x.flip(1), "another spread"),
+        (lambda x: torch.cat([x[:, :2] * 4, x[:, 2:]], 1), "33% of the columns"),
+        (lambda x: torch.cat([x[:, :1] * 12, x[:, 1:]], 1), "by up to"),
+        (lambda x: torch.cat([x[:, :1] + 4, x[:, 1:]], 1), "another mean"),
+    ],
+)
+def test_columns_that_are_another_are_told_once(change, says):
+    found = table(change)
+    assert [(f.code, f.module) for f in found] == [("input-drift", "")]
+    assert says in found[0].message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x, lambda x: 1.4 * x, lambda x: torch.cat([x[:, :1] + 1.0, x[:, 1:]], 1), lambda x: x[:16]],
+)
+def test_columns_that_are_nearly_the_same_are_fine(change):
+    assert table(change) == []
+
+
+def test_a_small_difference_is_told_where_batches_are_all_alike():
+    assert [f.evidence["record"] for f in table(lambda x: 1.7 * x, columns=200)] == ["input/rms"]
+
+
+class Bare(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), *layers, nn.Linear(8, 1))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def validated(model, before, phase="val"):
+    with Monitor(model, watches=[InputDrift()], every=1, strict=True) as monitor:
+        for _ in range(3):
+            model.train()
+            model(torch.randn(8, 8))
+            monitor.step()
+            before(model)
+            with monitor.phase(phase), torch.no_grad():
+                model(torch.randn(8, 8))
+    return [(f.severity, f.phase) for f in monitor.findings if f.code == "validation-in-train-mode"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "before", "phase", "told"),
+    [
+        ([nn.BatchNorm1d(8)], lambda m: None, "val", [("warning", "val")]),
+        ([nn.BatchNorm1d(8), nn.Dropout(0.1)], lambda m: None, "valid", [("warning", "valid")]),
+        ([nn.Dropout(0.1)], lambda m: None, "test", [("info", "test")]),
+        ([nn.BatchNorm1d(8)], lambda m: m.eval(), "val", []),
+        ([nn.BatchNorm1d(8)], lambda m: None, "recalibration", []),
+        ([nn.BatchNorm1d(8, track_running_stats=False)], lambda m: None, "val", []),
+        (
+            [nn.BatchNorm1d(8), nn.Dropout(0.1)],
+            lambda m: (m.eval(), m.body[2].train()),
+            "val",
+            [],
+        ),  # Monte Carlo dropout
+        ([nn.LayerNorm(8), nn.Dropout(0.0)], lambda m: None, "val", []),
+    ],
+)
+def test_a_validation_in_train_mode(layers, before, phase, told):
+    assert validated(Bare(*layers), before, phase) == told

@@ -170,3 +170,21 @@ def test_batches_on_another_scale_are_told_however_regularly_they_come(seed):
     found = [f for f in replay(Jumps(), series(loss=values)) if f.severity != "info"]
     assert [(f.code, f.step) for f in found] == [("loss-spike", 160)]
     assert "3 within 1,000 steps" in found[0].message
+
+
+@pytest.mark.parametrize("every", [13, 20, 50])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("height", "told"), [(lambda i: 4.0 + i / 1000, True), (lambda i: 2 + 2.5 * 0.997**i, False)])
+def test_spikes_at_one_distance_warn_where_they_are_not_learnt(every, seed, height, told):
+    rng = random.Random(seed)
+    level = [1 + 2 * 0.99**i + rng.gauss(0, 0.05) for i in range(600)]
+    loss = [height(i) if i % every == 5 else value for i, value in enumerate(level)]
+    found = [f for f in replay(Jumps(), series(loss=loss)) if f.severity == "warning"]
+    assert [f.evidence["every"] for f in found if "every" in f.evidence] == ([every] if told else [])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_spikes_that_come_by_chance_have_no_distance(seed):
+    rng = random.Random(seed)
+    loss = [rng.gauss(1, 0.05) + (3 if rng.random() < 0.05 else 0) for i in range(2000)]
+    assert [f for f in replay(Jumps(), series(loss=loss)) if "every" in f.evidence] == []

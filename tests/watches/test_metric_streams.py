@@ -379,3 +379,40 @@ def test_an_accuracy_beyond_any_unit_needs_no_declaration(value, wrong):
     found = follow([("val", {"loss": 1.0, "accuracy": value})])
     assert codes(found) == ([("metric-range", "accuracy")] if wrong else [])
     assert follow([("val", {"loss": 1.0, "snr_db": value, "wer": abs(value)})]) == []
+
+
+def evaluated(values, losses=None, train=None, name="loss", kind="float"):
+    """A run of which every tenth step is followed by an evaluation: `values(i)` is logged, `losses(i)` was the last training loss."""
+    watch, found = MetricSchema(), []
+    state = watch.init()
+    plan = Record("plan/steps", 100, 0, source="step")
+    for i in range(100):
+        step = [Record("loss", (losses or (lambda i: 1 / (i + 1)))(i), i, source="step")]
+        state, said = watch.update(state, [*([plan] if not i else []), *step])
+        if train is not None:
+            state, more = watch.update(state, [Record(name, train(i), i, phase="train", source="log", kind="float")])
+            said = [*said, *more]
+        found += said
+        if i % 10 == 9:
+            value = values(i)
+            kinds = "none" if value is None else "float"
+            state, said = watch.update(state, [Record(name, value, i, phase="val", source="log", kind=kinds)])
+            found += said
+    return [f.code for f in found if f.severity == "warning"]
+
+
+def test_a_validation_loss_that_is_the_last_training_loss():
+    assert evaluated(lambda i: 1 / (i + 1)) == ["metric-phase-mismatch"]
+    assert evaluated(lambda i: 1 / (i + 1) + 1e-7) == []
+    assert evaluated(lambda i: 0.5, losses=lambda i: 0.5) == []  # a loss that does not move
+
+
+def test_a_metric_that_training_has_and_validation_never():
+    assert evaluated(lambda i: None, train=lambda i: 0.3 + i / 1000, name="accuracy") == ["metric-phase-mismatch"]
+    late = evaluated(lambda i: None if i < 20 else 0.5 + i / 1000, train=lambda i: 0.3 + i / 1000, name="accuracy")
+    assert late == []
+
+
+@pytest.mark.parametrize(("settled", "codes"), [(0.98, []), (0.3, ["metric-constant"])])
+def test_a_high_accuracy_that_has_settled_is_not_stuck(settled, codes):
+    assert evaluated(lambda i: 0.2 if i < 10 else settled, name="accuracy") == codes

@@ -33,7 +33,8 @@ class Classes:
     `classes/target`, `classes/right`, for scores of shape (items, classes) and integer targets of shape (items,). Of sequences and images, scores
     (items, ..., classes) or (items, classes, ...) and targets (items, ...), the same as `tokens/predicted` and so on: their classes are often a
     vocabulary. Targets outside of the classes (an ignored index) are left out. Where no targets fit (CTC), of what is called `logits` or
-    `log_probs`, with the classes last, `tokens/predicted` alone.
+    `log_probs`, with the classes last, `tokens/predicted` alone. What is called `logits` and has one value per target, all of them 0 or 1 (binary
+    cross entropy), stands for two classes: `classes/...` of one value per item, `tokens/...` of three axes and more.
 
     **Cost:** one `argmax` and three sums over the scores on observed steps. Never waits for the device.
 
@@ -88,7 +89,10 @@ class _Counting:
             axis = None if labels is None else _axis(scores, labels)
             if labels is not None and axis is not None:
                 return _counts(scores.movedim(axis, -1), labels)
-            if name in BARE and scores.dim() in (2, 3) and 2 <= scores.shape[-1] <= MOST:
+            if name == "logits" and labels is not None and _is_binary(scores, labels):
+                return _binary_counts(scores, labels)
+            alike = labels is not None and labels.shape == scores.shape  # a question per column, no classes
+            if name in BARE and not alike and scores.dim() in (2, 3) and 2 <= scores.shape[-1] <= MOST:
                 answers = scores.argmax(-1)
                 every = torch.ones_like(answers, dtype=torch.bool)
                 counts = _count(answers, every, scores.shape[-1])
@@ -113,17 +117,34 @@ def _axis(scores: Tensor, labels: Tensor) -> int | None:
     return None
 
 
+def _is_binary(scores: Tensor, labels: Tensor) -> bool:
+    """Whether each label has one score; a table (items, labels) is of several questions, not of two classes."""
+    if labels.is_complex() or labels.dim() == 0 or scores.numel() != labels.numel() or len(scores) != len(labels):
+        return False
+    return labels.numel() == len(labels) or labels.dim() > 2
+
+
+def _binary_counts(scores: Tensor, labels: Tensor) -> Mapping[Key, Tensor]:
+    labels = labels.detach().flatten()
+    valid = (labels == 0) | (labels == 1)
+    valid &= valid.all()  # any other number makes these measurements, not classes
+    group = "classes" if labels.numel() == len(scores) else "tokens"
+    return _of_answers((scores.flatten() > 0).long(), labels, valid, 2, group)
+
+
 def _counts(scores: Tensor, labels: Tensor) -> Mapping[Key, Tensor]:
     classes = scores.shape[-1]
-    answers = scores.argmax(-1)
     valid = (labels >= 0) & (labels < classes)
+    return _of_answers(scores.argmax(-1), labels, valid, classes, "classes" if labels.dim() == 1 else "tokens")
+
+
+def _of_answers(answers: Tensor, labels: Tensor, valid: Tensor, classes: int, group: str) -> Mapping[Key, Tensor]:
     place = labels.clamp(0, classes - 1).long()
     counts = {
         "predicted": _count(answers, valid, classes),
         "target": _count(place, valid, classes),
         "right": _count(place, valid & (answers == place), classes),
     }
-    group = "classes" if labels.dim() == 1 else "tokens"
     return {Key(f"{group}/{name}", edges=_edges(classes)): count for name, count in counts.items()}
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from stethoscope._shards import local
+from stethoscope.probes._columns import Column
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = (nn.Linear, _ConvNd, nn.RNNBase, nn.RNNCellBase)
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+FEWEST_ITEMS = 4
 MOST_VALUES = 2**18
 """Of one tensor that are looked at, whole items, evenly spread."""
 
@@ -26,7 +28,8 @@ MOST_VALUES = 2**18
 class DataLayers:
     """Measures what trained linear, convolutional and recurrent layers are given where that is data, not activations.
 
-    Data is what carries no history of the graph: it came from outside, through no trained weight. Each column (feature, channel) has
+    Data is what carries no history of the graph: it came from outside, through no trained weight; or what such data was put beside (`torch.cat`
+    of numbers and embeddings). Each column (feature, channel) has
     an rms; the largest counts. What a normalisation follows at once may have any scale in common, so there the largest column is
     set against the median one, of at least 1.
     """
@@ -36,29 +39,48 @@ class DataLayers:
         self._handles: list[RemovableHandle] = []
         self._found: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._normalised: set[str] = set()
+        self._columns: dict[str, Column] = {}
+        self._phase = "train"
+        self._rows: dict[str, Tensor] = {}  # of embeddings, what the first item held
+        self._alike: dict[str, Tensor] = {}
         self._out: tuple[int, str] | None = None
         self.failure: Exception | None = None
 
-    def arm(self, on: bool) -> None:
-        """Hook the layers, or remove all hooks."""
-        if not on:
+    def arm(self, on: bool, phase: str = "train") -> None:
+        """Hook the layers, or remove all hooks. Outside of training, those are looked at that were given data in training."""
+        if not on or phase != self._phase:
             while self._handles:
                 self._handles.pop().remove()
-        elif not self._handles:
-            for name, module in self._model.named_modules():
-                if isinstance(module, WEIGHTED) and _trained(module) and takes_hooks(module):
-                    self._handles.append(module.register_forward_hook(_Layer(self, name)))
-                elif isinstance(module, NORMS) and takes_hooks(module):
-                    self._handles.append(module.register_forward_pre_hook(_Norm(self)))
+        self._phase = phase
+        if not on or self._handles:
+            return
+        for name, module in self._model.named_modules():
+            if not takes_hooks(module):
+                continue
+            if isinstance(module, WEIGHTED) and (_trained(module) if phase == "train" else name in self._columns):
+                self._handles.append(module.register_forward_hook(_Layer(self, name)))
+            elif isinstance(module, nn.Embedding) and module.num_embeddings > 2 and phase == "train":
+                self._handles.append(module.register_forward_hook(_Looked(self, name)))
+            elif isinstance(module, NORMS) and phase == "train":
+                self._handles.append(module.register_forward_pre_hook(_Norm(self)))
 
     def layer(self, name: str, module: nn.Module, x: object, out: object) -> None:
         """A layer has run."""
-        if not isinstance(x, Tensor) or not x.is_leaf or isinstance(x, nn.Parameter) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter) or not x.is_floating_point():
             return
-        if not self._wanted() or not torch.is_grad_enabled() or x.is_nested or x.numel() == 0 or x.dim() == 0:
+        if not self._wanted() or x.is_nested or x.numel() == 0 or x.dim() == 0:
+            return
+        if self._phase != "train":
+            if name in self._columns:
+                with torch.no_grad():
+                    self._columns[name].take(_rows(module, local(x)), self._phase)
+            return
+        if not torch.is_grad_enabled() or not _is_data(x):
             return
         with torch.no_grad():
-            rms = _columns(module, local(x))  # of a DTensor, this rank's part
+            rows = _rows(module, local(x))  # of a DTensor, this rank's part
+            rms = rows.square().mean(0).sqrt()
+            self._columns.setdefault(name, Column()).take(rows, "train")
             largest, usual = rms.amax(), rms.median().clamp(min=1)
             before = self._found.get(name)
             if before is not None and before[0].device == rms.device:  # a model may be moved while it is observed
@@ -67,11 +89,37 @@ class DataLayers:
         if isinstance(out, Tensor):
             self._out = id(out), name
 
+    def looked_up(self, name: str, x: object) -> None:
+        """An embedding has run: whether all items held the same sequence, the one of the observation before."""
+        if not isinstance(x, Tensor) or x.dim() < 2 or len(x) < FEWEST_ITEMS or x[0].numel() < 2 or not self._wanted():
+            return
+        with torch.no_grad():
+            x = local(x)
+            items = x.reshape(len(x), -1)
+            first, before = items[0], self._rows.get(name)
+            self._rows[name] = first.clone()
+            if before is None or before.shape != first.shape or before.device != first.device:
+                return
+            steps = first.diff()
+            counts = (steps != steps[0]).any()  # positions count up, types of tokens are one number: the same by right
+            alike = (items == before).all() & counts & (len(first) > 2)
+            self._alike[name] = alike & self._alike.get(name, alike)
+
+    def alike(self) -> dict[str, Tensor]:
+        """Embedding to 1 where all calls since the last reading were given one sequence, the same for all items."""
+        found, self._alike = self._alike, {}
+        return {name: flag.float() for name, flag in found.items()}
+
     def norm(self, x: object) -> None:
         """A normalisation is about to run."""
         if self._out is not None and id(x) == self._out[0]:
             self._normalised.add(self._out[1])
         self._out = None
+
+    def drift(self, phase: str) -> dict[str, Tensor]:
+        """Layer to what `Column.read` says of another phase; learn from training."""
+        found = {name: column.read(phase) for name, column in self._columns.items()}
+        return {name: numbers for name, numbers in found.items() if numbers is not None}
 
     def read(self) -> dict[str, Tensor]:
         """Layer to its number, since the last call."""
@@ -89,17 +137,25 @@ def _trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _columns(module: nn.Module, x: Tensor) -> Tensor:
-    """(columns,) rms."""
+def _is_data(x: Tensor) -> bool:
+    """Whether a tensor, or a part that it was put together of, came from outside."""
+    node = x.grad_fn
+    if node is None:
+        return x.is_leaf
+    return node.name().startswith("CatBackward") and any(part is None for part, _ in node.next_functions)
+
+
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    """(rows, columns) of what a layer is given, columns being features or channels."""
+    x = x.detach()
     if isinstance(module, _ConvNd):
         axes = len(module.kernel_size)
         if x.dim() <= axes:
-            return x.detach().float().square().mean().sqrt()[None]
+            return x.float().reshape(-1, 1)
         x = x.movedim(-axes - 1, -1)
-    x = x.detach()
     if x.dim() > 1:
         x = x[:: -(-x.numel() // MOST_VALUES)]
-    return x.float().reshape(-1, x.shape[-1]).square().mean(0).sqrt()
+    return x.float().reshape(-1, x.shape[-1])
 
 
 class _Layer(Hook):
@@ -132,5 +188,22 @@ class _Norm(Hook):
             return
         try:
             self.owner.norm(args[0])
-        except Exception as error:
+        except Exception as error:  # instrumentation never stops a training
+            self.owner.failure = error
+
+
+class _Looked(Hook):
+    """Called after an embedding."""
+
+    __slots__ = ("name", "owner")
+
+    def __init__(self, owner: DataLayers, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        if is_traced() or not args or self.owner.failure is not None:
+            return
+        try:
+            self.owner.looked_up(self.name, args[0])
+        except Exception as error:  # instrumentation never stops a training
             self.owner.failure = error

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
+from stethoscope import stats
 from stethoscope._protocols import Attachment, Columns, Key, Readings
 from stethoscope._tree import callable_parts, has_no_forward, tensors
 from stethoscope.probes._compiled import Eagerly
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Attachment, Probe
     from stethoscope._record import Finding
 
-STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant")
+STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant", "items_db")
+DRIFT = ("columns_changed", "column_change_db", "columns_shifted", "column_shift")
 
 MAX_TENSORS = 8
 """Of one call that are told apart; a list of a thousand crops is not worth a thousand series."""
@@ -48,12 +52,18 @@ class Inputs:
     padding, masks and dropout leave the level as it is; `input/absmax`; `input/roughness`, the rms of differences along the last axis
     over the rms, 0 for a constant and 1.41 for white noise (it falls with the bandwidth of audio and with the blur of images);
     `input/length`, size of the last axis; `input/constant`, share of items (first axis) of 8 and more values that are all equal, in
-    [0, 1]. The first tensor of 8 and more values per item carries the plain name (the first of all where none has), others their path,
+    [0, 1]; `input/items_db`, standard deviation of the items' levels (20 log10 of their rms). The first tensor of 8 and more values per item carries the plain name (the first of all where none has), others their path,
     e.g. `input/rms.mask`. Token numbers (integers other than uint8) have a length only.
     In training also: `input/repeated`, share of items that equal an earlier one of their batch in all tensors, 1 where all are alike
     (4 items of 8 values at least; constant ones do not count), and `input/returned`, share of these copies that the batch before had as
     well; `input/column_rms`, per trained linear, convolutional or recurrent layer that is given data, the largest rms of a column (feature
     or channel), over the median one (at least 1) where a normalisation follows at once; without a module: the largest of all.
+    `input/alike`, per embedding of more than two rows that is given sequences (of three and more): 1 where all items held one and the same, also at the
+    observation before, 0 otherwise and for what counts up or is one number (positions, types of tokens).
+    In other phases, per such layer, against the training observations so far (10 at least), per column, beyond 8 of their standard deviations:
+    `input/columns_changed`, share of columns whose spread is off by more than 6 dB, and `input/column_change_db`, the largest change;
+    `input/columns_shifted`, share whose mean is off by more than one spread, and `input/column_shift`, the largest shift, in spreads.
+    `input/norms_in_training`, `input/dropouts_in_training`: BatchNorm and dropout modules that act as in training there, where the model is in train mode.
     **Cost:** hooks on observed steps only; about six passes over at most 2^20 values of each tensor, device, no wait. What
     torch.compile has compiled runs eagerly on observed training steps.
 
@@ -119,6 +129,7 @@ class InputsAttachment:
         self._model = model
         self._phases: dict[str, _Gathered] = {}
         self._phase = "train"
+        self._moving: dict[str, list[int]] = {}  # phase to BatchNorm and dropout modules that act as in training
         entries = [*([] if has_no_forward(model) else [model]), *callable_parts(model)]
         self._entries = [each for each in entries if takes_hooks(each)]
         self._source: nn.Module | str | None = None  # what is read: comparing two kinds of it would say nothing
@@ -135,7 +146,7 @@ class InputsAttachment:
                 self._handles.append(entry.register_forward_pre_hook(_Before(self), with_kwargs=True))
         elif not self.armed:
             self._release()
-        self._layers.arm(self.armed and phase == "train")
+        self._layers.arm(self.armed, phase)
 
     def wanted(self) -> bool:
         """Whether a pass that is under way is one to be read."""
@@ -151,6 +162,8 @@ class InputsAttachment:
         if self._source is None:
             self._source, self._entries = module, [module]
         if module is self._source:
+            if self._phase != "train" and self._phase not in self._moving:
+                self._moving[self._phase] = _in_train_mode(self._model)
             self.take([*tensors(args), *tensors(kwargs)])
 
     def take(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -185,18 +198,35 @@ class InputsAttachment:
                 self._source = "batch"
                 self.take(batch)
         columns = self._statistics(self._phases.pop(self._phase, _Gathered()))
+        drift = self._layers.drift(self._phase)
+        columns += [
+            Columns([Key(f"input/{name}", layer) for name in DRIFT], numbers, range(len(DRIFT)))
+            for layer, numbers in drift.items()
+        ]
         if self._phase == "train":
             columns += self._of_training()
+        elif columns and (moving := self._moving.pop(self._phase, None)) is not None:
+            keys = [Key("input/norms_in_training"), Key("input/dropouts_in_training")]
+            device = columns[0].tensor.device
+            columns.append(Columns(keys, stats.upload(list(map(float, moving)), torch.float32, device), [0, 1]))
         return Readings(columns) if columns else {}
 
     @staticmethod
     def _statistics(gathered: _Gathered) -> list[Columns]:
         columns = []
         for name, sums in gathered.sums.items():
-            calls, mean, square, power, change, length, constant = sums.unbind()
+            calls, mean, square, power, change, length, constant, levels = sums.unbind()
             rough = torch.where(power > 0, change / power, torch.zeros_like(power)).sqrt()
             level = (square / calls).sqrt()
-            values = (mean / calls, level, gathered.peaks[name], rough, length / calls, constant / calls)
+            values = (
+                mean / calls,
+                level,
+                gathered.peaks[name],
+                rough,
+                length / calls,
+                constant / calls,
+                levels / calls,
+            )
             kept = [4] if name in gathered.tokens else list(range(len(STATISTICS)))
             columns.append(Columns([Key(f"input/{STATISTICS[i]}{name}") for i in kept], torch.stack(values), kept))
         return columns
@@ -206,6 +236,8 @@ class InputsAttachment:
         copies = self._repeats.read()
         if copies is not None:
             columns.append(Columns([Key("input/repeated"), Key("input/returned")], copies, [0, 1]))
+        alike = self._layers.alike()
+        columns += [Columns([Key("input/alike", name)], flag.reshape(1), [0]) for name, flag in alike.items()]
         layers = self._layers.read()
         if layers:
             values = torch.stack([value.to(next(iter(layers.values())).device) for value in layers.values()])
@@ -228,6 +260,15 @@ class InputsAttachment:
             self._handles.pop().remove()
 
 
+def _in_train_mode(model: nn.Module) -> list[int]:
+    """Number of normalisations whose running statistics move, and of dropouts that drop, where the model as a whole is in train mode."""
+    if not model.training:
+        return [0, 0]
+    modules = [module for module in model.modules() if module.training]
+    norms = sum(isinstance(module, _BatchNorm) and module.track_running_stats for module in modules)
+    return [norms, sum(isinstance(module, _DropoutNd) and module.p > 0 for module in modules)]
+
+
 def _readable(x: Tensor) -> bool:
     # nested tensors have no common shape to ask for
     return not (x.is_nested or x.is_quantized) and x.layout == torch.strided and x.dim() > 0 and x.numel() > 0
@@ -240,7 +281,8 @@ def _real(x: Tensor) -> Tensor:
 def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
     """What one call adds to the sums of a tensor, and its largest absolute value.
 
-    1, mean and mean square of the values other than 0, mean square of all, mean square difference, length, share of constant items.
+    1, mean and mean square of the values other than 0, mean square of all, mean square difference, length, share of constant items, standard deviation of
+    the items' levels in dB.
     """
     length = float(x.shape[-1])
     x = x[:: -(-x.numel() // MOST_VALUES)]
@@ -251,5 +293,11 @@ def _measure(x: Tensor) -> tuple[Tensor, Tensor]:
     change = x.diff(dim=-1).square().mean() if x.shape[-1] > 1 else x.new_zeros(())
     share = (x != 0).to(x.dtype).mean().clamp(min=1 / x.numel())
     one, power = x.new_ones(()), x.square().mean()
-    sums = torch.stack([one, x.mean() / share, power / share, power, change, one * length, constant])
+    # silent items have no level; of fewer than two there is no spread
+    loud = items.square().mean(1)
+    heard = (loud > 0).to(x.dtype)
+    db, count = 10 * loud.clamp(min=1e-36).log10(), heard.sum().clamp(min=1)
+    middle = (db * heard).sum() / count
+    levels = (((db - middle).square() * heard).sum() / count).sqrt()
+    sums = torch.stack([one, x.mean() / share, power / share, power, change, one * length, constant, levels])
     return sums, torch.maximum(high.amax(), -low.amin())

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope._tree import plain
+from stethoscope.probes import _targets
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch.utils.hooks import RemovableHandle
 
@@ -44,7 +45,7 @@ _LOG_LOSSES = {
 _ARITHMETIC = frozenset(
     f"{name}Backward"
     for name in (
-        *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Sum", "Mean", "Dot"),
+        *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Abs", "Sum", "Mean", "Dot"),
         *("MaskedFill", "Where", "Stack", "Cat", "Gather"),
     )
 )
@@ -69,7 +70,12 @@ _SHAPES = frozenset(
     )
 )
 """What leaves values as they are."""
+_DIFFERENCES = frozenset(
+    f"{name}Backward" for name in ("Sub", "Rsub", "MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss")
+)
+"""Where outputs meet targets, value by value."""
 
+CROSSED = "crossed"
 _FURTHEST = 200  # nodes from the loss: sums of many terms have some tens
 _NAME = "stethoscope/module"
 
@@ -85,12 +91,17 @@ class LossInputs:
     has returned it where that is an activation: `loss/cross_entropy_input`, `loss/nll_input`, `loss/bce_input` (with logits),
     `loss/ctc_input`, of values
     0 something else, 1 a layer's own output, 2 softmax, 3 log-softmax, 4 sigmoid, 5 ReLU, 6 tanh, 7 a log-softmax over another axis
-    than that of the classes.
+    than that of the classes. Of differences between outputs and something without a gradient, `loss/crossed`, the size of the batch, where each
+    output of a batch meets each target: (items, 1) against (items,).
+
+    Where outputs and targets of one shape are given as well (`outputs=`, `targets=`, floating point): `output/rms`, `target/rms`, `target/low`,
+    `target/high`, and, under the module that has returned the outputs, `target/beyond` (mean square of what lies beyond the reach of the last
+    activation, over the variance of the targets) and `target/loss_gap` (how far the loss is, relative to itself, from the nearest usual error of the two).
 
     Only the first nodes of the graph are walked, from the loss to the operation before it; no tensor is read, so that this works for
     `torch.nn.functional.softmax` as well. What compiled code computes is one node, and cannot be told.
 
-    **Cost:** on observed steps one Python call per module and some tens of nodes; nothing in between. Never waits for the device.
+    **Cost:** on observed steps one Python call per module, some tens of nodes, and about ten passes over the targets; nothing in between. Never waits for the device.
 
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.
@@ -138,10 +149,14 @@ class _Walk:
         losses = [each for each in given.values() if each.numel() == 1 and each.grad_fn is not None]
         if not self._armed or not losses:
             return Readings(())
-        found = {Key(f"loss/{kind}_input", module): form for loss in losses for kind, module, form in _terms(loss)}
+        found = {
+            Key(f"loss/{kind}" if kind == CROSSED else f"loss/{kind}_input", module): form
+            for loss in losses
+            for kind, module, form in _terms(loss)
+        }
         values = [float(len(found)), *map(float, found.values())]
         numbers = stats.upload(values, torch.float32, losses[0].device)
-        return Readings([Columns([Key("loss/terms"), *found], numbers, range(len(values)))])
+        return Readings([Columns([Key("loss/terms"), *found], numbers, range(len(values))), *_compared(given, losses)])
 
     def detach(self) -> None:
         """See `Attachment`."""
@@ -149,6 +164,18 @@ class _Walk:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _compared(given: Mapping[str, Tensor], losses: Sequence[Tensor]) -> list[Columns]:
+    """Outputs and targets, and what made the outputs."""
+    both = _targets.pair(given)
+    if both is None or both[0].grad_fn is None:
+        return []
+    loss = given["loss"] if any(each is given.get("loss") for each in losses) else losses[0]
+    source: _Node = both[0].grad_fn
+    while _kind(source) in _SHAPES:
+        source = source.next_functions[0][0]
+    return _targets.measure(*both, loss, _signature(source), _kind(source))
 
 
 def _terms(loss: Tensor) -> Iterator[tuple[str, str, int]]:
@@ -173,8 +200,34 @@ def _terms(loss: Tensor) -> Iterator[tuple[str, str, int]]:
             yield _term("cross_entropy", node)  # labels are smoothed, or shares of classes
         elif kind == "BinaryCrossEntropyWithLogitsBackward":
             yield _term("bce", node)
-        elif kind in _ARITHMETIC or kind in _SHAPES:
+        elif kind in _ARITHMETIC or kind in _SHAPES or kind in _DIFFERENCES:
+            items = _crossed(node) if kind in _DIFFERENCES else 0
+            if items:
+                yield CROSSED, "", items
             waiting += [each for each, _ in node.next_functions]
+
+
+def _crossed(node: _Node) -> int:
+    """The size of a batch of which each output meets each target, 0 where they meet one by one.
+
+    Only one of the two may have a graph: differences between all outputs of a batch are what losses of ranks are made of.
+    """
+    nodes = [each for each, _ in node.next_functions if each is not None]
+    if len(nodes) != 1:
+        return 0
+    shape = _shape(nodes[0])
+    if _kind(nodes[0]) == "ExpandBackward":
+        crossed, shape = shape, _shape(nodes[0].next_functions[0][0])
+    else:
+        crossed = _shape(node)
+    items = crossed[0] if crossed else 0
+    return items if items > 1 and crossed == (items, items) and shape in ((items, 1), (items,)) else 0
+
+
+def _shape(node: _Node) -> tuple[int, ...]:
+    """Of what a node has made."""
+    known = getattr(node, "_input_metadata", ())
+    return tuple(known[0].shape) if known else ()
 
 
 def _term(name: str, node: _Node) -> tuple[str, str, int]:

@@ -21,3 +21,4 @@ from stethoscope.watches._overfit import Overfit as Overfit
 from stethoscope.watches._parameter_health import ParameterHealth as ParameterHealth
 from stethoscope.watches._plateau import Plateau as Plateau
 from stethoscope.watches._sparsity import Sparsity as Sparsity
+from stethoscope.watches._target_health import TargetHealth as TargetHealth

@@ -29,6 +29,13 @@ HALF, ENDLESS = 0.5, 5000  # share of the run, steps without a plan: CTC answers
 FEWEST = 8  # items of a batch that says anything about the order of the data: of four one class is chance
 ONE = 0.9  # share of a batch: by chance less than once in a million batches of two balanced classes
 CHANCE = 1e-9  # that so many items of one class come in a row by themselves
+NEVER = 6  # items of a rare class without a single answer of it: what recognises six of ten is so unlucky once in 250
+MISSES = log(1 / 0.4)  # each such item makes that 0.4 times as likely; many rare classes ask for more of them
+ALL, REST, FEW = (
+    0.99,
+    0.05,
+    100,
+)  # share of the answers; share of all other items that is recognised, and how many there are
 CONSTANT = 500  # items of one class, all of them: of a class with one item in a hundred some would have come
 
 
@@ -43,11 +50,14 @@ class ClassHealth:
       network begins like that. Without targets: every single answer is one class, for half of the planned run (5000 steps without a plan).
     - `class-imbalance`: a class, or all classes but the most frequent one together, is `imbalance` times rarer than the most frequent one,
       with `rare` items at least, and less than `recalled` of them are recognised, while more than half of all items are; not in the first
-      quarter of a planned run. Or the batches themselves, of eight items at least, five observed ones in a row that span 50 steps, are of one
+      quarter of a planned run. Or, in the second half of a planned run, a class as rare has not been answered once since training works, though six of
+      its items came (more where many classes are rare), in however many steps. Or, there as well, 99 % of the answers are the class of most
+      targets, and less than 5 % of the others (100 items at least) are recognised, for a quarter of the run (5000 steps without a plan);
+      a `prediction-collapse` where the others together are not `imbalance` times rarer. Or the batches themselves, of eight items at least, five observed ones in a row that span 50 steps, are of one
       class each (nine tenths): another one from time to time (data in order); or of one class alone that was not alone before (more items in
       a row than chance gives once in 1e9, by its share before), or 500 items from the start.
 
-    Of sequences and images (`tokens/...`), rare classes are none of its business.
+    Of sequences and images (`tokens/...`), rare classes are none of its business as long as anything but the most frequent one is recognised.
 
     **Cost:** host only, O(classes) per observed step. **Needs:** `probes.Classes`: `step(loss=loss, logits=..., targets=...)`.
 
@@ -83,7 +93,16 @@ class ClassHealth:
 
     def init(self) -> State:
         """Nothing counted."""
-        return {"held": {}, "counts": [], "plan": None, "lr": None, "usual": [], "single": [], "alone": [0, 0.0, 0.0]}
+        return {
+            "held": {},
+            "counts": [],
+            "plan": None,
+            "lr": None,
+            "usual": [],
+            "single": [],
+            "alone": [0, 0.0, 0.0],
+            "unanswered": [],
+        }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
@@ -119,8 +138,14 @@ class ClassHealth:
         if total >= self.items:
             judging.steps = max(SPAN, int(SHARE * (plan or 0)))
             self._collapse(judging, answers, targets, total, warms_up=warms_up)
-            if group == "classes" and not (plan and step < YOUNG * plan):
-                self._imbalance(judging, targets, right, total)
+            late = step >= HALF * (plan or 0)
+            if group == "classes":
+                unanswered = _unanswered(state["unanswered"], latest) if sum(right) > 0.5 * total else []
+                state = {**state, "unanswered": unanswered}
+                if not (plan and step < YOUNG * plan):
+                    self._imbalance(judging, targets, right, total, unanswered if late else [])
+            judging.steps = int(YOUNG * plan if plan and late else plan or ENDLESS)
+            self._majority(judging, answers, targets, right, total)
         return {**state, "held": judging.held, "counts": counts}, judging.findings
 
     @staticmethod
@@ -193,17 +218,57 @@ class ClassHealth:
                 values={"class": most, "share": share, "meant": meant},
             )
 
-    def _imbalance(self, judging: Judging, targets: list[float], right: list[float], total: float) -> None:
+    def _never(self, unanswered: list[list[float]]) -> list[str]:
+        """Rare classes that came often enough since they were last answered."""
+        counts, since = [count for count, _ in unanswered], [missed for _, missed in unanswered]
+        rare = [i for i, count in enumerate(counts) if count > 0 and self.imbalance * count <= max(counts)]
+        enough = NEVER + log(max(1, len(rare))) / MISSES
+        return [str(i) for i in rare if since[i] >= enough]
+
+    def _majority(
+        self, judging: Judging, answers: list[float], targets: list[float], right: list[float], total: float
+    ) -> None:
+        """Judge a model that says what most targets are, and nothing else."""
+        most = targets.index(max(targets))
+        others, hits = total - targets[most], sum(right) - right[most]
+        majority = answers[most] >= ALL * total and 2 * targets[most] > total and others >= FEW and hits < REST * others
+        told = judging.held.get("class-imbalance", {}).get("told")
+        if judging.model("majority", majority and not told):
+            share = targets[most] / total
+            said = (
+                f"{answers[most] / total:.1%} of the answers are class {most}, as {share:.1%} of the targets are; of the {1 - share:.1%} that are "
+                f"not, {hits / others:.1%} is recognised."
+            )
+            values = {"class": most, "share": share, "answered": answers[most] / total, "recall": hits / others}
+            if targets[most] < self.imbalance * others:
+                advice = "The model ignores its input: look at whether labels belong to their inputs, at the learning rate and at dead units."
+                judging.tell(Finding("prediction-collapse", "warning", said, advice), values=values)
+                return
+            advice = (
+                "Is this class padding, background or an unknown token? Leave it out of the loss (ignore_index), weigh it down, or look for labels that "
+                "were lost on the way (another vocabulary, masks of another depth)."
+            )
+            judging.tell(Finding("class-imbalance", "warning", said, advice), values=values)
+
+    def _imbalance(
+        self, judging: Judging, targets: list[float], right: list[float], total: float, unanswered: list[list[float]]
+    ) -> None:
         most, works = max(targets), sum(right) > 0.5 * total
 
         def missed(count: float, hit: float) -> bool:
             return works and count >= self.rare and self.imbalance * count <= most and hit < self.recalled * count
 
-        each = [(str(i), count, hit) for i, (count, hit) in enumerate(zip(targets, right, strict=True))]
         # of many rare classes, each may have too few items to be judged alone
         others = ("", total - most, sum(right) - right[targets.index(most)])
+        each = [(str(i), count, hit) for i, (count, hit) in enumerate(zip(targets, right, strict=True))]
         told = [name for name, count, hit in [others, *each] if missed(count, hit)]
-        news = judging.hold("class-imbalance", told, ["", *(name for name, _, _ in each)], times=3)
+        if never := [] if told else self._never(unanswered):
+            each, most = (
+                [(str(i), count, 0.0) for i, (count, _) in enumerate(unanswered)],
+                max(c for c, _ in unanswered),
+            )
+        looked = [name for name, count, _ in [others, *each] if count >= self.rare]  # of few items nobody can tell
+        news = judging.hold("class-imbalance", told or never, looked, times=3)
         if not news:
             return
         name, count, hit = next(row for row in [*each, others] if row[0] == news[-1])
@@ -218,3 +283,13 @@ class ClassHealth:
             ),
             values={"class": int(name) if name else -1, "count": count, "most": most, "recall": hit / count},
         )
+
+
+def _unanswered(before: list[list[float]], latest: list[list[float]]) -> list[list[float]]:
+    """Per class, how many items came since the training works, and how many of them since it was last an answer."""
+    predicted, targets, _ = latest
+    before = before if len(before) == len(targets) else [[0.0, 0.0]] * len(targets)
+    return [
+        [count + target, 0.0 if answer else missed + target]
+        for (count, missed), answer, target in zip(before, predicted, targets, strict=True)
+    ]

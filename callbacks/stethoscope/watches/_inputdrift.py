@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope._record import Finding
 from stethoscope.probes import Inputs
+from stethoscope.watches import _metric_names as names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,13 @@ _ENOUGH = 5
 _SPREADS = 4.0
 """Standard deviations over training observations; chance exceeds that in one of 10,000 for a normal spread."""
 
+_FAR = 10.0
+"""Standard deviations from which a smaller difference will do: batches that are all alike make it sure, however small it is."""
+
+_MANY, _ONE_DB, _ONE = 0.25, 20.0, 10.0
+"""Share of the columns that are off together, or how far a single one must be: a factor of ten in spread, ten spreads in mean. One column of
+many, such as the year, may go its own way."""
+
 
 class _Quantity(NamedTuple):
     """What is compared, from which record, beyond which difference."""
@@ -29,16 +37,17 @@ class _Quantity(NamedTuple):
     text: str
     unit: str
     least: float
+    small: float
     severity: Severity
     advice: str
 
 
 _QUANTITIES = (
-    _Quantity("input/rms", "level", "dB", 6.0, "warning", "Normalise in the same way in all phases; look for int16 samples on one side."),
-    _Quantity("input/mean", "mean", "", 0.5, "warning", "Subtract the same mean in all phases: the statistics of the training data."),
-    _Quantity("input/roughness", "roughness (fine structure)", "dB", 3.0, "warning", "Compare sample rate, resampling, filtering or resizing of both data sets."),
-    _Quantity("input/length", "length", "dB", 12.0, "info", "Fine for utterances after training on segments; models with limited memory or learned positions may suffer."),
-    _Quantity("input/constant", "share of constant items", "", 0.25, "warning", "Look for silence, padding items or unreadable files that became zeros."),
+    _Quantity("input/rms", "level", "dB", 6.0, 4.0, "warning", "Normalise in the same way in all phases; look for int16 samples on one side."),
+    _Quantity("input/mean", "mean", "", 0.5, 0.25, "warning", "Subtract the same mean in all phases: the statistics of the training data."),
+    _Quantity("input/roughness", "roughness (fine structure)", "dB", 3.0, 3.0, "warning", "Compare sample rate, resampling, filtering or resizing of both data sets."),
+    _Quantity("input/length", "length", "dB", 12.0, 12.0, "info", "Fine for utterances after training on segments; models with limited memory or learned positions may suffer."),
+    _Quantity("input/constant", "share of constant items", "", 0.25, 0.25, "warning", "Look for silence, padding items or unreadable files that became zeros."),
 )  # fmt: skip
 
 
@@ -48,8 +57,12 @@ class InputDrift:
 
     **What it decides:** `input-drift` when the mean over a phase differs from that over training by more than 4
     standard deviations of the training observations (at least 5 of them) *and* by more than: level (rms) 6 dB; mean 0.5 of
-    the rms; roughness 3 dB; share of constant items 0.25; length a factor of 4 (info). `input-constant` when at
+    the rms; roughness 3 dB; share of constant items 0.25; length a factor of 4 (info). Beyond 10 standard deviations, 4 dB of level and a mean of 0.25 of
+    the rms will do. Or, of what a trained layer is given as data, a quarter of the columns (features, channels) have another spread (6 dB) or mean (one
+    spread), beyond 8 standard deviations each (of at least 10 observations), or a single one by 20 dB or ten spreads. `input-constant` when at
     least half of the items of a training step's first tensor are constant.
+    `validation-in-train-mode` when the model is in train mode in a phase of validation or test and BatchNorm modules take its batches into their running
+    statistics (an info where there is only dropout, which some leave on by purpose).
     The first tensor of 8 and more values per item is judged: masks, timesteps, what a decoder is given and targets differ on purpose.
     Raised again only after the phase was back within its bounds. Drift within training (a curriculum) is no finding.
     **Cost:** host, O(tensors).   **Needs:** `Inputs`; other phases run inside of `monitor.phase(name)`.
@@ -91,6 +104,8 @@ class InputDrift:
                 train[record.name] = _welford(train.get(record.name, [0, 0.0, 0.0]), value)
             elif record.name in train and train[record.name][0] >= _ENOUGH:
                 self._compare(quantity, record, value, train[record.name], raised, found)
+        _columns(records, raised, found)
+        _modes(records, raised, found)
         return {"train": train, "raised": raised}, found
 
     @staticmethod
@@ -100,7 +115,7 @@ class InputDrift:
         number, mean, squares = seen
         spread = sqrt(squares / (number - 1))
         key = f"{record.phase} {record.name}"
-        if abs(value - mean) <= max(_SPREADS * spread, quantity.least):
+        if abs(value - mean) <= min(max(_SPREADS * spread, quantity.least), max(_FAR * spread, quantity.small)):
             if key in raised:
                 raised.remove(key)
             return
@@ -112,8 +127,8 @@ class InputDrift:
             Finding(
                 "input-drift",
                 quantity.severity,
-                f"In phase {record.phase} the {quantity.text} of the input is {_text(value)}{unit}, in training "
-                f"{_text(mean)}{unit} (standard deviation {_text(spread)}{unit}, {number:.0f} steps).",
+                f"In phase {record.phase} the {quantity.text} of the input is {_text(value, unit)}{unit}, in training "
+                f"{_text(mean, unit)}{unit} (standard deviation {_text(spread, unit)}{unit}, {number:.0f} steps).",
                 quantity.advice,
                 step=record.step,
                 phase=record.phase,
@@ -144,6 +159,67 @@ class InputDrift:
             )
 
 
+def _columns(records: Sequence[Record], raised: list[str], found: list[Finding]) -> None:
+    """Judge the columns of what layers are given."""
+    layers: dict[tuple[str, str], dict[str, float]] = {}
+    for record in records:
+        if record.source == "probe" and record.phase != "train" and isinstance(record.value, (int, float)):
+            layers.setdefault((record.phase, record.module), {})[record.name] = float(record.value)
+    for (phase, layer), now in layers.items():
+        if "input/columns_changed" not in now:
+            continue
+        changed, db = now["input/columns_changed"], now["input/column_change_db"]
+        shifted, shift = now["input/columns_shifted"], now["input/column_shift"]
+        whole = any(
+            f"{phase} input/{name}" in raised for name in ("rms", "mean")
+        )  # then all columns follow, and that is said
+        off = (changed >= _MANY or db > _ONE_DB or shifted >= _MANY or shift > _ONE) and not whole
+        key = f"{phase} columns {layer}"
+        if not off or key in raised:
+            raised[:] = [each for each in raised if off or each != key]
+            continue
+        raised.append(key)
+        found.append(
+            Finding(
+                "input-drift",
+                "warning",
+                f"In phase {phase}, {changed:.0%} of the columns that {layer!r} is given have another spread than in training (by up to {db:.1f} dB), and "
+                f"{shifted:.0%} another mean (by up to {shift:.1f} of their spreads).",
+                "Compare order and scaling of the features: one function, fitted on the training data, for all phases.",
+                step=max(record.step for record in records),
+                module=layer,
+                phase=phase,
+                evidence={"columns_changed": changed, "change_db": db, "columns_shifted": shifted, "shift": shift},
+            )
+        )
+
+
+def _modes(records: Sequence[Record], raised: list[str], found: list[Finding]) -> None:
+    """Judge the mode in which a validation runs."""
+    counts = {record.name: record for record in records if record.name.endswith("s_in_training")}
+    norms, drops = (counts.get(f"input/{kind}_in_training") for kind in ("norms", "dropouts"))
+    if norms is None or drops is None or names.phase(norms.phase) not in {"val", "test"}:
+        return
+    key, told = f"{norms.phase} mode", bool(norms.value or drops.value)
+    if told and key not in raised:
+        raised.append(key)
+        batches = f"{norms.value:.0f} BatchNorm modules normalise by its own batches and take them into their running statistics"
+        found.append(
+            Finding(
+                "validation-in-train-mode",
+                "warning" if norms.value else "info",
+                f"The model is in train mode in phase {norms.phase}: {batches if norms.value else f'{drops.value:.0f} dropout modules drop'}.",
+                "Call model.eval() before it, and model.train() after it: torch.no_grad() does neither.",
+                step=norms.step,
+                phase=norms.phase,
+                rank=norms.rank,
+                evidence={"norms": norms.value, "dropouts": drops.value},
+            )
+        )
+    elif not told and key in raised:
+        raised.remove(key)
+
+
 def _value(quantity: _Quantity, record: Record, rms: object) -> float | None:
     """The number that is compared: decibels for ratios, the mean in units of the rms; None for none."""
     assert isinstance(record.value, (int, float))
@@ -157,8 +233,9 @@ def _value(quantity: _Quantity, record: Record, rms: object) -> float | None:
     return value
 
 
-def _text(value: float) -> str:
-    return f"{round(value, 1) + 0.0:.1f}"  # no minus before zero
+def _text(value: float, unit: str) -> str:
+    digits = 1 if unit == " dB" else 2
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before zero
 
 
 def _welford(seen: list[Any], value: float) -> list[float]:

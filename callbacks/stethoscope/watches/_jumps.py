@@ -27,6 +27,8 @@ PERIOD = 1000
 FAR = 10.0  # times the bar, or 80 deviations: no tail of a loss reaches so far, but a batch on another scale does
 FAR_OFTEN = 2  # of these within PERIOD steps; more of them warn, however usual they are in this run
 NEWS = 6.0  # times the rate of spikes before: six equally rare events come so much later than expected in one of fifty runs
+BEATS = 6  # equal distances in a row: spikes that come by chance repeat one distance of 20 steps four times once in ten million runs
+MISSED = 3  # beats; of two spikes in a row, the one between may have stayed below the bar
 FALLING = 0.1  # share of a leap, per HOLD steps: with less it stays up
 RECOVERED = 0.5  # share of a leap: what has fallen by as much learns again
 CEILING = 80.0  # -10 log10(1e-8): what SI-SDR losses return for a ratio of zero
@@ -52,7 +54,8 @@ class Jumps:
     first level (or the median of the first three values, where that is higher) to the best one:
     a *spike* is a value above `median + max(8 sd+, 25 % of drop)`; single ones are infos, at most one per 100 steps, and
     more than 5 within 1000 steps are a warning, unless they came at more than a sixth of that rate before, from the start: then the loss
-    has heavy tails; more than 2 that go 10 times as far as the bar are one always. *Diverged*: the median lies above its best by more than
+    has heavy tails; more than 2 that go 10 times as far as the bar are one always, and so are 7 and more at one distance in steps
+    that go above the level at which the run began and do not fall: what comes there, the same file or shard in each round, is not learnt. *Diverged*: the median lies above its best by more than
     `25 % of drop + 2 sd` for 50 steps and does not fall again (a tenth of the leap per 50 steps; what has lost half of it, such as a
     harder stage of a curriculum, is compared with its new level), or three values in a row are NaN or Inf. *+80 dB*: three values in a row within
     0.05 of 80, which is what an SI-SDR loss with eps 1e-8 returns for a zero output or a silent target. Differences
@@ -101,6 +104,7 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
             "began": None,
             "spiked": 0,
             "far": [],
+            "beat": None,
             "inside": False,
             "high_since": None,
             "peak": 0.0,
@@ -195,7 +199,11 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
         state["spiked"] += 1
         far = [at for at in state["far"] if at > step - PERIOD]
         state["far"] = far = [*far, step][-FAR_OFTEN - 1 :] if value > level + FAR * bar else far
+        state["beat"] = beat = _beat(state["beat"], step, value, state["first"])
         numbers = {"value": value, "level": level, "bar": level + bar, "spikes": len(spikes)}
+        if beat["told"] == step and not state["often"]:
+            state.update(often=True, told=step)
+            return [self._regular(state, beat, numbers)]
         text = f"{self.name} leaps to {value:.4g}, from a level of {level:.4g} (bar {level + bar:.4g})"
         frequent = len(spikes) > RATE and self._new_rate(state, spikes)
         often = frequent or len(far) > FAR_OFTEN
@@ -211,6 +219,18 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
         advice = "Look at the batch of that step (a bad sample?); clip gradients, or lower the learning rate."
         severity: Severity = "warning" if often else "info"
         return [Jump(code="loss-spike", severity=severity, message=text, advice=advice, evidence=numbers)]
+
+    def _regular(self, state: dict[str, Any], beat: dict[str, Any], numbers: dict[str, Any]) -> Jump:
+        message = (
+            f"{self.name} leaps every {beat['every']} steps, {len(beat['heights'])} times so far, to {numbers['value']:.4g} now from a level of "
+            f"{numbers['level']:.4g}, and to {_median(beat['heights'][:3]):.4g} at first, above its start: what comes there is not learnt."
+        )
+        advice = (
+            "Look at the batches of these steps: a shard or file that is damaged, not decoded or of another kind, labels of another version. "
+            "If another task or loss has its turn there by plan, log it under a name of its own."
+        )
+        severity: Severity = "info" if state["optimizers"] > 1 else "warning"
+        return Jump("loss-spike", severity, message, advice, {**numbers, "every": beat["every"]})
 
     @staticmethod
     def _new_rate(state: dict[str, Any], spikes: Sequence[int]) -> bool:
@@ -261,3 +281,23 @@ def _level(values: Sequence[float]) -> tuple[float, float, float]:
     middle = ordered[n // 2]
     sd = (ordered[(3 * n) // 4] - ordered[n // 4]) / 1.349
     return middle, sd, max(sd, (ordered[(9 * n) // 10] - middle) / 1.2816)
+
+
+def _beat(before: dict[str, Any] | None, step: int, value: float, start: float) -> dict[str, Any]:
+    """Take in one spike: the distance at which they come, and how high they reach; `told` is the step at which that is news."""
+    if before is None:
+        return {"last": step, "every": 0, "heights": [value], "told": None}
+    gap, every, told = step - before["last"], before["every"], before["told"]
+    heights = [*before["heights"], value]
+    if not every or gap % every or gap > MISSED * every:
+        every, heights, told = gap, heights[-2:], None  # the spike before is the first of a new series
+    lately, first = _median(heights[-3:]), _median(heights[:3])
+    if told is None and len(heights) > BEATS and lately >= first and lately > start:
+        told = step
+    if len(heights) > 2 * BEATS:
+        heights = [*heights[:3], *heights[4:]]
+    return {"last": step, "every": every, "heights": heights, "told": told}
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]

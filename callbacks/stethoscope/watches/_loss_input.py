@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding
 from stethoscope.probes import LossInputs
-from stethoscope.watches._streaks import Judging
+from stethoscope.watches._streaks import Judging, train_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 LAYER, SOFTMAX, LOG_SOFTMAX, SIGMOID, RELU, TANH, OTHER_AXIS = range(1, 8)
 """What `loss/<kind>_input` says, see `probes.LossInputs`."""
+
+
+EXACT = 1e-3  # relative gap up to which a loss is what outputs and targets make; smoothed labels lie within [0, 1]
 
 
 class _Kind(NamedTuple):
@@ -72,6 +76,9 @@ class LossInput:
       returned right before; `nll_loss` or `ctc_loss` is given a layer's own output or one of these, or a log-softmax over another axis
       than that of the classes. Info for a log-softmax before a cross entropy, which is harmless.
 
+      Or each output of a batch is compared with each target, (items, 1) against (items,); or `binary_cross_entropy_with_logits` has targets
+      below 0 or above 1, in three observed steps in a row.
+
     Reshaping, masking and casts in between do not hide it; anything else (a scale, a sum) does. What models do inside, such as the
     softmax of an attention, does not count.
 
@@ -109,7 +116,42 @@ class LossInput:
             news = judging.hold(name, hits, forms)
             if news:
                 _tell(judging, kind, news[0], forms[news[0]])
+        _crossed(judging, [r.value for r in terms if r.name == "loss/crossed" and isinstance(r.value, float)])
+        _no_probabilities(judging, records)
         return {"held": judging.held, "looked": True}, judging.findings
+
+
+def _crossed(judging: Judging, sizes: Sequence[float]) -> None:
+    if judging.model("crossed", bool(sizes)):
+        items = int(max(sizes))
+        judging.tell(
+            Finding(
+                "loss-input-mismatch",
+                "warning",
+                f"The loss compares each of {items} outputs with each of {items} targets: shapes ({items}, 1) and ({items},) make ({items}, {items}), "
+                "and the best that a model can do is to return the mean.",
+                "Give both the same shape: outputs.squeeze(-1), or targets.unsqueeze(-1).",
+            ),
+            values={"items": items},
+        )
+
+
+def _no_probabilities(judging: Judging, records: Sequence[Record]) -> None:
+    names = ("loss/bce_input", "target/low", "target/high", "target/loss_gap")
+    terms, *values = train_values(records, *names).values()
+    numbers = [next(iter(found.values()), None) for found in values]
+    low, high, gap = (math.nan if number is None else number for number in numbers)
+    outside = bool(terms) and gap < EXACT and (low < -EXACT or high > 1 + EXACT)
+    if judging.hold("no-probabilities", [""] if outside else [], [""], times=3):
+        judging.tell(
+            Finding(
+                "loss-input-mismatch",
+                "warning",
+                f"binary cross entropy has targets between {low:.3g} and {high:.3g}, but takes probabilities: the loss has no lowest value.",
+                "Make labels 0 and 1 (labels of 1 and 2, or -1 and 1, come from files like that), or take the loss that they were made for.",
+            ),
+            values={"low": low, "high": high},
+        )
 
 
 def _tell(judging: Judging, kind: _Kind, module: str, form: int) -> None:

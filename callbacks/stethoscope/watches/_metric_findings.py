@@ -222,6 +222,21 @@ def stuck(at: At, name: str, value: float, seen: int) -> Finding:
     )
 
 
+def echoes(at: At, name: str, value: float, seen: int) -> Finding:
+    """Say that the loss of validation is that of training."""
+    return Finding(
+        "metric-phase-mismatch",
+        "warning",
+        f"{name!r} in the {at.phase} metrics is the loss of the last training step, bit for bit, in {seen} evaluations in a row ({value:.6g} now).",
+        "Log what validation has computed: a variable of the training loop has the same name, or the value is cached.",
+        at.step,
+        "",
+        at.phase,
+        at.rank,
+        _evidence(metric=name, value=value, seen=seen),
+    )
+
+
 def only_in_train(at: At, name: str, given: Iterable[str], nearest: str | None) -> Finding:
     """Say that validation does not report what training does."""
     meant = f" Nearest name: {nearest!r}." if nearest else ""
@@ -241,6 +256,21 @@ def only_in_train(at: At, name: str, given: Iterable[str], nearest: str | None) 
             train="number",
             val="missing",
         ),
+    )
+
+
+def none_in_val(at: At, *, name: str, seen: int) -> Finding:
+    """Say that validation has never a value for what training reports."""
+    return Finding(
+        "metric-phase-mismatch",
+        "warning",
+        f"{name!r} is a number in train, and was None in all of {seen} evaluations in val.",
+        "Find the branch that computes it: is it skipped in eval mode or without gradients? A checkpoint or scheduler that follows it has nothing to go by.",
+        at.step,
+        "",
+        at.phase,
+        at.rank,
+        _evidence(metric=name, train="number", val="none", seen=seen),
     )
 
 

@@ -217,6 +217,7 @@ class _Dictionary:
         values = {slot.bare: self.records[slot.place].value for slot in self.plan.slots}
         finite = {bare: value for bare, value in values.items() if isinstance(value, float) and value - value == 0.0}
         loss = next((value for bare, value in finite.items() if names.loss(bare)), None)
+        self._echoes(finite)
         for slot in self.plan.slots:
             value = finite.get(slot.bare)
             if value is None or slot.bare not in self.keys or not stuck.is_result(slot.bare, value, rate=slot.rate):
@@ -224,8 +225,18 @@ class _Dictionary:
             before = self.keys[slot.bare].get("streak")
             streak = stuck.follow(before and stuck.Streak(*before), value, self.at.step or 0, loss, level)
             self._change(slot.bare, streak=list(streak))
-            if stuck.is_stuck(streak, loss, level, self.state.get("planned", 0)):
+            if stuck.is_stuck(streak, loss, level, self.state.get("planned", 0), rate=slot.rate):
                 self._say("metric-constant", slot.bare, findings.stuck, slot.raw, value, streak.seen)
+
+    def _echoes(self, finite: dict[str, float]) -> None:
+        """Look for a loss of validation that is the one of the last training step."""
+        for slot in self.plan.slots:
+            if slot.bare not in finite or slot.bare not in self.keys or not names.loss(slot.bare):
+                continue
+            echo = stuck.echo(self.keys[slot.bare].get("echo", []), finite[slot.bare], self.state.get("latest"))
+            self._change(slot.bare, echo=echo)
+            if len(echo) >= stuck.ECHOES:
+                self._say("metric-phase-mismatch", slot.bare, findings.echoes, slot.raw, echo[-1], len(echo))
 
     def _type(self, slot: Slot, kind: str, rule: str, value: float | None = None) -> None:
         declared = slot.field is not None

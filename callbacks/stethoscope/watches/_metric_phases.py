@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 ZEROS = 3
 """Exact zeros that validation must report for an accuracy that training does not know, before it counts as made up."""
 
+BLANKS = 3
+"""Evaluations in which a metric must be None that training computes: one may have had nothing to count."""
+
 
 def seen(entry: Mapping[str, Any], phase: Mapping[str, Any]) -> int:
     """Return how many dictionaries of a phase held a key."""
@@ -59,6 +62,12 @@ def _only_in_train(
         entry = train["keys"].get(bare)
         if not numbers(entry, train) or names.bookkeeping(bare) or contract.find(entry["raw"], "train") is not None:
             continue
+        blank = val["keys"].get(bare)
+        if blank is not None and not numbers(blank, val) and blank["rounds"] >= BLANKS:
+            yield (
+                f"metric-phase-mismatch|none|{bare}",
+                partial(findings.none_in_val, name=entry["raw"], seen=blank["rounds"]),
+            )
         # A numerator and a denominator, wer_num and wer_denom, are the metric too: it is their quotient.
         if _in(contract, bare, val["keys"]) is None and not any(part.startswith(f"{bare}_") for part in parts):
             yield f"metric-phase-mismatch|train|{bare}", partial(_named, name=entry["raw"], given=given)

@@ -21,6 +21,10 @@ SHARE = 0.5
 """Of the planned run: a recogniser has no sentence right for the first third of a good one."""
 GAIN = 0.3
 """Share of its absolute value that a loss must have fallen by."""
+GOOD = 0.9
+"""Of an accuracy that has moved before: what is right this often, of a small set, is often the same number for the rest of the run."""
+ECHOES = 3
+"""Evaluations in a row whose loss is, bit for bit, that of the last training step, each another one."""
 
 _HIGHER = re.compile(
     r"exact|em|match|matched|precision|map|mrr|ndcg|rouge|meteor|hits?|psnr|ssim|sdr|sisdr|snr|sisnr|pesq|stoi|kappa|mcc|r2|score"
@@ -37,6 +41,7 @@ class Streak(NamedTuple):
         first, last: steps.
         loss: in validation, at the first; None where there is none.
         trained: level of the training loss until the first; None where there is none.
+        moved: whether there were other values before.
     """
 
     value: float
@@ -45,6 +50,7 @@ class Streak(NamedTuple):
     last: int
     loss: float | None
     trained: float | None
+    moved: bool = False
 
 
 def stepped(state: State, records: Sequence[Record]) -> State:
@@ -57,7 +63,7 @@ def stepped(state: State, records: Sequence[Record]) -> State:
             state = {**state, "planned": value}
         elif record.name == "loss" and record.phase == "train":
             total, count, level = state.get("trained", (0.0, 0, None))
-            state = {**state, "trained": [total + value, count + 1, level]}
+            state = {**state, "trained": [total + value, count + 1, level], "latest": value}
     return state
 
 
@@ -77,12 +83,34 @@ def is_result(bare: str, value: float, *, rate: bool) -> bool:
 def follow(streak: Streak | None, value: float, step: int, loss: float | None, trained: float | None) -> Streak:
     """Take in one value."""
     if streak is None or streak.value != value:
-        return Streak(value, 1, step, step, loss, trained)
+        return Streak(value, 1, step, step, loss, trained, streak is not None)
     return streak._replace(seen=streak.seen + (step > streak.last), last=step)
 
 
-def is_stuck(streak: Streak, loss: float | None, trained: float | None, planned: float) -> bool:
-    """Whether the values are equal for long enough, while the loss of validation or of training has improved by much."""
+def echo(before: Sequence[float], value: float, latest: float | None) -> list[float]:
+    """Take in a loss of validation; return those in a row that were the last training loss, each another number.
+
+    Examples:
+        >>> echo([0.5], 0.4, 0.4), echo([0.5], 0.5, 0.5), echo([0.5, 0.4], 0.31, 0.3)
+        ([0.5, 0.4], [0.5], [])
+    """
+    if value != latest:
+        return []
+    return list(before) if before and before[-1] == value else [*before[-ECHOES:], value]
+
+
+def is_stuck(streak: Streak, loss: float | None, trained: float | None, planned: float, *, rate: bool = False) -> bool:
+    """Whether the values are equal for long enough, while the loss of validation or of training has improved by much.
+
+    Args:
+        streak: of equal values.
+        loss: in validation, now.
+        trained: level of the training loss, now.
+        planned: steps of the run, 0 where unknown.
+        rate: whether it is an accuracy.
+    """
+    if rate and streak.moved and (GOOD <= streak.value <= 1 or streak.value >= 100 * GOOD):
+        return False
     long = streak.last - streak.first >= SHARE * planned if planned else streak.seen >= ALONE
     return streak.seen >= FEWEST and long and (_improved(streak.loss, loss) or _improved(streak.trained, trained))
 

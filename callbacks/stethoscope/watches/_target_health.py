@@ -1,0 +1,132 @@
+"""`TargetHealth`: targets that the outputs of a regression cannot get to."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from stethoscope._record import Finding
+from stethoscope.probes import LossInputs
+from stethoscope.watches._streaks import Judging, train_values
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stethoscope._protocols import Probe, State
+    from stethoscope._record import Record
+
+TIMES, SPAN = 5, 50  # observed steps in a row, and steps that they span at least
+EXACT = 1e-3  # relative: what is given is what the loss compares, up to rounding in half precision
+FAR = 1e3  # rms, as of data: weights and biases begin as if it were about 1
+ARRIVED = 0.5  # share of the targets' rms from which outputs are under way to them
+
+
+class _Seen(NamedTuple):
+    """What a step has said."""
+
+    module: str
+    output: float
+    rms: float
+    low: float
+    high: float
+    beyond: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class TargetHealth:
+    """Reports targets beyond the last activation, on another scale than the outputs, or without any content.
+
+    **What it decides**, from outputs and targets of one shape, for five observed steps in a row that span 50 steps, and only where the loss is, to
+    0.1 %, one of their usual errors (squared, absolute, smooth absolute, binary cross entropy with logits), so that they are what is trained on:
+
+    - `activation-saturated`: the targets lie beyond what the last activation can return, by a mean square of `beyond` times their variance: that much
+      of it cannot be explained, whatever the model learns.
+    - `input-range`: the targets' rms is above 1000, and the outputs' less than half of it.
+    - `input-constant`: all targets are one number, the same in each of these steps.
+
+    **Cost:** host only, O(1) per observed step. **Needs:** `probes.LossInputs`: `step(loss=loss, outputs=..., targets=...)` with graphs.
+
+    Args:
+        beyond: share of the targets' variance.
+
+    Examples:
+        >>> from stethoscope.testing import replay, series
+        >>> said = {"output/rms": 0.5, "target/rms": 1.0, "target/low": -2.0, "target/high": 2.0, "target/beyond": 0.6, "target/loss_gap": 0.0}
+        >>> records = series(range(0, 300, 50), **{name: [value] * 6 for name, value in said.items()})
+        >>> [finding.code for finding in replay(TargetHealth(), records)]
+        ['activation-saturated']
+    """
+
+    _: KW_ONLY
+    beyond: float = 0.1
+
+    @property
+    def needs(self) -> tuple[Probe, ...]:
+        """Outputs, targets and the loss."""
+        return (LossInputs(),)
+
+    def init(self) -> State:
+        """Nothing seen."""
+        return {"held": {}, "constant": None, "looked": False}
+
+    def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
+        """See `Watch`."""
+        if any(record.name == "loss/terms" for record in records):
+            state = {**state, "looked": True}
+        seen = _seen(records)
+        if seen is None:
+            return state, ()
+        judging = Judging(state["held"], records[0].step, TIMES, SPAN)
+        meant = seen.gap < EXACT
+        if judging.model("activation-saturated", meant and seen.beyond > self.beyond):
+            judging.tell(_unreachable(seen), values={"beyond": seen.beyond, "low": seen.low, "high": seen.high})
+        if judging.model("input-range", meant and seen.rms > FAR and seen.output < ARRIVED * seen.rms):
+            judging.tell(_far(seen), values={"targets": seen.rms, "outputs": seen.output})
+        same = seen.low == seen.high and state["constant"] in (None, seen.low)
+        if judging.model("input-constant", meant and same):
+            judging.tell(_constant(seen), values={"value": seen.low})
+        constant = seen.low if seen.low == seen.high else None
+        return {**state, "held": judging.held, "constant": constant}, judging.findings
+
+
+def _seen(records: Sequence[Record]) -> _Seen | None:
+    names = ("output/rms", "target/rms", "target/low", "target/high", "target/beyond", "target/loss_gap")
+    values = train_values(records, *names)
+    module = next(iter(values["target/beyond"]), None)
+    if module is None or any(module not in found for found in values.values()):
+        return None
+    return _Seen(module, *(values[name][module] for name in names))
+
+
+def _unreachable(seen: _Seen) -> Finding:
+    what = repr(seen.module) if seen.module else "The last activation"
+    return Finding(
+        "activation-saturated",
+        "warning",
+        f"{what} cannot return what it should: targets lie between {seen.low:.3g} and {seen.high:.3g}, and {seen.beyond:.0%} of their variance "
+        "is beyond its range.",
+        "Take the activation out of the last layer, scale targets into its range, or take one whose range fits (none for targets of any size, softplus "
+        "for positive ones).",
+        module=seen.module,
+    )
+
+
+def _far(seen: _Seen) -> Finding:
+    return Finding(
+        "input-range",
+        "warning",
+        f"Targets have an rms of {seen.rms:.3g}, outputs one of {seen.output:.3g}: weights and biases begin as if both were about 1, and training is "
+        "spent on the way.",
+        "Standardise the targets with mean and spread of the training data (or take their logarithm), and undo it where outputs are shown; or set the "
+        "last bias to their mean.",
+    )
+
+
+def _constant(seen: _Seen) -> Finding:
+    return Finding(
+        "input-constant",
+        "warning",
+        f"All targets of these steps are {seen.low:.6g}: there is nothing to learn but this number.",
+        "Print the targets of one batch: a column that is missing and was filled, a file that could not be read, a cast to whole numbers.",
+    )
