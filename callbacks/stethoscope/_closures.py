@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stethoscope._dropped import unhook_optimizers
+from stethoscope._record import FindingsError
 from stethoscope.audits._nonfinite_run import scalar
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Closures:
             loss = closure()
             try:
                 return self._after_evaluation(optimizer, evaluations, loss)
+            except FindingsError:  # what `guard="raise"` is for
+                raise
             except Exception as error:
                 self._failed(error)
                 return loss
