@@ -41,7 +41,7 @@ def missing_is_minus_999(t: Training) -> None:
     t.sample = sample
 
 
-@fault(autoencoder, "loss-plateau", "stalled-optimisation", "output-constant", "feature-constant", "prediction-collapse", then=(*STUCK, *FLAT, "overtraining", "dead-units", "activation-vanishing", "update-ratio-high"))  # fmt: skip
+@fault(autoencoder, "dropout-high", "loss-plateau", "stalled-optimisation", "output-constant", "feature-constant", "prediction-collapse", then=(*STUCK, *FLAT, "overtraining", "dead-units", "activation-vanishing", "update-ratio-high"))  # fmt: skip
 def keep_rate_as_dropout(t: Training) -> None:
     """`Dropout(0.95)` behind each layer, from code whose argument was the share that is kept. TheDeepChecker: dropout;
     Humbatova: regularisation."""
