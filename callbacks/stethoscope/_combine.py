@@ -38,6 +38,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "parameter/norm": "rms",
     "parameter/update_ratio": "rms",
     "parameter/unchanged": "min",
+    "parameter/outward": "mean",
     "parameter/nonfinite": "max",
     "density/elements": "mean",
     "density/blocks": "mean",
@@ -52,6 +53,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "input/repeated": "mean",
     "input/returned": "mean",
     "input/column_rms": "max",
+    "input/items_db": "mean",
     "separation": "mean",
 }
 """Record name, without `input_` and without the path of a tensor, to operation. What is not here stays with its rank."""

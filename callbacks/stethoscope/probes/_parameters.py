@@ -41,7 +41,7 @@ class Parameters:
     step's change over the larger of the norms before and after, from a regular sample of up to 2048 values (about
     1e-3 is usual; 1 for a weight that starts at zero), and with it, of the model as a whole, `parameter/outward`: the cosine between a
     parameter's change and the parameter as it was, in [-1, 1], mean over those that have moved (1 where all of them grow in place, -1
-    where they shrink); `parameter/unchanged`, 1 where not one bit has changed over the
+    where they shrink, 0 where none has moved); `parameter/unchanged`, 1 where not one bit has changed over the
     step; `parameter/nonfinite`, 1 where the norm was NaN or Inf when the step's first forward pass began, that is before
     this step's gradients could spread it (left out where it was finite).
 
@@ -339,8 +339,7 @@ def _outward(owners: Tensor, before: Tensor, after: Tensor, count: int) -> Tenso
     moved, size = _squares(owners, change, count), _squares(owners, before, count)
     along = torch.zeros_like(size).index_add_(0, owners, change * before)
     both = (moved * size).sqrt()
-    # NaN, which no threshold meets, where nothing has moved
-    return ((along / both.clamp(min=torch.finfo(both.dtype).tiny)).sum() / (both > 0).sum()).view(1)
+    return ((along / both.clamp(min=torch.finfo(both.dtype).tiny)).sum() / (both > 0).sum().clamp(min=1)).view(1)
 
 
 def _update_norms(group: _Group, values: Sequence[Tensor], after: Tensor) -> Tensor:
