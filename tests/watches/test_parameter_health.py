@@ -276,6 +276,13 @@ def test_two_optimizers_that_use_one_gradient_are_told():
     assert ("optimizer-duplicate-parameters", "warning", "6") in train(model, after=clip)
 
 
+def test_one_optimizer_that_lists_a_parameter_twice_is_told():
+    model = mlp()
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = torch.optim.SGD([*model.parameters(), *model[-1].parameters()], lr=1e-2)
+    assert train(model, optimizer) == [("optimizer-duplicate-parameters", "warning", "6")]
+
+
 def test_a_wrapper_around_an_optimizer_is_one():
     model = mlp()
     assert train(model, Outer(torch.optim.SGD(model.parameters(), lr=0.01))) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,8 @@ class Optimizers:
     `optimizer/in_eval`, how many modules a step found acting as in validation (BatchNorm, dropout), all of them and the model itself
     being in eval mode (left out where there are none); `optimizer/known`, optimizers that hold any of the parameters and have ever stepped;
     `optimizer/total`, calls of `step` since the monitor began; `optimizer/decay`, the largest share of a weight that a step's weight
-    decay takes by itself, see `decay_of` (left out where it is none); `parameter/optimizers`, how many have stepped a parameter with one and
-    the same gradient (left out where it is one); `gradient/carried`, share in [0, 1] of a few followed parameters whose gradient still holds that of the step before;
+    decay takes by itself, see `decay_of` (left out where it is none); `parameter/optimizers`, how often a parameter is stepped with one and
+    the same gradient, by several or by one that lists it several times (left out where it is once); `gradient/carried`, share in [0, 1] of a few followed parameters whose gradient still holds that of the step before;
     `optimizer/nonfinite`, 1 where the state kept for a parameter holds NaN or Inf (left out where it does not).
 
     **Cost:** one global hook on optimizers, which counts and compares two numbers per step; on observed steps two reductions per
@@ -121,6 +122,7 @@ class OptimizerHooks:
         self._index = {id(parameter): i for i, (_, parameter) in enumerate(self._names)}
         self._known: dict[int, int] = {}  # optimizer -> number of parameters when it was last looked through
         self._held: set[int] = set()
+        self._listed: Counter[int] = Counter()  # parameter -> how often one optimizer has it
         self._model = model
         self._moody = [module for module in model.modules() if _has_moods(module)]
         self._armed = False
@@ -169,6 +171,7 @@ class OptimizerHooks:
             self._known[id(optimizer)] = count
             ours = self._ours(optimizer)
             self._held |= {id(each) for each in ours}
+            self._listed |= Counter(id(each) for each in ours)
             self._turns.holds(optimizer, ours)
             if ours:
                 self._holders.add(id(optimizer))
@@ -231,7 +234,10 @@ class OptimizerHooks:
             count = len(names)
             trainable = [role for role in roles if role != FROZEN]
             share = sum(role != UNHELD for role in trainable) / max(1, len(trainable))
-            twice = [(name, many) for name, each in self._names if (many := self._turns.twice.get(id(each), 1)) > 1]
+            many = {
+                id(each): max(self._turns.twice.get(id(each), 1), self._listed[id(each)]) for _, each in self._names
+            }
+            twice = [(name, many[id(each)]) for name, each in self._names if many[id(each)] > 1]
             facts = {
                 "optimizer/steps": float(self._steps),
                 "optimizer/held_fraction": share,
@@ -240,7 +246,7 @@ class OptimizerHooks:
                 "optimizer/in_eval": float(self._in_eval),
                 "optimizer/decay": self._decay,
             }
-            values = [*roles, *held, *facts.values(), *(float(many) for _, many in twice)]
+            values = [*roles, *held, *facts.values(), *(float(times) for _, times in twice)]
             numbers, start = self._upload(values, device), 2 * count
             always = len(facts) - 2
             keys = [Key(name) for name in facts]

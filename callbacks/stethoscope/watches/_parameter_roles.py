@@ -103,15 +103,15 @@ def _unheld(judging: Judging, names: Sequence[str], gradients: Values, roles: Va
 
 
 def duplicates(judging: Judging, twice: Values, roles: Values) -> None:
-    """Judge parameters that several optimizers have stepped with one and the same gradient."""
+    """Judge parameters that are stepped several times with one and the same gradient."""
     news = judging.hold("optimizer-duplicate-parameters", twice, roles)
     if news:
         judging.tell(
             Finding(
                 "optimizer-duplicate-parameters",
                 "warning",
-                f"{len(news)} parameters ({listing(news)}) are stepped by {twice[news[0]]:.0f} optimizers in each step, with one and the same "
-                "gradient: they move twice as far as each learning rate says.",
+                f"{len(news)} parameters ({listing(news)}) are stepped {twice[news[0]]:.0f} times in each step with one and the same gradient, by several optimizers or by one "
+                "that lists them several times: they move as many times as far as the learning rate says.",
                 "Split the parameters by name into disjoint lists, one per optimizer, and assert that together they are all.",
                 module=owner(news[0]),
             ),
