@@ -1,6 +1,6 @@
 """Precision and recall of `presets.full()` on seeded faults and healthy runs, and of peers on the same.
 
-    python tests/benchmarks/bench_faults.py [--held-out] [--peers] [--jobs 2] [--markdown docs/scoreboard.md]
+    python tests/benchmarks/bench_faults.py [--held-out] [--peers all] [--jobs 2] [--markdown docs/scoreboard.md]
     python tests/benchmarks/bench_faults.py --only dead_relu        # one case, everything that was said
 
 Without `--held-out`, the cases that may be looked at while watches are written. Those held out, in `faults/blind_4`, are run
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import pickle
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import product
 from pathlib import Path
 
 from faults import _page
@@ -36,14 +35,20 @@ def again(r: Result) -> Result:
 
 def command(arguments: argparse.Namespace) -> str:
     """What a reader has to type for the same page."""
-    flags = [flag for flag, on in (("--held-out", arguments.held_out), ("--peers", arguments.peers)) if on]
+    flags = [
+        flag for flag, on in (("--held-out", arguments.held_out), (f"--peers {arguments.peers}", arguments.peers)) if on
+    ]
     return " ".join(["python tests/benchmarks/bench_faults.py", *flags, "--jobs 2 --markdown docs/scoreboard.md"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--held-out", action="store_true", help="those held out, too")
-    parser.add_argument("--peers", action="store_true", help="torch-audit, TorchLens, trainpulse, training-doctor")
+    parser.add_argument(
+        "--peers",
+        choices=["seen", "all"],
+        help="torch-audit, TorchLens, trainpulse, training-doctor, on the seen cases or on all",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--markdown", type=Path, help="write the page to this file")
     parser.add_argument("--resume", type=Path, help="keep results in this file, and take those that it has")
@@ -52,12 +57,15 @@ def main() -> None:
     names = [n for n, case in CASES.items() if arguments.only in n and (arguments.held_out or not case.held_out)]
     observers = [name for name in OBSERVERS if name == "stethoscope" or arguments.peers]
     present = [name for name in observers if installed(name)]
+    few = [name for name in names if not CASES[name].held_out] if arguments.peers == "seen" else names
+    cases = {name: names if name == "stethoscope" else few for name in present}
     done: dict[tuple[str, str], Result | float] = {}
     if arguments.resume and arguments.resume.exists():
         kept = pickle.loads(arguments.resume.read_bytes())
         done = {key: again(value) if isinstance(value, Result) else value for key, value in kept.items()}
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        todo = {pool.submit(one, *key): key for key in product(present, names) if key not in done}
+        keys = [(observer, name) for observer in present for name in cases[observer]]
+        todo = {pool.submit(one, *key): key for key in keys if key not in done}
         if not arguments.only:
             todo |= {pool.submit(cost, name): (name, "cost") for name in present if (name, "cost") not in done}
         for job in as_completed(todo):
@@ -66,7 +74,7 @@ def main() -> None:
                 fresh = arguments.resume.with_suffix(".new")
                 fresh.write_bytes(pickle.dumps(done))
                 fresh.replace(arguments.resume)  # whole at any time, also when cut off
-    results = {name: [done[name, case] for case in names] for name in present}
+    results = {name: [done[name, case] for case in cases[name]] for name in present}
     if arguments.only:
         for name, found in results.items():
             print(*(_page.at_length(name, result) for result in found), sep="\n")

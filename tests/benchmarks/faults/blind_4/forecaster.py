@@ -110,7 +110,7 @@ def states_thrown_away(t: Training) -> None:
     t.model = Bypassed()
 
 
-@fault(forecaster, "gradient-zero", "feature-constant", "output-constant", "dead-units", "parameter-unchanged", modules=("dropout", "head", ""), then=(*STUCK, *FLAT, "module-unused", "update-ratio-low", "activation-vanishing"))  # fmt: skip
+@fault(forecaster, "dropout-high", "gradient-zero", "feature-constant", "output-constant", "dead-units", "parameter-unchanged", modules=("dropout", "head", ""), then=(*STUCK, *FLAT, "module-unused", "update-ratio-low", "activation-vanishing"))  # fmt: skip
 def dropout_of_one(t: Training) -> None:
     """`dropout=1`, one percent to its author, zeroes everything in training. TheDeepChecker: dropout; Humbatova: regularisation."""
     t.model = forecaster.Forecaster(dropout=1.0)
