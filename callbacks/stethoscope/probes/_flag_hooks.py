@@ -24,6 +24,8 @@ INDEX, CALL, SITE = 2, 8, 12
 """Bits of a code: input or output, outermost or not, six for the tensor, four for the call, the rest for the module."""
 NONE = -1
 """A row that is not there yet."""
+_GONE = object()
+"""Instead of an output: what a hook is called with that has been removed meanwhile."""
 
 
 class Site:
@@ -80,9 +82,11 @@ class After(Hook):
         self.exact = is_exact(module)
         self.hands_on = (self.exact or is_finite(module)) and not site.enters
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object = _GONE
+    ) -> None:
         attached = self.attached
-        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing():
+        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing() or output is _GONE:
             return
         try:
             if self.hands_on and self._hand_on(module, args, kwargs, output):
