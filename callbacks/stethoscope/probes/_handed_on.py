@@ -1,7 +1,8 @@
 """Values that need not be read, since they are finite where what was read just before is.
 
 Half of what a transformer's layer passes from module to module leaves a dropout or an activation function, which cannot make NaN or
-Inf of finite values.
+Inf of finite values. What is written into such a value through `.data` stays unseen until the next module that is read, since torch
+counts no such write.
 """
 
 from __future__ import annotations
