@@ -124,6 +124,77 @@ def test_what_is_done_behind_an_activation_function_is_seen():
     assert flagged(Functional(plant), torch.randn(64, WIDTH)) >= {"dropout", "more"}
 
 
+def test_what_is_written_into_the_result_of_an_activation_function_is_seen():
+    class Writes(Functional):
+        def forward(self, x):
+            x = torch.nn.functional.gelu(self.linear(x))  # whose backward pass does not need the result
+            with torch.no_grad():
+                x[2, 2] = math.nan
+            return self.more(self.dropout(x))
+
+    assert flagged(Writes(), torch.randn(64, WIDTH)) == {"", "dropout", "more"}
+
+
+def test_what_a_model_returns_is_read_although_an_activation_function_made_it():
+    class Log(nn.Module):
+        def forward(self, x):
+            return -(x * 0).abs().log()
+
+    class Gate(nn.Sequential):
+        def forward(self, x):
+            return torch.sigmoid(super().forward(x))
+
+    model = Gate(nn.Linear(WIDTH, WIDTH), Log())
+    assert flagged(model, torch.randn(64, WIDTH)) == {"1"}
+    assert flagged(model, torch.randn(64, WIDTH), "activation/outermost_nonfinite") == set()
+
+
+ODD = [
+    (nn.ELU(math.nan), "elu"),
+    (nn.LeakyReLU(math.inf), "leaky_relu"),
+    (nn.Softplus(0.0), "softplus"),
+    (nn.CELU(math.nan), "celu"),
+]
+
+
+@pytest.mark.parametrize(("part", "name"), ODD, ids=[name for _, name in ODD])
+def test_an_activation_function_with_an_impossible_factor_is_read(part, name):
+    x = torch.randn(64, WIDTH)
+    function, given = (
+        getattr(torch.nn.functional, name),
+        next(value for value in vars(part).values() if type(value) is float),
+    )
+    assert flagged(nn.Sequential(nn.Linear(WIDTH, WIDTH), part, nn.Linear(WIDTH, WIDTH)), x) == {"", "1", "2"}
+
+    class Calls(Functional):
+        def forward(self, x):
+            return self.more(self.dropout(function(self.linear(x), given)))
+
+    assert flagged(Calls(), x) == {"", "dropout", "more"}
+
+
+def test_a_tensor_that_is_not_read_leaves_the_flags_of_the_last_one_where_they_are():
+    class Lengths(nn.Module):
+        def forward(self, lengths):
+            return lengths
+
+    class Ragged(Functional):
+        def __init__(self):
+            super().__init__()
+            self.lengths = Lengths()
+
+        def forward(self, x):
+            x = self.linear(x)
+            self.lengths(torch.arange(5, device="meta"))  # as where the activations are on a GPU, the lengths not
+            return self.more(self.dropout(x))
+
+    model = Ragged()
+    assert flagged(model, torch.randn(64, WIDTH)) == set()
+    with torch.no_grad():
+        model.linear.bias[3] = math.nan
+    assert flagged(model, torch.randn(64, WIDTH)) == {"", "linear", "dropout", "more"}
+
+
 class Halves(nn.Module):
     """Returns two results of one operation, the first of which has a NaN."""
 

@@ -138,3 +138,17 @@ def test_a_monitor_that_is_closed_while_torch_goes_through_the_hooks_of_a_call_s
     optimizer.step()
     assert not model.inner._forward_hooks
     assert len(model._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("end", ["close", "step"])
+def test_a_monitor_that_is_closed_or_stepped_between_the_hooks_behind_a_call_stops_nothing(end):
+    model = Root()
+    flags = probes.Activations(statistics=("nonfinite",), every=2)
+    monitor = Monitor(model, probes=[flags, probes.Activations(every=2), probes.Inputs(every=2)])
+    for module in (model, model.inner):
+        module.register_forward_hook(lambda *_: getattr(monitor, end)(), prepend=True)
+    for _ in range(5):
+        model(torch.ones(2, 4), scale=2.0).sum().backward()
+    monitor.close()
+    assert [len(module._forward_hooks) for module in model.modules()] == [1, 1]
+    assert "part-disabled" not in [f.code for f in monitor.findings]

@@ -11,7 +11,7 @@ from torch._C import _is_tracing  # called at each call of each module: no funct
 from torch._C import _set_grad_enabled as set_grad_enabled  # what torch.no_grad() calls, without its 2 us
 from torch.compiler import is_compiling
 
-from stethoscope.probes._handed_on import is_exact, is_finite, is_untouched
+from stethoscope.probes._handed_on import factor_of, is_exact, is_finite, is_tame, is_untouched
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._passes import MAX_CALLS
 from stethoscope.probes._tape import SMALL
@@ -24,6 +24,8 @@ INDEX, CALL, SITE = 2, 8, 12
 """Bits of a code: input or output, outermost or not, six for the tensor, four for the call, the rest for the module."""
 NONE = -1
 """A row that is not there yet."""
+_GONE = object()
+"""Instead of an output: what a hook is called with that has been removed meanwhile."""
 
 
 class Site:
@@ -72,17 +74,20 @@ class Before(Hook):
 
 
 class After(Hook):
-    __slots__ = ("attached", "code", "enters", "exact", "hands_on", "site")
+    __slots__ = ("attached", "code", "enters", "exact", "factor", "hands_on", "site")
 
     def __init__(self, attached: FlagHooks, site: Site, module: nn.Module) -> None:
         self.attached, self.site = attached, site
         self.code, self.enters = site.index << SITE, site.enters
         self.exact = is_exact(module)
+        self.factor = factor_of(module)
         self.hands_on = (self.exact or is_finite(module)) and not site.enters
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object = _GONE
+    ) -> None:
         attached = self.attached
-        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing():
+        if is_compiling() or not attached.armed or get_ident() != attached.thread or _is_tracing() or output is _GONE:
             return
         try:
             if self.hands_on and self._hand_on(module, args, kwargs, output):
@@ -109,6 +114,8 @@ class After(Hook):
         if kwargs or len(args) != 1 or last is None or not (self.exact or attached.last_returned):
             return False
         if not (attached.depth and attached.inputs and is_untouched(module, output)):
+            return False
+        if self.factor and not is_tame(getattr(module, self.factor)):
             return False
         if args[0] is not last:
             if not (type(args[0]) is Tensor and attached.follow(args[0])):

@@ -170,19 +170,21 @@ class FlagHooks:
         here = self.here
         known = value is self.last and version == self.last_version
         if here is None or not known or (self.last_inherited and code & OUTERMOST):
+            small = version >= 0 and type(value) is Tensor and is_small(value)
+            # what the model returns is read: it decides alone whether a step without a loss is bad
+            followed = not small and not code & OUTERMOST and self.follow(value)
+            real = value if small or followed else _countable(value)
+            if real is None:  # before anything is changed: numbers of the last tensor count on its own device
+                return
             if here is None or here.device != value.device:
                 place = self._phase, value.device
                 if here is not None:
                     self._catch_up(here)
                 here = self.here = self._gathered.get(place) or self._gathered.setdefault(place, _Gathered(place[1]))
-            small = version >= 0 and type(value) is Tensor and is_small(value)
             if small and code in self.stable:
                 here.pending.append((code, len(here.rows), value, version))
                 self._add_row(here, NONE)
-            elif small or not self.follow(value):
-                real = value if small else _countable(value)
-                if real is None:
-                    return
+            elif not followed:
                 if small:
                     self._tried.append((code, value, version))
                 self._add_row(here, here.tape.write(real))

@@ -1,7 +1,8 @@
 """Values that need not be read, since they are finite where what was read just before is.
 
 Half of what a transformer's layer passes from module to module leaves a dropout or an activation function, which cannot make NaN or
-Inf of finite values.
+Inf of finite values. What is written into such a value through `.data` stays unseen until the next module that is read, since torch
+counts no such write.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ _FUNCTIONS = {
     "EluBackward0", "GeluBackward0", "HardsigmoidBackward0", "HardswishBackward0", "HardtanhBackward0", "LeakyReluBackward0",
     "LogSigmoidBackward0", "MishBackward0", "ReluBackward0", "SigmoidBackward0", "SiluBackward0", "SoftplusBackward0", "TanhBackward0",
 }  # fmt: skip
+_FACTORS = {nn.CELU: "alpha", nn.ELU: "alpha", nn.LeakyReLU: "negative_slope", nn.Softplus: "beta"}
+_SAVED = {
+    "EluBackward0": "_saved_alpha", "LeakyReluBackward0": "_saved_negative_slope", "SoftplusBackward0": "_saved_beta",
+}  # fmt: skip
+"""A number that a user gives to an activation function, and that can make NaN or Inf of finite values."""
 _ROOMY = (torch.float32, torch.bfloat16, torch.float64)
 """In float16 a dropout's factor 1 / (1 - p) can overflow on its own."""
 
@@ -35,6 +41,16 @@ def is_finite(module: nn.Module) -> bool:
     return type(module) in _FINITE and "forward" not in module.__dict__
 
 
+def factor_of(module: nn.Module) -> str:
+    """The attribute of an activation function that must be `is_tame` at each call, or nothing."""
+    return _FACTORS.get(type(module), "")
+
+
+def is_tame(factor: object) -> bool:
+    """Whether neither a number nor its inverse can take finite values out of range: zero, NaN and huge ones may."""
+    return type(factor) in (int, float) and 1e-3 <= abs(factor) <= 1e3  # type: ignore[arg-type]  # mypy knows isinstance alone
+
+
 def is_untouched(module: nn.Module, output: Tensor) -> bool:
     """Whether what a module returned is as it was computed: no hook but ours can have changed it, nor a narrow dtype."""
     return (
@@ -47,9 +63,12 @@ def is_untouched(module: nn.Module, output: Tensor) -> bool:
 
 def is_activation_of(value: Tensor, x: Tensor | None) -> bool:
     """Whether autograd made a value by an activation function of `x` alone; False where gradients are off."""
-    if x is None or value._is_view():  # noqa: SLF001  # asking some views for their function is an error
+    # asking some views for their function is an error; gradients off, a value can be written to and keep its function
+    if x is None or value._is_view() or value._version:  # noqa: SLF001
         return False
     made, before = value.grad_fn, x.grad_fn
-    if made is None or before is None or made.name() not in _FUNCTIONS:
+    if made is None or before is None or (name := made.name()) not in _FUNCTIONS:
+        return False
+    if name in _SAVED and not is_tame(getattr(made, _SAVED[name])):
         return False
     return made.next_functions[0] == (before, x.output_nr)  # an operation may have several results
