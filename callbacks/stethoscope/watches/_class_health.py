@@ -50,7 +50,7 @@ class ClassHealth:
       network begins like that. Without targets: every single answer is one class, for half of the planned run (5000 steps without a plan).
     - `class-imbalance`: a class, or all classes but the most frequent one together, is `imbalance` times rarer than the most frequent one,
       with `rare` items at least, and less than `recalled` of them are recognised, while more than half of all items are; not in the first
-      quarter of a planned run. Or, in the second half of a planned run, a class as rare has not been answered once since training works, though six of
+      quarter of a planned run. A class that came first within the last five of these steps is new. Or, in the second half of a planned run, a class as rare has not been answered once since training works, though six of
       its items came (more where many classes are rare), in however many steps. Or, there as well, 99 % of the answers are the class of most
       targets, and less than 5 % of the others (100 items at least) are recognised, for a quarter of the run (5000 steps without a plan);
       a `prediction-collapse` where the others together are not `imbalance` times rarer. Or the batches themselves, of eight items at least, five observed ones in a row that span 50 steps, are of one
@@ -143,7 +143,8 @@ class ClassHealth:
                 unanswered = _unanswered(state["unanswered"], latest) if sum(right) > 0.5 * total else []
                 state = {**state, "unanswered": unanswered}
                 if not (plan and step < YOUNG * plan):
-                    self._imbalance(judging, targets, right, total, unanswered if late else [])
+                    new = self._newcomers([each[1] for each in counts])
+                    self._imbalance(judging, targets, right, total, unanswered if late else [], new)
             judging.steps = int(YOUNG * plan if plan and late else plan or ENDLESS)
             self._majority(judging, answers, targets, right, total)
         return {**state, "held": judging.held, "counts": counts}, judging.findings
@@ -218,6 +219,12 @@ class ClassHealth:
                 values={"class": most, "share": share, "meant": meant},
             )
 
+    def _newcomers(self, targets: list[list[float]]) -> set[str]:
+        """Classes that have only just begun, as a curriculum brings them: rare in the sum, and not learnt yet."""
+        half = len(targets) // 2
+        early, late = ([sum(column) for column in zip(*rows, strict=True)] for rows in (targets[: half or 1], targets))
+        return {str(i) for i, count in enumerate(late) if count >= self.rare and early[i] == 0}
+
     def _never(self, unanswered: list[list[float]]) -> list[str]:
         """Rare classes that came often enough since they were last answered."""
         counts, since = [count for count, _ in unanswered], [missed for _, missed in unanswered]
@@ -251,7 +258,13 @@ class ClassHealth:
             judging.tell(Finding("class-imbalance", "warning", said, advice), values=values)
 
     def _imbalance(
-        self, judging: Judging, targets: list[float], right: list[float], total: float, unanswered: list[list[float]]
+        self,
+        judging: Judging,
+        targets: list[float],
+        right: list[float],
+        total: float,
+        unanswered: list[list[float]],
+        new: set[str],
     ) -> None:
         most, works = max(targets), sum(right) > 0.5 * total
 
@@ -261,8 +274,8 @@ class ClassHealth:
         # of many rare classes, each may have too few items to be judged alone
         others = ("", total - most, sum(right) - right[targets.index(most)])
         each = [(str(i), count, hit) for i, (count, hit) in enumerate(zip(targets, right, strict=True))]
-        told = [name for name, count, hit in [others, *each] if missed(count, hit)]
-        if never := [] if told else self._never(unanswered):
+        told = [name for name, count, hit in [others, *each] if name not in new and missed(count, hit)]
+        if never := [] if told else [name for name in self._never(unanswered) if name not in new]:
             each, most = (
                 [(str(i), count, 0.0) for i, (count, _) in enumerate(unanswered)],
                 max(c for c, _ in unanswered),
