@@ -20,7 +20,7 @@ TIMES, SPAN = 5, 50  # observed steps in a row, and steps that they span at leas
 EXACT = 1e-3  # relative: what is given is what the loss compares, up to rounding in half precision
 FAR = 1e3  # rms, as of data: weights and biases begin as if it were about 1
 ARRIVED = 0.5  # share of the targets' rms from which outputs are under way to them
-TAILS = 10.0  # times the rms: few outliers make it, which neither outputs nor a standardisation would follow
+TAILS = 6.0  # times the rms (the most that 36 values can have): few outliers make it, which neither outputs nor a standardisation would follow
 RARE = 20  # observed steps in a row of zeros alone, from the start: of events that one batch in five holds, one would have come
 CHANCE = 1e-6  # that so many batches of one number come in a row by themselves, by how many there were before
 
@@ -46,7 +46,7 @@ class TargetHealth:
 
     - `activation-saturated`: the targets lie beyond what the last activation can return, by a mean square of `beyond` times their variance: that much
       of it cannot be explained, whatever the model learns.
-    - `input-range`: the targets' rms is above 1000, and the outputs' less than half of it; not where few outliers make it (a tenth of the largest).
+    - `input-range`: the targets' rms is above 1000, and the outputs' less than half of it; not where few outliers make it (the largest is six times the rms).
     - `input-constant`: all targets are one number, the same in each of these steps. Of zeros alone, 20 observed steps from the start: events may be
       rare. Where targets were anything else before, so many that chance gives them once in 1e6, by the share of such batches before. An info where
       several optimizers step: one player of a game is told to say "real" each time.
