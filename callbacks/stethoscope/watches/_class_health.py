@@ -102,6 +102,7 @@ class ClassHealth:
             "single": [],
             "alone": [0, 0.0, 0.0],
             "unanswered": [],
+            "known": [],
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -134,6 +135,10 @@ class ClassHealth:
             [sum(column) for column in zip(*rows, strict=True)] for rows in zip(*counts, strict=True)
         )
         state = self._batches(judging, state, latest[1])
+        # what came in the older half of the steps, now or ever, is no newcomer of a curriculum
+        older = [each[1] for each in counts[: len(counts) // 2 or 1]]
+        known = sorted({*state.get("known", ()), *(i for row in older for i, count in enumerate(row) if count)})
+        state = {**state, "known": known}
         total = sum(targets)
         if total >= self.items:
             judging.steps = max(SPAN, int(SHARE * (plan or 0)))
@@ -143,7 +148,7 @@ class ClassHealth:
                 unanswered = _unanswered(state["unanswered"], latest) if sum(right) > 0.5 * total else []
                 state = {**state, "unanswered": unanswered}
                 if not (plan and step < YOUNG * plan):
-                    new = self._newcomers([each[1] for each in counts])
+                    new = {str(i) for i in range(len(targets)) if i not in known}
                     self._imbalance(judging, targets, right, total, unanswered if late else [], new)
             judging.steps = int(YOUNG * plan if plan and late else plan or ENDLESS)
             self._majority(judging, answers, targets, right, total)
@@ -218,12 +223,6 @@ class ClassHealth:
                 ),
                 values={"class": most, "share": share, "meant": meant},
             )
-
-    def _newcomers(self, targets: list[list[float]]) -> set[str]:
-        """Classes that have only just begun, as a curriculum brings them: rare in the sum, and not learnt yet."""
-        half = len(targets) // 2
-        early, late = ([sum(column) for column in zip(*rows, strict=True)] for rows in (targets[: half or 1], targets))
-        return {str(i) for i, count in enumerate(late) if count >= self.rare and early[i] == 0}
 
     def _never(self, unanswered: list[list[float]]) -> list[str]:
         """Rare classes that came often enough since they were last answered."""
