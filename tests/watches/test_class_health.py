@@ -164,3 +164,18 @@ def test_a_rare_class_is_told_once_however_many_of_it_lie_in_the_window():
     seen = {i: [0] * 60 + [1] * (4 if i % 20 < 10 else 0) for i in range(60)}
     found = replay(ClassHealth(), observed(seen.get, lambda i: [0] * len(seen[i]), plan=600))
     assert [f.code for f in found] == ["class-imbalance"]
+
+
+@pytest.mark.parametrize(("comes", "codes"), [(300, []), (0, ["class-imbalance"])])
+def test_a_class_that_a_curriculum_brings_is_new_before_it_is_rare(comes, codes):
+    def step(at):
+        """Class 2 has eight items of 108 a step from `comes` on, and is recognised after thirty steps; without a curriculum never."""
+        third = 8.0 if at >= comes else 0.0
+        right = third if comes and at >= comes + 30 else 0.0
+        rows = {"predicted": (50.0, 50.0 + third - right, right), "target": (50.0, 50.0, third), "right": (50.0, 50.0, right)}
+        for name, counts in rows.items():
+            yield Record(f"classes/{name}", Histogram((0.0, 1.0, 2.0, 3.0), counts), at, kind="histogram")
+
+    records = [Record("plan/steps", 600, 0, source="step"), *(each for at in range(0, 600, 10) for each in step(at))]
+    watch = ClassHealth(imbalance=6.0)
+    assert [found.code for found in replay(watch, records)] == codes

@@ -85,6 +85,11 @@ def test_numbers_out_of_range_are_refused(wrong):
         LearningRate(**wrong)
 
 
+def second_stage(step):
+    start, warm_up, end = (0, 5, 100) if step < 100 else (100, 30, 400)
+    return min(1.0, (step - start) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * (step - start) / (end - start)))
+
+
 def warmed_up(optimizer):
     up = schedules.LinearLR(optimizer, 0.01, total_iters=10)
     return schedules.SequentialLR(optimizer, [up, schedules.CosineAnnealingLR(optimizer, 80)], [10])
@@ -113,6 +118,7 @@ def test_a_cosine_that_goes_on_behind_its_end(schedule):
         pytest.param(lambda o: schedules.CosineAnnealingWarmRestarts(o, 10, T_mult=2), id="longer restarts"),
         pytest.param(lambda o: schedules.LambdaLR(o, lambda i: 0.5 - 0.5 * math.cos(i / 20)), id="waves from zero"),
         pytest.param(lambda o: schedules.CosineAnnealingLR(o, 40, eta_min=0.01), id="waves on purpose"),
+        pytest.param(lambda o: schedules.LambdaLR(o, second_stage), id="second stage with a longer warm-up"),
     ],
 )  # fmt: skip
 def test_a_rate_that_goes_round_on_purpose(schedule):

@@ -590,6 +590,19 @@ def test_weights_that_double_while_they_turn_are_well():
     assert replay(ParameterHealth(), records) == []
 
 
+@pytest.mark.parametrize(("arrives", "told"), [(True, False), (False, True)])
+def test_weights_that_began_too_small_arrive(arrives, told):
+    records = [
+        Record(name, value, step, module)
+        for step in range(0, 300, 10)
+        for name, value, module in (
+            ("parameter/norm", 2.0 + (6 * (1 - 2.0 ** (-step / 30)) if arrives else 0.03 * step), "a.weight"),
+            ("parameter/outward", 0.8, ""),
+        )
+    ]
+    assert ("weight-norm-drift" in [found.code for found in replay(ParameterHealth(), records)]) is told
+
+
 @pytest.mark.parametrize(("gain", "depth", "told"), [(4.0, 12, True), (4.0, 3, False), (1.5, 12, False)])
 def test_gains_compound_with_depth(gain, depth, told):
     model = mlp(depth, 64, lambda w: nn.init.normal_(w, std=gain / w.shape[1] ** 0.5))

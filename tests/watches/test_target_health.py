@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stethoscope import Monitor
+from stethoscope.testing import replay, series
 from stethoscope.watches import LossInput, TargetHealth
 
 
@@ -69,9 +70,30 @@ def test_targets_without_standardisation_and_outputs_that_have_arrived():
 
 
 def test_targets_that_are_one_number():
-    assert train(lambda x: torch.zeros(len(x))) == [("input-constant", "")]
+    assert train(lambda x: torch.ones(len(x))) == [("input-constant", "")]
+    assert train(lambda x: torch.zeros(len(x)), steps=250) == [("input-constant", "")]
     turn = iter(range(1000))
     assert train(lambda x: torch.full((len(x),), float(next(turn)))) == []
+
+
+@pytest.mark.parametrize("every", [30, 70])
+def test_rare_events_leave_many_batches_of_zeros(every):
+    turn = iter(range(1000))
+    # looked at every ten steps
+    assert train(lambda x: (torch.arange(len(x)) < (next(turn) % every == 0)).float(), steps=400) == []
+
+
+def test_targets_that_become_one_number():
+    turn = iter(range(1000))
+    assert train(lambda x: signed(x) * (next(turn) < 100), steps=300) == [("input-constant", "")]
+
+
+@pytest.mark.parametrize(("high", "codes"), [(8000.0, []), (5000.0, ["input-range"])])
+def test_a_few_outliers_are_no_scale(high, codes):
+    said = {"output/rms": 3.0, "target/rms": 1200.0, "target/low": -5.0, "target/high": high}
+    said |= {"target/beyond": 0.0, "target/loss_gap": 0.0}
+    records = series(range(0, 300, 50), **{name: [value] * 6 for name, value in said.items()})
+    assert [finding.code for finding in replay(TargetHealth(), records)] == codes
 
 
 @pytest.mark.parametrize(("labels", "codes"), [(1, []), (2, ["loss-input-mismatch"])])

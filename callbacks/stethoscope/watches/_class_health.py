@@ -50,7 +50,7 @@ class ClassHealth:
       network begins like that. Without targets: every single answer is one class, for half of the planned run (5000 steps without a plan).
     - `class-imbalance`: a class, or all classes but the most frequent one together, is `imbalance` times rarer than the most frequent one,
       with `rare` items at least, and less than `recalled` of them are recognised, while more than half of all items are; not in the first
-      quarter of a planned run. Or, in the second half of a planned run, a class as rare has not been answered once since training works, though six of
+      quarter of a planned run. A class that came first within the last five of these steps is new. Or, in the second half of a planned run, a class as rare has not been answered once since training works, though six of
       its items came (more where many classes are rare), in however many steps. Or, there as well, 99 % of the answers are the class of most
       targets, and less than 5 % of the others (100 items at least) are recognised, for a quarter of the run (5000 steps without a plan);
       a `prediction-collapse` where the others together are not `imbalance` times rarer. Or the batches themselves, of eight items at least, five observed ones in a row that span 50 steps, are of one
@@ -102,6 +102,7 @@ class ClassHealth:
             "single": [],
             "alone": [0, 0.0, 0.0],
             "unanswered": [],
+            "known": [],
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -134,6 +135,10 @@ class ClassHealth:
             [sum(column) for column in zip(*rows, strict=True)] for rows in zip(*counts, strict=True)
         )
         state = self._batches(judging, state, latest[1])
+        # what came in the older half of the steps, now or ever, is no newcomer of a curriculum
+        older = [each[1] for each in counts[: len(counts) // 2 or 1]]
+        known = sorted({*state.get("known", ()), *(i for row in older for i, count in enumerate(row) if count)})
+        state = {**state, "known": known}
         total = sum(targets)
         if total >= self.items:
             judging.steps = max(SPAN, int(SHARE * (plan or 0)))
@@ -143,7 +148,8 @@ class ClassHealth:
                 unanswered = _unanswered(state["unanswered"], latest) if sum(right) > 0.5 * total else []
                 state = {**state, "unanswered": unanswered}
                 if not (plan and step < YOUNG * plan):
-                    self._imbalance(judging, targets, right, total, unanswered if late else [])
+                    new = {str(i) for i in range(len(targets)) if i not in known}
+                    self._imbalance(judging, targets, right, total, unanswered if late else [], new)
             judging.steps = int(YOUNG * plan if plan and late else plan or ENDLESS)
             self._majority(judging, answers, targets, right, total)
         return {**state, "held": judging.held, "counts": counts}, judging.findings
@@ -251,7 +257,13 @@ class ClassHealth:
             judging.tell(Finding("class-imbalance", "warning", said, advice), values=values)
 
     def _imbalance(
-        self, judging: Judging, targets: list[float], right: list[float], total: float, unanswered: list[list[float]]
+        self,
+        judging: Judging,
+        targets: list[float],
+        right: list[float],
+        total: float,
+        unanswered: list[list[float]],
+        new: set[str],
     ) -> None:
         most, works = max(targets), sum(right) > 0.5 * total
 
@@ -261,8 +273,8 @@ class ClassHealth:
         # of many rare classes, each may have too few items to be judged alone
         others = ("", total - most, sum(right) - right[targets.index(most)])
         each = [(str(i), count, hit) for i, (count, hit) in enumerate(zip(targets, right, strict=True))]
-        told = [name for name, count, hit in [others, *each] if missed(count, hit)]
-        if never := [] if told else self._never(unanswered):
+        told = [name for name, count, hit in [others, *each] if name not in new and missed(count, hit)]
+        if never := [] if told else [name for name in self._never(unanswered) if name not in new]:
             each, most = (
                 [(str(i), count, 0.0) for i, (count, _) in enumerate(unanswered)],
                 max(c for c, _ in unanswered),

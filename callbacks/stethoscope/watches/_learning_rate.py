@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LEAST = 20  # steps: a cosine that is restarted comes close to zero for a few
 BOTTOM, HALF, LEAP = 0.01, 0.5, 0.6
 """Shares of the peak: where a fall ends, where a rise is sure, what a restart takes at once."""
+MIRROR = 2.0  # a cosine climbs behind its end as it fell before it; steps from half of the peak to nothing over those back to half
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class LearningRate:
     and `hold` of the planned run in a row, and at least `left` of the run is still to come. A group that is frozen by a
     rate of zero is fine while others learn.
     Or the rate has fallen to 1 % of its peak and climbs back to half of it, not at once as a restart does, and in more than twice
-    the steps in which it first rose to its peak, as no cyclical schedule does: `CosineAnnealingLR` that goes on behind its end.
+    the steps in which it first rose to its peak, as no cyclical schedule does, but in as many as it fell in (half to twice), as no warm-up of a
+    second stage does: `CosineAnnealingLR` that goes on behind its end.
     **Finding:** `scheduler-ends-early`. **Cost:** host only, O(1) per step. **Needs:** no probe; `planned_steps`.
 
     Args:
@@ -65,7 +67,7 @@ class LearningRate:
     def init(self) -> State:
         """No learning rate seen."""
         start = {"plan": None, "peak": 0.0, "since": None, "told": False}
-        return {**start, "first": None, "peaked": 0, "bottom": None, "last": 0.0, "turned": False}
+        return {**start, "first": None, "peaked": 0, "high": 0, "fell": 0, "bottom": None, "last": 0.0, "turned": False}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the records of one step."""
@@ -110,13 +112,17 @@ def _turn(state: State, rate: float, step: int) -> tuple[State, Sequence[Finding
     peak, last, bottom = state["peak"], state["last"], state["bottom"]
     first = step if state["first"] is None else state["first"]
     peaked = step if rate > peak else state["peaked"]
+    high, fell = state.get("high", 0), state.get("fell", 0)
     if rate <= BOTTOM * peak:
+        fell = step if bottom is None else fell
         bottom = step
     elif rate < last or rate - last > LEAP * peak:  # falls on, or is restarted
         bottom = None
     risen = bottom is not None and rate >= HALF * peak > 0
-    state = {**state, "first": first, "peaked": peaked, "bottom": None if risen else bottom, "last": rate}
-    if state["turned"] or not risen or step - bottom <= 2 * (peaked - first):
+    mirrored = risen and fell - high <= MIRROR * (step - bottom) and step - bottom <= MIRROR * (fell - high)
+    high = step if rate >= HALF * peak else high
+    state = {**state, "first": first, "peaked": peaked, "high": high, "fell": fell, "bottom": None if risen else bottom, "last": rate}
+    if state["turned"] or not mirrored or step - bottom <= 2 * (peaked - first):
         return state, ()
     finding = Finding(
         "scheduler-ends-early",

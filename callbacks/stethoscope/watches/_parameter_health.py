@@ -57,7 +57,8 @@ class ParameterHealth:
     - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.
     - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less (half of it where weight decay takes
       more than 0.1 % per step); or weight decay by itself takes more than 1 % per step; or the norm has doubled, and steps point along the
-      weights themselves (cosine above 0.4, mean over parameters) in five observed steps: something rewards size.
+      weights themselves (cosine above 0.4, mean over parameters) in five observed steps, while it grows as fast as it did so far: something
+      rewards size.
     - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module looks like an expert
       that is not chosen, or runs, unless others of its stack are trained and something of another kind after it is, too. A part that
       several layers have and none of them calls is a warning.
@@ -118,7 +119,7 @@ class ParameterHealth:
         """Nothing seen."""
         return {
             "held": {},
-            "first": None,
+            "sizes": None,
             "moved": False,
             "rates": {},
             "ran": [],
@@ -185,7 +186,7 @@ class ParameterHealth:
         else:
             roles.unstepped(judging, found)
         roles.changed(judging, found)
-        look.state["first"] = weight_size.drift(judging, found, state["first"], self.drift)
+        look.state["sizes"] = weight_size.drift(judging, found, state.get("sizes"), self.drift)
         return {**look.state, "held": judging.held}, judging.findings
 
 

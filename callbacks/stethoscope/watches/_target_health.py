@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,9 @@ TIMES, SPAN = 5, 50  # observed steps in a row, and steps that they span at leas
 EXACT = 1e-3  # relative: what is given is what the loss compares, up to rounding in half precision
 FAR = 1e3  # rms, as of data: weights and biases begin as if it were about 1
 ARRIVED = 0.5  # share of the targets' rms from which outputs are under way to them
+TAILS = 6.0  # times the rms (the most that 36 values can have): few outliers make it, which neither outputs nor a standardisation would follow
+RARE = 20  # observed steps in a row of zeros alone, from the start: of events that one batch in five holds, one would have come
+CHANCE = 1e-6  # that so many batches of one number come in a row by themselves, by how many there were before
 
 
 class _Seen(NamedTuple):
@@ -42,8 +46,10 @@ class TargetHealth:
 
     - `activation-saturated`: the targets lie beyond what the last activation can return, by a mean square of `beyond` times their variance: that much
       of it cannot be explained, whatever the model learns.
-    - `input-range`: the targets' rms is above 1000, and the outputs' less than half of it.
-    - `input-constant`: all targets are one number, the same in each of these steps.
+    - `input-range`: the targets' rms is above 1000, and the outputs' less than half of it; not where few outliers make it (the largest is six times the rms).
+    - `input-constant`: all targets are one number, the same in each of these steps. Of zeros alone, 20 observed steps from the start: events may be
+      rare. Where targets were anything else before, so many that chance gives them once in 1e6, by the share of such batches before. An info where
+      several optimizers step: one player of a game is told to say "real" each time.
 
     **Cost:** host only, O(1) per observed step. **Needs:** `probes.LossInputs`: `step(loss=loss, outputs=..., targets=...)` with graphs.
 
@@ -68,12 +74,15 @@ class TargetHealth:
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"held": {}, "constant": None, "looked": False}
+        return {"held": {}, "constant": None, "in_row": 0, "seen": 0, "alike": 0, "optimizers": 1, "looked": False}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
         if any(record.name == "loss/terms" for record in records):
             state = {**state, "looked": True}
+        for record in records:
+            if record.name == "plan/optimizers" and isinstance(record.value, (int, float)):
+                state = {**state, "optimizers": record.value}
         seen = _seen(records)
         if seen is None:
             return state, ()
@@ -81,13 +90,36 @@ class TargetHealth:
         meant = seen.gap < EXACT
         if judging.model("activation-saturated", meant and seen.beyond > self.beyond):
             judging.tell(_unreachable(seen), values={"beyond": seen.beyond, "low": seen.low, "high": seen.high})
-        if judging.model("input-range", meant and seen.rms > FAR and seen.output < ARRIVED * seen.rms):
+        if judging.model("input-range", meant and seen.rms > FAR and seen.output < ARRIVED * seen.rms and not _tails(seen)):
             judging.tell(_far(seen), values={"targets": seen.rms, "outputs": seen.output})
-        same = seen.low == seen.high and state["constant"] in (None, seen.low)
-        if judging.model("input-constant", meant and same):
-            judging.tell(_constant(seen), values={"value": seen.low})
-        constant = seen.low if seen.low == seen.high else None
-        return {**state, "held": judging.held, "constant": constant}, judging.findings
+        state = _alike(state, seen)
+        if judging.model("input-constant", meant and _never_else(state)):
+            judging.tell(_constant(seen, state["optimizers"]), values={"value": seen.low})
+        return {**state, "held": judging.held}, judging.findings
+
+
+def _alike(state: State, seen: _Seen) -> State:
+    """Count the batches of one number: those in a row now, and how many there were of all before these."""
+    if seen.low == seen.high and state["constant"] in (None, seen.low):
+        return {**state, "constant": seen.low, "in_row": state["in_row"] + 1}
+    one = seen.low == seen.high
+    total, alike = state["seen"] + state["in_row"], state["alike"] + state["in_row"]
+    constant = seen.low if one else None
+    return {**state, "constant": constant, "in_row": int(one), "seen": total + (not one), "alike": alike}
+
+
+def _never_else(state: State) -> bool:
+    """Whether there are more batches of one number in a row than rare events leave."""
+    in_row = state["in_row"]
+    if not in_row:
+        return False
+    if not state["seen"]:
+        return bool(state["constant"] != 0 or in_row >= RARE - TIMES + 1)  # which then holds for `TIMES`
+    return bool(in_row * math.log((state["alike"] + 1) / (state["seen"] + 2)) < math.log(CHANCE))
+
+
+def _tails(seen: _Seen) -> bool:
+    return max(abs(seen.low), abs(seen.high)) > TAILS * seen.rms
 
 
 def _seen(records: Sequence[Record]) -> _Seen | None:
@@ -123,10 +155,10 @@ def _far(seen: _Seen) -> Finding:
     )
 
 
-def _constant(seen: _Seen) -> Finding:
+def _constant(seen: _Seen, optimizers: float) -> Finding:
     return Finding(
         "input-constant",
-        "warning",
+        "info" if optimizers > 1 else "warning",
         f"All targets of these steps are {seen.low:.6g}: there is nothing to learn but this number.",
         "Print the targets of one batch: a column that is missing and was filled, a file that could not be read, a cast to whole numbers.",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from stethoscope._record import Finding
 
@@ -12,23 +12,28 @@ if TYPE_CHECKING:
 
     from stethoscope.watches._streaks import Judging
 
+Sizes: TypeAlias = "tuple[int, float, int, float]"
+"""Step and norm, first and last."""
+
 DECAY = 0.01  # share of a weight per step: what 100 steps have taught is gone. 1e-3 (momentum 0.9, 0.1 * 1e-3) is the most that is usual
 STRONG = 1e-3  # share of a weight per step, with which a norm that has fallen is no chance
 OUTWARD = 0.4  # cosine of step and weight, mean over parameters; steps that fit weights to data keep near 0
 GROWN = 2.0  # factor over the first norm: below, what was learnt is not yet most of the weights
 LASTING = 5  # observed steps in a row
+STEADY = 0.75  # growth per step, of that since the start: what rewards size goes on and on, weights that began too small arrive
 
 
 def drift(
-    judging: Judging, found: Mapping[str, Mapping[str, float]], first: float | None, factor: float
-) -> float | None:
-    """Judge the norm of all weights against its `first`, and return the latter; `factor` either way is too much."""
+    judging: Judging, found: Mapping[str, Mapping[str, float]], sizes: Sizes | None, factor: float
+) -> Sizes | None:
+    """Judge the norm of all weights against its first, and return what is kept of it; `factor` either way is too much."""
     norms = found["parameter/norm"]
     size = math.hypot(*norms.values(), 0.0)
     if not norms or not math.isfinite(size):
-        return first
-    if first is None or first <= 0:
-        return size
+        return sizes
+    if sizes is None or sizes[1] <= 0:
+        return judging.step, size, judging.step, size
+    start, first, last, before = sizes
     decay = found["optimizer/decay"].get("", 0.0)
     _decay(judging, decay, first, size)
     change = size / first
@@ -48,8 +53,10 @@ def drift(
             ),
             values={"first": first, "now": size},
         )
-    _outward(judging, found["parameter/outward"].get("", 0.0), first, size)
-    return first
+    step = judging.step
+    steady = (size - before) * (step - start) >= STEADY * (size - first) * (step - last)
+    _outward(judging, found["parameter/outward"].get("", 0.0) if steady else 0.0, first, size)
+    return start, first, step, size
 
 
 def _decay(judging: Judging, decay: float, first: float, size: float) -> None:
