@@ -172,7 +172,11 @@ def test_a_class_that_a_curriculum_brings_is_new_before_it_is_rare(comes, codes)
         """Class 2 has eight items of 108 a step from `comes` on, and is recognised after thirty steps; without a curriculum never."""
         third = 8.0 if at >= comes else 0.0
         right = third if comes and at >= comes + 30 else 0.0
-        rows = {"predicted": (50.0, 50.0 + third - right, right), "target": (50.0, 50.0, third), "right": (50.0, 50.0, right)}
+        rows = {
+            "predicted": (50.0, 50.0 + third - right, right),
+            "target": (50.0, 50.0, third),
+            "right": (50.0, 50.0, right),
+        }
         for name, counts in rows.items():
             yield Record(f"classes/{name}", Histogram((0.0, 1.0, 2.0, 3.0), counts), at, kind="histogram")
 

@@ -121,7 +121,15 @@ def _turn(state: State, rate: float, step: int) -> tuple[State, Sequence[Finding
     risen = bottom is not None and rate >= HALF * peak > 0
     mirrored = risen and fell - high <= MIRROR * (step - bottom) and step - bottom <= MIRROR * (fell - high)
     high = step if rate >= HALF * peak else high
-    state = {**state, "first": first, "peaked": peaked, "high": high, "fell": fell, "bottom": None if risen else bottom, "last": rate}
+    state = {
+        **state,
+        "first": first,
+        "peaked": peaked,
+        "high": high,
+        "fell": fell,
+        "bottom": None if risen else bottom,
+        "last": rate,
+    }
     if state["turned"] or not mirrored or step - bottom <= 2 * (peaked - first):
         return state, ()
     finding = Finding(

@@ -90,7 +90,9 @@ class TargetHealth:
         meant = seen.gap < EXACT
         if judging.model("activation-saturated", meant and seen.beyond > self.beyond):
             judging.tell(_unreachable(seen), values={"beyond": seen.beyond, "low": seen.low, "high": seen.high})
-        if judging.model("input-range", meant and seen.rms > FAR and seen.output < ARRIVED * seen.rms and not _tails(seen)):
+        if judging.model(
+            "input-range", meant and seen.rms > FAR and seen.output < ARRIVED * seen.rms and not _tails(seen)
+        ):
             judging.tell(_far(seen), values={"targets": seen.rms, "outputs": seen.output})
         state = _alike(state, seen)
         if judging.model("input-constant", meant and _never_else(state)):
