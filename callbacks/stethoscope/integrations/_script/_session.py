@@ -59,10 +59,10 @@ class Session:
         self._begun: dict[int, int] = {}
         self._rates: list[float | Tensor] = []  # of these
         self._thread, self._process = get_ident(), os.getpid()
+        self._living, self._gone = len(optimizers), gone
         self._ended = [weakref.finalize(each, self._optimizer_gone) for each in optimizers]
         for each in self._ended:
             each.atexit = False
-        self._living, self._gone = len(optimizers), gone
         chosen: Any = {} if settings.preset == "none" else getattr(presets, settings.preset)()
         monitor = Monitor(
             root,
