@@ -248,6 +248,23 @@ class Blocks(nn.Module):
 def test_a_part_that_is_called_in_no_block_is_told_and_one_left_over_is_an_aside():
     assert train(Blocks((0, 1, 2))) == [("module-unused", "warning", "blocks.0.norm2")]
     assert train(Blocks((2,))) == [("module-unused", "info", "blocks.2.norm2")]
+
+
+class FirstOf(nn.Module):
+    """Runs the first of a list alone, in front of the head or as the head."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.trunk, self.parts = nn.Linear(8, 8), nn.ModuleList(nn.Linear(8, 4 if heads else 8) for _ in range(3))
+        self.head = nn.Identity() if heads else nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.parts[0](self.trunk(x).tanh()))
+
+
+def test_all_but_the_first_of_a_list_are_told_where_something_follows():
+    assert train(FirstOf(heads=False)) == [("module-unused", "warning", "parts.1")]
+    assert train(FirstOf(heads=True)) == [("module-unused", "info", "parts.1")]
     assert train(Blocks(())) == []
 
 

@@ -122,11 +122,12 @@ def duplicates(judging: Judging, twice: Values, roles: Values) -> None:
 
 def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str]) -> None:
     alive = {_kind(name) for name, role in roles.items() if role == TRAINED}
+    trained = {owner(name) for name, role in roles.items() if role == TRAINED}
     running = [name for name in idle if owner(name) in ran]
-    dropped = set(_dropped([name for name in running if _kind(name) in alive], roles, ran))
-    dropped |= set(_detached([name for name in running if _kind(name) not in alive], roles, ran))
+    dropped = set(_dropped([name for name in running if _kind(name) in alive], trained, ran))
+    dropped |= set(_detached([name for name in running if _kind(name) not in alive], trained, roles, ran))
     absent = [name for name in idle if owner(name) not in ran]
-    missing = {*_missing(absent, roles), *_behind_the_first(absent, roles, ran)}
+    missing = {*_missing(absent, roles), *_behind_the_first(absent, trained, ran)}
     quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped | missing}
     for code, hits in (("module-unused", [n for n in idle if n not in quiet]), ("module-unused-quiet", quiet)):
         news = judging.hold(code, [name for name in idle if name in hits], roles)
@@ -148,13 +149,12 @@ def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[
         )
 
 
-def _dropped(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[str]:
+def _dropped(names: Sequence[str], trained: set[str], ran: Sequence[str]) -> list[str]:
     """Those that lie in the middle of a stack, others of their kind being trained: what follows cannot have got their results.
 
     Heads beside each other, of which only some are used, have nothing of another stack after them. The last layer of a stack may have a
     part of which nothing is left to use (the residual convolution of a TCN), while the rest of it is trained.
     """
-    trained = {owner(name) for name, role in roles.items() if role == TRAINED}
     alive = {_element(each) for each in trained}
     found = []
     for name in names:
@@ -167,16 +167,13 @@ def _dropped(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[st
     return found
 
 
-def _detached(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[str]:
+def _detached(names: Sequence[str], trained: set[str], roles: Values, ran: Sequence[str]) -> list[str]:
     """Those that run before something that is trained, and are too much of the model to be a head beside the others: cut off by `detach`."""
-    learning = [name for name, role in roles.items() if role in (IDLE, TRAINED)]
-    last = max(
-        (i for i, module in enumerate(ran) if any(roles[n] == TRAINED for n in learning if owner(n) == module)),
-        default=-1,
-    )
+    last = max((i for i, module in enumerate(ran) if module in trained), default=-1)
     before = set(ran[:last])
     found = [name for name in names if owner(name) in before]
-    return found if len(found) >= ASIDE * len(learning) else []
+    learning = sum(role in (IDLE, TRAINED) for role in roles.values())
+    return found if len(found) >= ASIDE * learning else []
 
 
 def _missing(names: Sequence[str], roles: Values) -> list[str]:
@@ -186,23 +183,28 @@ def _missing(names: Sequence[str], roles: Values) -> list[str]:
     return [name for name, place in zip(names, places, strict=True) if places.count(place) > 1 and place not in trained]
 
 
-def _behind_the_first(names: Sequence[str], roles: Values, ran: Sequence[str]) -> list[str]:
+def _behind_the_first(names: Sequence[str], trained: set[str], ran: Sequence[str]) -> list[str]:
     """All but the first of a list, where something that is trained follows: a `return` inside of the loop, or a router that knows one expert.
 
     A list of heads, of which the first is in use, has nothing behind it.
     """
-    trained = {owner(name) for name, role in roles.items() if role == TRAINED}
-    alive = {_element(each) for each in trained}
-    found = []
-    for name in names:
-        element = _element(owner(name))
-        used = [each for each in alive if _kind(each) == _kind(element)]
-        if len(used) != 1 or not used[0].endswith(".0") or not re.search(r"\.\d+$", element):
+    if not names:  # nearly always
+        return []
+    elements = [_element(each) for each in ran]
+    used: dict[str, set[str]] = {}
+    for each in trained:
+        used.setdefault(_kind(_element(each)), set()).add(_element(each))
+    behind = set()
+    for kind in {_kind(_element(owner(name))) for name in names}:
+        first, *others = used.get(kind, {""})
+        if others or not first.endswith(".0"):
             continue
-        last = max((i for i, each in enumerate(ran) if _element(each) == used[0]), default=len(ran))
-        if any(each in trained and _kind(_element(each)) != _kind(element) for each in ran[last + 1 :]):
-            found.append(name)
-    return found
+        last = max((i for i, element in enumerate(elements) if element == first), default=len(ran))
+        if any(each in trained and _kind(_element(each)) != kind for each in ran[last + 1 :]):
+            behind.add(kind)
+    return [
+        name for name in names if _kind(_element(owner(name))) in behind and re.search(r"\.\d+$", _element(owner(name)))
+    ]
 
 
 def _place(name: str) -> str:
