@@ -31,11 +31,8 @@ ONE = 0.9  # share of a batch: by chance less than once in a million batches of 
 CHANCE = 1e-9  # that so many items of one class come in a row by themselves
 NEVER = 6  # items of a rare class without a single answer of it: what recognises six of ten is so unlucky once in 250
 MISSES = log(1 / 0.4)  # each such item makes that 0.4 times as likely; many rare classes ask for more of them
-ALL, REST, FEW = (
-    0.99,
-    0.05,
-    100,
-)  # share of the answers; share of all other items that is recognised, and how many there are
+ALL, REST = 0.99, 0.05  # share of the answers, and of all other items that is recognised
+FEW = 100  # other items
 CONSTANT = 500  # items of one class, all of them: of a class with one item in a hundred some would have come
 
 
