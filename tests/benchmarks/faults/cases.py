@@ -5,23 +5,8 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faults import (
-    autoencoder,
-    classifier,
-    enhancement,
-    forecaster,
-    language,
-    recogniser,
-    retrieval,
-    segmenter,
-    separation,
-    tabular,
-    translator,
-)
 from faults._fault import Fault, Healthy
 from faults.observer_numbers import TrainingDoctor, Trainpulse
 from faults.observer_ours import Ours
@@ -30,31 +15,21 @@ from faults.observer_torchlens import TorchLens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import ModuleType
 
-PROGRAMS = (
-    classifier,
-    autoencoder,
-    language,
-    separation,
-    recogniser,
-    enhancement,
-    forecaster,
-    retrieval,
-    tabular,
-    segmenter,
-    translator,
-)
-FOLDERS = ("written", "blind_1", "blind_2", "blind_3", "blind_4")
+
+def files(package: str) -> Iterator[ModuleType]:
+    """The modules of a package that are not machinery, in the order of their names."""
+    for file in pkgutil.iter_modules(import_module(package).__path__):
+        if file.name != "cases" and not file.name.startswith("_"):
+            yield import_module(f"{package}.{file.name}")
+
+
+PROGRAMS = tuple(file for file in files("faults") if hasattr(file, "build"))
+FOLDERS = ("written", "blind_1", "blind_2", "blind_3", "blind_4", "blind_5")
 """Those written beside the watches, then those written by people who had not seen a watch; the last are held out."""
 
-
-def defined(folder: str) -> Iterator[object]:
-    """Everything that the files of a folder define, in the order of their names."""
-    for file in pkgutil.iter_modules([str(Path(__file__).parent / folder)]):
-        yield from vars(import_module(f"faults.{folder}.{file.name}")).values()
-
-
-DEFINED = tuple(chain.from_iterable(map(defined, FOLDERS)))
+DEFINED = tuple(value for folder in FOLDERS for file in files(f"faults.{folder}") for value in vars(file).values())
 FAULTS = tuple(value for value in DEFINED if isinstance(value, Fault))
 HEALTHY = tuple(value for value in DEFINED if isinstance(value, Healthy))
 CASES: dict[str, Fault | Healthy] = {case.name: case for case in (*FAULTS, *HEALTHY)}
