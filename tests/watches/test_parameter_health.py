@@ -620,6 +620,41 @@ def test_weights_that_began_too_small_arrive(arrives, told):
     assert ("weight-norm-drift" in [found.code for found in replay(ParameterHealth(), records)]) is told
 
 
+@pytest.mark.parametrize(("rms", "told"), [(0.02, False), (0.5, True)])
+def test_a_table_that_began_small_may_grow_to_the_usual_size(rms, told):
+    """Word vectors begin at a hundredth; an rms of one is what `nn.Embedding` draws."""
+    norm = rms * 64  # of 4096 entries
+    records = [
+        Record(name, value, step, module)
+        for step in range(0, 300, 10)
+        for name, value, module in (
+            ("parameter/norm", norm * (1 + step / 10), "table.weight"),
+            ("parameter/outward", 0.6, ""),
+            *([("parameter/gain", rms, "table.weight")] if step == 0 else []),
+        )
+    ]
+    assert ("weight-norm-drift" in [found.code for found in replay(ParameterHealth(), records)]) is told
+
+
+def test_a_bias_whose_gradients_cancel_belongs_to_the_layer_whose_weight_is_parametrized():
+    """The last bias of a critic with a hinge loss: +1 for each made item, -1 for each real one, and rounding."""
+    records = [
+        Record(name, value, step, module)
+        for step in (0, 50, 100)
+        for name, value, module in (
+            ("parameter/role", 4.0, "head.bias"),
+            ("parameter/role", 4.0, "head.parametrizations.weight.original"),
+            ("parameter/unchanged", 1.0, "head.bias"),
+            ("parameter/unchanged", 0.0, "head.parametrizations.weight.original"),
+            ("gradient/norm", 1e-9, "head.bias"),
+            ("gradient/norm", 1.0, "head.parametrizations.weight.original"),
+            ("parameter/norm", 1e-6, "head.bias"),
+            ("parameter/norm", 2.0, "head.parametrizations.weight.original"),
+        )
+    ]
+    assert replay(ParameterHealth(), records) == []
+
+
 @pytest.mark.parametrize(("gain", "depth", "told"), [(4.0, 12, True), (4.0, 3, False), (1.5, 12, False)])
 def test_gains_compound_with_depth(gain, depth, told):
     model = mlp(depth, 64, lambda w: nn.init.normal_(w, std=gain / w.shape[1] ** 0.5))

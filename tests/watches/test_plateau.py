@@ -319,6 +319,17 @@ def test_half_of_a_run_at_a_high_level_is_a_warning_and_at_a_low_one_an_info(see
     assert {f.severity for f in replay(Plateau(), [plan, *series(loss=late)])} <= {"info"}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_margin_that_every_item_has_passed_is_learnt(seed):
+    """A triplet loss: exactly zero in most steps, now and then one item inside of the margin."""
+    rng = random.Random(seed)
+    values = [
+        max(0.0, 0.8 - i / 500) + rng.random() * (0.2 if i < 400 else 0.03 * (rng.random() < 0.1)) for i in range(2000)
+    ]
+    found = replay(Plateau(patience="10%"), [Record("plan/steps", 5000, 0), *series(loss=values)])
+    assert [finding.severity for finding in found if finding.code == "loss-plateau"] == ["info"]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_fall_within_the_first_three_steps_counts_as_learnt(seed):
     values = [

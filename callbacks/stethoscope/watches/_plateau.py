@@ -307,7 +307,8 @@ class Plateau:
             "the optimizer, and look at the outputs. If this is as good as expected, stop here."
         )
         first = _first(state)
-        positive = state["low"] > 0  # only then is a share of the loss the same in any unit
+        # only then is a share of the loss the same in any unit; a hinge that every item has passed is exactly zero
+        positive = state["low"] >= 0 and max(state["start"]) > 0
         mean = state["stalled"]
         # what is learnt within three steps was learnt as well
         left_over = min(mean, numbers["level"]) / max(state["start"]) if positive else 1.0

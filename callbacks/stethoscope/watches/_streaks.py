@@ -109,8 +109,8 @@ def train_values(records: Sequence[Record], *names: str) -> dict[str, dict[str, 
 
 
 def owner(parameter: str) -> str:
-    """Return the module that a parameter belongs to."""
-    return parameter.rpartition(".")[0]
+    """Return the module that a parameter belongs to: of a parametrized one, the layer, not what computes its weight."""
+    return parameter.rpartition(".")[0].partition(".parametrizations.")[0]
 
 
 def listing(modules: Sequence[str], most: int = 3) -> str:

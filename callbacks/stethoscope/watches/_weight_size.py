@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from stethoscope.watches._streaks import Judging
 
-Sizes: TypeAlias = "tuple[int, float, int, float]"
-"""Step and norm, first and last."""
+Sizes: TypeAlias = "tuple[int, float, int, float, float]"
+"""Step and norm, first and last, and the norm that the usual schemes of initialisation would have given."""
 
 DECAY = 0.01  # share of a weight per step: what 100 steps have taught is gone. 1e-3 (momentum 0.9, 0.1 * 1e-3) is the most that is usual
 STRONG = 1e-3  # share of a weight per step, with which a norm that has fallen is no chance
@@ -32,14 +32,14 @@ def drift(
     if not norms or not math.isfinite(size):
         return sizes
     if sizes is None or sizes[1] <= 0:
-        return judging.step, size, judging.step, size
-    start, first, last, before = sizes
+        return judging.step, size, judging.step, size, _usual(found)
+    start, first, last, before, usual = sizes
     decay = found["optimizer/decay"].get("", 0.0)
     _decay(judging, decay, first, size)
     change = size / first
     least = factor / (2 if decay > STRONG else 1)
     # what strong decay does to the norm has been told by its cause
-    off = change > factor or (change < 1 / least and decay <= DECAY)
+    off = (change > factor and size > usual) or (change < 1 / least and decay <= DECAY)
     if judging.model("weight-norm-drift", off):
         grown = change > 1
         judging.tell(
@@ -55,8 +55,15 @@ def drift(
         )
     step = judging.step
     steady = (size - before) * (step - start) >= STEADY * (size - first) * (step - last)
-    _outward(judging, found["parameter/outward"].get("", 0.0) if steady else 0.0, first, size)
-    return start, first, step, size
+    grows = steady and size > usual
+    _outward(judging, found["parameter/outward"].get("", 0.0) if grows else 0.0, first, size)
+    return start, first, step, size, usual
+
+
+def _usual(found: Mapping[str, Mapping[str, float]]) -> float:
+    """The norm of all weights at a gain of one, and of tables at an rms of one: what began smaller may grow as far."""
+    norms, gains = found["parameter/norm"], {**found["parameter/gain"], **found["parameter/table_rms"]}
+    return math.hypot(*(norms[name] / gain for name, gain in gains.items() if gain > 0 and name in norms), 0.0)
 
 
 def _decay(judging: Judging, decay: float, first: float, size: float) -> None:
