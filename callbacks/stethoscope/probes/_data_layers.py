@@ -218,7 +218,7 @@ class _Looked(Hook):
         self.owner, self.name = owner, name
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if is_traced() or not args or self.owner.failure is not None:
+        if is_traced() or not args or self.owner.failure is not None or not isinstance(module, nn.Embedding):
             return
         try:
             self.owner.looked_up(self.name, args[0], module.num_embeddings)

@@ -18,8 +18,8 @@ from stethoscope.probes._compiled import Eagerly
 from stethoscope.probes._data_layers import DataLayers
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 from stethoscope.probes._passes import replaying
-from stethoscope.probes._repeats import Repeats
-from stethoscope.probes._variety import FEWEST_VALUES, Variety
+from stethoscope.probes._repeats import FEWEST_VALUES, Repeats
+from stethoscope.probes._variety import Variety
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
