@@ -20,7 +20,9 @@ def test_scale_and_offset_of_answers_do_not_matter(seed, scale, offset):
     made = torch.Generator().manual_seed(seed)
     answers, targets = torch.randn(2, 16, 3, generator=made)
     plain = read(outputs=answers, targets=targets)["answer/concordance"]
-    assert read(outputs=scale * answers.double() + offset, targets=targets)["answer/concordance"] == pytest.approx(plain, abs=0.01)
+    assert read(outputs=scale * answers.double() + offset, targets=targets)["answer/concordance"] == pytest.approx(
+        plain, abs=0.01
+    )
 
 
 def test_answers_that_follow_or_oppose_their_targets_lie_at_the_ends():
@@ -32,7 +34,10 @@ def test_answers_that_follow_or_oppose_their_targets_lie_at_the_ends():
 @pytest.mark.parametrize("shape", [(4000, 32), (4000, 32, 6)])
 def test_answers_of_no_relation_lie_in_the_middle(shape):
     torch.manual_seed(0)
-    found = [read(outputs=torch.randn(32, *shape[2:]), targets=torch.randn(32, *shape[2:]))["answer/concordance"] for _ in range(100)]
+    found = [
+        read(outputs=torch.randn(32, *shape[2:]), targets=torch.randn(32, *shape[2:]))["answer/concordance"]
+        for _ in range(100)
+    ]
     assert sum(found) / len(found) == pytest.approx(0.5, abs=0.03)
 
 

@@ -43,10 +43,18 @@ def test_percentages_and_shares_are_fine(name, values):
 
 
 def test_a_percentage_may_be_low_while_the_loss_is_high():
-    assert found([{"loss": x, "accuracy": y} for x, y in zip([6.9, 6.0, 5.5, 5.0], [0.1, 1.5, 3.0, 5.0], strict=True)], 6.9) == []
+    assert (
+        found(
+            [{"loss": x, "accuracy": y} for x, y in zip([6.9, 6.0, 5.5, 5.0], [0.1, 1.5, 3.0, 5.0], strict=True)], 6.9
+        )
+        == []
+    )
 
 
-@pytest.mark.parametrize(("name", "sign", "codes"), [("si_sdr_db", 1, ["loss-sign"]), ("si_sdr_db", -1, []), ("neg_si_sdr", 1, []), ("mse", 1, [])])
+@pytest.mark.parametrize(
+    ("name", "sign", "codes"),
+    [("si_sdr_db", 1, ["loss-sign"]), ("si_sdr_db", -1, []), ("neg_si_sdr", 1, []), ("mse", 1, [])],
+)
 def test_a_quality_that_is_the_loss_itself_is_minimised(name, sign, codes):
     assert found([{"loss": x, name: sign * x} for x in (-20.0, -25.0, -27.0, -30.0)]) == codes
 
