@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMES = tuple(dict.fromkeys((*Classes().outputs, *OUTPUTS)))
 FEWEST, MOST_ITEMS = 4, 32
 """Items of a batch that are compared with each other, evenly spread."""
-MOST_VALUES = 1024
+MOST_VALUES = 256
 """Values, or places of a sequence or an image, of an item, evenly spread."""
 
 
@@ -40,7 +40,7 @@ class Agreement:
 
     `answer/surprise`, of scores of classes: their cross entropy over that of a guess, log(classes).
 
-    **Cost:** on observed steps, products of 32 items by 32 at 1024 places at most. Never waits for the device.
+    **Cost:** on observed steps, products of 32 items by 32 at 256 places at most. Never waits for the device.
 
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.

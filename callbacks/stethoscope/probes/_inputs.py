@@ -177,7 +177,7 @@ class InputsAttachment:
 
     def _vary(self, variety: Variety, given: Iterable[Tensor]) -> None:
         main = next((x for x in given if _readable(x) and not x.is_complex() and x[0].numel() >= FEWEST_VALUES), None)
-        if main is not None:
+        if main is not None and not (variety is self._batches and self._called_with.holds(main)):
             variety.take(main, self._phase)
 
     def take(self, named: Sequence[tuple[str, Tensor]]) -> None:

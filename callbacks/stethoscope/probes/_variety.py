@@ -37,12 +37,16 @@ class Variety:
         self._fresh = False
         self._taken = 0
 
+    def holds(self, x: Tensor) -> bool:
+        """Whether this very tensor was the last batch in training."""
+        return self._last is not None and self._last() is x
+
     def take(self, x: Tensor, phase: str) -> None:
         """Look at one batch, (items, ...); the tensor itself, so that one that is kept can be told from one that is made anew."""
         if len(x) < FEWEST_ITEMS or x[0].numel() < FEWEST_VALUES:
             return
         if phase == "train":
-            self._kept = self._last is not None and self._last() is x
+            self._kept = self.holds(x)
             self._last = weakref.ref(x)
         names, _ = fingerprints(x.detach(), 0)
         rich = _is_rich(x.detach())
