@@ -94,7 +94,9 @@ class AnswerHealth:
             opposite = mean < self.opposite
             if judging.model("opposite", opposite):
                 judging.tell(_opposite(mean), values={"concordance": mean})
-            if judging.model("unrelated", late and not opposite and mean < self.related):
+            told = bool(judging.held.get("unrelated", {}).get("told"))
+            bar = (1 + self.related) / 2 if told else self.related  # noise around the bar is no news
+            if judging.model("unrelated", late and not opposite and mean < bar):
                 judging.tell(_unrelated(mean, span, state["optimizers"]), values={"concordance": mean})
         return {**state, "held": judging.held, "looked": True}, judging.findings
 
