@@ -129,8 +129,10 @@ def _owner(now: Numbers) -> tuple[str, str]:
 
 
 NOT_FINITE = tuple(f"nonfinite-{what}" for what in ("gradient", "optimizer", "parameter", "activation", "loss"))
+STUCK = ("loss-plateau", "stalled-optimisation")
 BLOWN_UP = (*NOT_FINITE, "output-nonfinite", "loss-diverged", "loss-spike", "weight-norm-drift")
 SPOILED = (
+    "poor-initialisation",
     "dead-units",
     "activation-exploding",
     "activation-saturated",
@@ -156,7 +158,14 @@ RULES: tuple[Rule, ...] = (
     # What the loss is made of: no other number of the run means what it should.
     Rule(
         code="loss-input-mismatch",
-        explains=("activation-saturated", *NO_SIGNAL, "update-ratio-low", "loss-diverged", "loss-plateau", "overfit"),
+        explains=(
+            "activation-saturated",
+            *NO_SIGNAL,
+            "update-ratio-low",
+            "loss-diverged",
+            *STUCK,
+            "overfit",
+        ),
     ),
     # What a run begins with, then steps that are too large: they spoil what is measured after them.
     Rule(
@@ -173,19 +182,27 @@ RULES: tuple[Rule, ...] = (
             "gradient-exploding",
             *NO_SIGNAL,
             *BLOWN_UP,
-            "loss-plateau",
+            *STUCK,
         ),
     ),
     # What is set so that hardly anything comes through.
     Rule(
         code="dropout-high",
-        explains=("dead-units", "activation-saturated", *NO_SIGNAL, "output-constant", "loss-spike", "loss-plateau"),
+        explains=(
+            "dead-units",
+            "activation-saturated",
+            *NO_SIGNAL,
+            "output-constant",
+            "loss-spike",
+            *STUCK,
+        ),
     ),
     # What the data is: layers, gradients and loss follow from it.
     Rule(
         code="input-range",
         explains=(
             *SPOILED,
+            "stalled-optimisation",
             "gradient-zero",
             "gradient-imbalance",
             "update-ratio-high",
@@ -204,7 +221,7 @@ RULES: tuple[Rule, ...] = (
             "dead-units",
             "norm-input-variance",
             *NO_SIGNAL,
-            "loss-plateau",
+            *STUCK,
             "input-duplicate",
         ),
     ),
@@ -216,10 +233,13 @@ RULES: tuple[Rule, ...] = (
             "class-imbalance",
             "overfit",
             "overtraining",
-            "loss-plateau",
+            *STUCK,
         ),
     ),
-    Rule(code="gradient-accumulation", explains=("update-ratio-high", "gradient-exploding", *BLOWN_UP, "loss-plateau")),
+    Rule(
+        code="gradient-accumulation",
+        explains=("update-ratio-high", "gradient-exploding", *BLOWN_UP, *STUCK),
+    ),
     Rule(
         code="update-ratio-high",
         explains=(
@@ -231,7 +251,7 @@ RULES: tuple[Rule, ...] = (
             *NO_SIGNAL,
             *BLOWN_UP,
             "dtype-headroom",
-            "loss-plateau",
+            *STUCK,
         ),
     ),
     Rule(
@@ -242,12 +262,24 @@ RULES: tuple[Rule, ...] = (
     Rule(code="gradient-exploding", explains=("dead-units", "activation-saturated", *BLOWN_UP)),
     Rule(
         code="weight-norm-drift",
-        explains=("activation-vanishing", *NO_SIGNAL, *NOT_FINITE, "loss-diverged", "loss-plateau"),
+        explains=(
+            "activation-vanishing",
+            *NO_SIGNAL,
+            *NOT_FINITE,
+            "loss-diverged",
+            *STUCK,
+        ),
     ),
     # Where the signal is lost.
-    Rule(code="activation-saturated", explains=(*NO_SIGNAL, "update-ratio-low", "loss-plateau")),
-    Rule(code="dead-units", explains=("activation-vanishing", "norm-input-variance", *NO_SIGNAL, "loss-plateau")),
-    Rule(code="activation-vanishing", explains=("norm-input-variance", *NO_SIGNAL, "update-ratio-low", "loss-plateau")),
+    Rule(code="activation-saturated", explains=(*NO_SIGNAL, "update-ratio-low", *STUCK)),
+    Rule(
+        code="dead-units",
+        explains=("activation-vanishing", "norm-input-variance", *NO_SIGNAL, *STUCK),
+    ),
+    Rule(
+        code="activation-vanishing",
+        explains=("norm-input-variance", *NO_SIGNAL, "update-ratio-low", *STUCK),
+    ),
     Rule(
         code="gradient-vanishing",
         explains=(
@@ -256,11 +288,14 @@ RULES: tuple[Rule, ...] = (
             "update-ratio-low",
             "parameter-unchanged",
             "prediction-collapse",
-            "loss-plateau",
+            *STUCK,
         ),
     ),
-    Rule(code="feature-constant", explains=("prediction-collapse", "gradient-zero", "loss-plateau")),
-    Rule(code="units-symmetric", explains=("loss-plateau", "stalled-from-start")),
+    Rule(
+        code="feature-constant",
+        explains=("prediction-collapse", "gradient-zero", "gradient-vanishing", *STUCK),
+    ),
+    Rule(code="units-symmetric", explains=(*STUCK, "stalled-from-start")),
     # What is not finite spoils everything that is measured after it. The guard's audit knows more than flags.
     Rule(
         code="nonfinite-optimizer",
@@ -290,10 +325,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(code="nonfinite-gradient", explains=("nonfinite-optimizer", "nonfinite-parameter", "loss-diverged")),
     Rule(code="nonfinite-loss", explains=("nonfinite-gradient", "loss-diverged", "prediction-collapse")),
+    Rule(code="loss-sign", explains=("loss-diverged", "prediction-collapse", *STUCK)),
     # Why a loss does not move, from the most specific reason to the least.
     Rule(
         code="gradient-zero",
-        explains=("module-unused", "update-ratio-low", "parameter-unchanged", "loss-plateau", "stalled-from-start"),
+        explains=(
+            "module-unused",
+            "update-ratio-low",
+            "parameter-unchanged",
+            *STUCK,
+            "stalled-from-start",
+        ),
     ),
     Rule(
         code="scheduler-ends-early",
@@ -307,15 +349,25 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         code="gradient-clipping",
-        explains=("update-ratio-low", "prediction-collapse", "loss-plateau", "stalled-from-start"),
+        explains=(
+            "update-ratio-low",
+            "prediction-collapse",
+            *STUCK,
+            "stalled-from-start",
+        ),
     ),
     Rule(
         code="update-ratio-low",
-        explains=("parameter-unchanged", "prediction-collapse", "loss-plateau", "stalled-from-start"),
+        explains=(
+            "parameter-unchanged",
+            "prediction-collapse",
+            *STUCK,
+            "stalled-from-start",
+        ),
     ),
     Rule(
         code="optimizer-owns-others",
-        explains=("loss-plateau", "stalled-from-start", "parameter-unchanged"),
+        explains=(*STUCK, "stalled-from-start", "parameter-unchanged"),
         drawn_from=("loss-plateau", "parameter-unchanged"),
         holds=_gradients_flow,
         says=_owner,
@@ -327,29 +379,38 @@ RULES: tuple[Rule, ...] = (
             "output-silent",
             "output-collapse",
             "assignment-ambiguous",
-            "loss-plateau",
+            *STUCK,
             "stalled-from-start",
         ),
     ),
-    Rule(code="output-silent", explains=("loss-plateau", "loss-at-80-db", "assignment-ambiguous")),
-    Rule(code="references-alike", explains=("loss-plateau", "output-collapse", "assignment-ambiguous")),
-    Rule(code="stalled-from-start", explains=("loss-plateau", "assignment-ambiguous")),
+    Rule(code="output-silent", explains=(*STUCK, "loss-at-80-db", "assignment-ambiguous")),
+    Rule(
+        code="references-alike",
+        explains=(*STUCK, "output-collapse", "assignment-ambiguous"),
+    ),
+    Rule(code="stalled-from-start", explains=(*STUCK, "assignment-ambiguous")),
     Rule(
         code="stalled-assignment",
-        explains=("loss-plateau", "output-collapse", "assignment-ambiguous"),
+        explains=(*STUCK, "output-collapse", "assignment-ambiguous"),
         drawn_from=("loss-plateau", "output-collapse"),
         holds=_ambiguous,
         says=_assignment,
     ),
-    Rule(code="output-collapse", explains=("loss-plateau", "assignment-ambiguous")),
+    Rule(code="output-collapse", explains=(*STUCK, "assignment-ambiguous")),
     Rule(code="input-drift", explains=("overfit", "overtraining")),
     Rule(code="validation-in-train-mode", explains=("overfit", "overtraining", "metric-phase-mismatch")),
     # in a batch of one class, units of the others are zero for every item
     Rule(
         code="class-imbalance",
-        explains=("dead-units", "prediction-collapse", "overfit", "overtraining", "loss-plateau"),
+        explains=(
+            "dead-units",
+            "prediction-collapse",
+            "overfit",
+            "overtraining",
+            *STUCK,
+        ),
     ),
-    Rule(code="loss-diverged", explains=("loss-plateau", "loss-spike")),
+    Rule(code="loss-diverged", explains=(*STUCK, "loss-spike")),
     Rule(
         code="stalled-optimisation",
         explains=("loss-plateau",),

@@ -8,6 +8,7 @@ from stethoscope._parts import mark_preset
 from stethoscope.probes import Activations, Gradients, Inputs, Parameters, Separation
 from stethoscope.watches import (
     ActivationHealth,
+    AnswerHealth,
     Assignment,
     BatchOrder,
     ClassHealth,
@@ -23,6 +24,7 @@ from stethoscope.watches import (
     Overfit,
     ParameterHealth,
     Plateau,
+    ResultHealth,
     TargetHealth,
 )
 
@@ -87,7 +89,17 @@ def full() -> Preset:
     )  # causes before what they explain
     return _marked(
         (*base["probes"], Inputs()),
-        (*health, *base["watches"], LearningRate(), ClassHealth(), Overfit(), InputDrift(), MetricSchema()),
+        (
+            *health,
+            *base["watches"],
+            LearningRate(),
+            ClassHealth(),
+            AnswerHealth(),
+            ResultHealth(),
+            Overfit(),
+            InputDrift(),
+            MetricSchema(),
+        ),
     )
 
 

@@ -183,3 +183,28 @@ def test_a_class_that_a_curriculum_brings_is_new_before_it_is_rare(comes, codes)
     records = [Record("plan/steps", 600, 0, source="step"), *(each for at in range(0, 600, 10) for each in step(at))]
     watch = ClassHealth(imbalance=6.0)
     assert [found.code for found in replay(watch, records)] == codes
+
+
+@pytest.mark.parametrize(
+    ("padding", "slips", "others", "codes"),
+    [
+        (800.0, 0.0, 0.3, ["class-imbalance"]),
+        (800.0, 20.0, 0.3, []),  # background with blurred edges
+        (800.0, 0.0, 0.95, []),  # solved
+        (200.0, 0.0, 0.3, []),  # a word that is frequent
+    ],
+)
+def test_padding_that_is_scored_is_told_without_a_mistake(padding, slips, others, codes):
+    rest = 1000 - padding
+    counts = {
+        "predicted": (padding + slips, rest - slips),
+        "target": (padding, rest),
+        "right": (padding, others * rest),
+    }
+    edges = (0.0, 1.0, 2.0)
+    records = [
+        Record(f"tokens/{name}", Histogram(edges, values), at, kind="histogram")
+        for at in range(0, 80, 10)
+        for name, values in counts.items()
+    ]
+    assert [f.code for f in replay(ClassHealth(), records)] == codes

@@ -378,3 +378,118 @@ def test_silent_items_have_no_level():
             x[:3] = 0.0
             monitor.step(loss=model(x).mean())
     assert [f for f in monitor.findings if f.severity != "info"] == []
+
+
+# -- the same items again and again, blank ones, one row ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param(lambda step: seeded(0, 6, 16), id="a generator that is made anew"),
+        pytest.param(lambda step: seeded(step % 3, 4, 16), id="twelve items"),
+        pytest.param(lambda step: seeded(0, 20, 16)[torch.randperm(20)[:8]], id="twenty items in another order"),
+    ],
+)
+def test_few_items_again_and_again_are_told(batch):
+    assert train(mlp(), batch, 60) == [("input-duplicate", "warning", "")]
+
+
+KEPT = seeded(0, 64, 16)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param(lambda step: seeded(0, 200, 16)[torch.randperm(200)[:16]], id="a small data set"),
+        pytest.param(lambda step: KEPT, id="the whole data set at once"),
+        pytest.param(lambda step: torch.eye(16)[torch.randint(16, (24,))], id="states of an agent"),
+        pytest.param(lambda step: seeded(0, 6, 16) + 0.1 * torch.randn(6, 16), id="augmented"),
+    ],
+)
+def test_small_data_and_states_and_full_batches_are_fine(batch):
+    assert train(mlp(), batch, 90) == []
+
+
+def test_one_batch_for_ever_is_told_where_validation_shows_more():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Monitor(model, optimizer, watches=[InputHealth()], every=1, strict=True) as monitor:
+        for step in range(30):
+            model(seeded(0, 64, 16)).square().mean().backward()
+            optimizer.step()
+            monitor.step()
+            if step % 4 == 3:
+                with monitor.phase("val"), torch.no_grad():
+                    model.eval()(seeded(1000 + step, 64, 16))
+                model.train()
+    assert [f.code for f in monitor.findings] == ["input-duplicate"]
+
+
+def test_noise_that_the_loop_adds_does_not_hide_what_the_loader_gives():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Monitor(model, optimizer, watches=[InputHealth()], every=2, strict=True) as monitor:
+        for _ in range(40):
+            clean = seeded(0, 6, 16)
+            model(clean + torch.randn(6, 16)).square().mean().backward()
+            optimizer.step()
+            monitor.step(batch=clean)
+    assert [f.code for f in monitor.findings] == ["input-duplicate"]
+
+
+class Table(nn.Module):
+    """Numbers, and one category with an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.town, self.head = nn.Embedding(9, 4), nn.Linear(10, 1)
+
+    def forward(self, numbers, town):
+        return self.head(torch.cat([numbers, self.town(town)], 1))
+
+
+def test_rows_without_a_partner_are_told_and_some_padding_is_not():
+    def batch(share):
+        def made(step):
+            found = torch.rand(32, 1) > share
+            return seeded(step, 32, 12) * found, torch.randint(1, 9, (32,)) * found[:, 0]
+
+        return made
+
+    class Wide(Table):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(16, 1)
+
+    assert train(Wide(), batch(0.2)) == []
+    assert [code for code, *_ in train(Wide(), batch(0.75))] == ["input-constant"]
+
+
+def test_one_row_for_all_items_is_told_with_its_embedding():
+    fine = lambda step: (seeded(step, 32, 6), torch.randint(9, (32,)))  # noqa: E731
+    fallen_back = lambda step: (seeded(step, 32, 6), torch.zeros(32, dtype=torch.long))  # noqa: E731
+    assert train(Table(), fine) == []
+    assert train(Table(), fallen_back) == [("feature-constant", "warning", "town")]
+
+
+class Sentences(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(50, 8), nn.Linear(8, 2)
+
+    def forward(self, tokens):
+        return self.head(self.words(tokens).mean(1))
+
+
+def test_unknown_words_in_validation_are_told_and_more_padding_is_not():
+    def made(step, shortest=4):
+        g = torch.Generator().manual_seed(step)
+        tokens = torch.randint(3, 50, (16, 12), generator=g)
+        lengths = torch.randint(shortest, 9 if shortest < 4 else 13, (16, 1), generator=g)
+        return tokens * (torch.arange(12) < lengths)
+
+    assert train(Sentences(), made, 40, validation=lambda step: made(step + 100, 1)) == []
+    found = train(Sentences(), made, 40, validation=lambda step: made(step + 100).clamp(max=1))
+    assert found == [("input-drift", "warning", "words")]

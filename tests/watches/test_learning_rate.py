@@ -123,3 +123,27 @@ def test_a_cosine_that_goes_on_behind_its_end(schedule):
 )  # fmt: skip
 def test_a_rate_that_goes_round_on_purpose(schedule):
     assert run(schedule, planned=None) == []
+
+
+@pytest.mark.parametrize("steps", [5000, 50_000])
+def test_a_warm_up_that_is_longer_than_the_run_is_told(steps):
+    (found,) = run(lambda o: schedules.LambdaLR(o, lambda i: min(1.0, (i + 1) / steps)))
+    assert found.code == "schedule-unfinished"
+    assert found.step == STEPS // 2 - 1
+    assert found.evidence["reached_at"] == pytest.approx(steps, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda i: min(1.0, (i + 1) / 40)), id="a tenth of the run"),
+        pytest.param(lambda o: schedules.LinearLR(o, 0.01, 1.0, 250), id="more than half of the run"),
+        pytest.param(lambda o: schedules.OneCycleLR(o, 0.1, STEPS + 1, pct_start=0.6), id="one cycle"),
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda i: 0.01), id="a constant share"),
+        pytest.param(
+            lambda o: schedules.LambdaLR(o, lambda i: 32**-0.5 * min((i + 1) ** -0.5, (i + 1) * 60**-1.5)), id="Noam"
+        ),
+    ],
+)
+def test_a_warm_up_within_the_run_is_fine(schedule):
+    assert "schedule-unfinished" not in [found.code for found in run(schedule)]

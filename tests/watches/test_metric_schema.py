@@ -237,6 +237,25 @@ def test_a_graph_in_validation_or_beside_a_loss_warns():
     assert severities == ["warning", "warning"]
     (found,) = replay(MetricSchema(), grad("loss_ctc", "train") * 1)
     assert (found.code, found.severity) == ("metric-grad", "info")
+    # the sum of all steps so far keeps the graphs of all of them
+    assert replay(MetricSchema(), grad("running_loss", "train"))[0].severity == "warning"
+
+
+def test_a_result_as_text_warns():
+    found = replay(MetricSchema(), log("val", mae=["0.123"] * 2, note=["good"] * 2))
+    assert {(finding.evidence["metric"], finding.severity) for finding in found} == {
+        ("mae", "warning"),
+        ("note", "info"),
+    }
+
+
+@pytest.mark.parametrize(("name", "value", "codes"), [("precision@5", 312.0, ["metric-range"]), ("mrr", 0.4, []), ("precision_loss", 312.0, []), ("ndcg", 62.0, [])])  # fmt: skip
+def test_relatives_of_an_accuracy_are_shares(name, value, codes):
+    assert [finding.code for finding in replay(MetricSchema(), log("val", **{name: [value] * 2}))] == codes
+
+
+def test_what_is_carried_through_training_is_not_missed_in_validation():
+    assert replay(MetricSchema(), log(loss=[1.0], running_loss=[1.0]) + log("val", loss=[1.0])) == []
 
 
 def test_records_of_other_sources_are_passed_over():

@@ -122,3 +122,29 @@ def test_each_output_against_each_target(loss, turn):
 )
 def test_differences_between_all_outputs_are_fine(loss):
     assert train(signed, loss=loss) == []
+
+
+@pytest.mark.parametrize(("scale", "codes"), [(32768.0, ["input-range"]), (1.0, [])])
+def test_inputs_read_as_integers_beside_targets_read_as_floats(scale, codes):
+    torch.manual_seed(0)
+
+    class Mask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.layer(x.abs().log1p()).sigmoid() * x
+
+    model = Mask()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    with Monitor(model, optimizer, watches=[TargetHealth()], every=10, strict=True) as monitor:
+        for _ in range(100):
+            clean = torch.randn(8, 16)
+            out = model(scale * (clean + 0.3 * torch.randn(8, 16)))
+            loss = (out.abs() ** 0.3 - clean.abs() ** 0.3).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss, outputs=out, targets=clean)
+    assert [f.code for f in monitor.findings if f.severity != "info"] == codes

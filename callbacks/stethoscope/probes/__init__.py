@@ -1,6 +1,7 @@
 """Probes read tensors, on the device, without waiting for it."""
 
 from stethoscope.probes._activations import Activations as Activations
+from stethoscope.probes._agreement import Agreement as Agreement
 from stethoscope.probes._buffers import Buffers as Buffers
 from stethoscope.probes._classes import Classes as Classes
 from stethoscope.probes._density import Density as Density

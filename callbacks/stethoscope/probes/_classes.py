@@ -86,7 +86,7 @@ class _Counting:
             return Readings(())
         with torch.no_grad():
             scores = given[name].detach()
-            axis = None if labels is None else _axis(scores, labels)
+            axis = None if labels is None else class_axis(scores, labels)
             if labels is not None and axis is not None:
                 return _counts(scores.movedim(axis, -1), labels)
             if name == "logits" and labels is not None and _is_binary(scores, labels):
@@ -104,7 +104,7 @@ class _Counting:
         self._armed = False
 
 
-def _axis(scores: Tensor, labels: Tensor) -> int | None:
+def class_axis(scores: Tensor, labels: Tensor) -> int | None:
     """The axis of the classes, None where labels do not belong to scores."""
     whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype is not torch.bool
     if not whole or scores.dim() != labels.dim() + 1 or labels.dim() == 0:

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from stethoscope._shards import local
 from stethoscope.probes._columns import Column
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
+from stethoscope.probes._looked_up import LookedUp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +44,7 @@ class DataLayers:
         self._phase = "train"
         self._rows: dict[str, Tensor] = {}  # of embeddings, what the first item held
         self._alike: dict[str, Tensor] = {}
+        self._asked: dict[str, LookedUp] = {}
         self._out: tuple[int, str] | None = None
         self.failure: Exception | None = None
 
@@ -59,7 +61,7 @@ class DataLayers:
                 continue
             if isinstance(module, WEIGHTED) and (_trained(module) if phase == "train" else name in self._columns):
                 self._handles.append(module.register_forward_hook(_Layer(self, name)))
-            elif isinstance(module, nn.Embedding) and module.num_embeddings > 2 and phase == "train":
+            elif isinstance(module, nn.Embedding) and module.num_embeddings > 2:
                 self._handles.append(module.register_forward_hook(_Looked(self, name)))
             elif isinstance(module, NORMS) and phase == "train":
                 self._handles.append(module.register_forward_pre_hook(_Norm(self)))
@@ -89,8 +91,13 @@ class DataLayers:
         if isinstance(out, Tensor):
             self._out = id(out), name
 
-    def looked_up(self, name: str, x: object) -> None:
-        """An embedding has run: whether all items held the same sequence, the one of the observation before."""
+    def looked_up(self, name: str, x: object, rows: int) -> None:
+        """An embedding has run: which rows it was asked for, and whether all items held the same sequence, the one of the observation before."""
+        if isinstance(x, Tensor) and x.dim() > 0 and len(x) and not x.is_floating_point() and self._wanted():
+            with torch.no_grad():
+                self._asked.setdefault(name, LookedUp(rows)).take(local(x), self._phase)
+        if self._phase != "train":
+            return
         if not isinstance(x, Tensor) or x.dim() < 2 or len(x) < FEWEST_ITEMS or x[0].numel() < 2 or not self._wanted():
             return
         with torch.no_grad():
@@ -109,6 +116,16 @@ class DataLayers:
         """Embedding to 1 where all calls since the last reading were given one sequence, the same for all items."""
         found, self._alike = self._alike, {}
         return {name: flag.float() for name, flag in found.items()}
+
+    def one_row(self) -> dict[str, Tensor]:
+        """Embedding to 1 where all items asked for one row, see `LookedUp`."""
+        found = {name: asked.one_row() for name, asked in self._asked.items()}
+        return {name: flag for name, flag in found.items() if flag is not None}
+
+    def excess(self, phase: str) -> dict[str, Tensor]:
+        """Embedding to what `LookedUp.excess` says of another phase."""
+        found = {name: asked.excess(phase) for name, asked in self._asked.items()}
+        return {name: numbers for name, numbers in found.items() if numbers is not None}
 
     def norm(self, x: object) -> None:
         """A normalisation is about to run."""
@@ -201,9 +218,9 @@ class _Looked(Hook):
         self.owner, self.name = owner, name
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if is_traced() or not args or self.owner.failure is not None:
+        if is_traced() or not args or self.owner.failure is not None or not isinstance(module, nn.Embedding):
             return
         try:
-            self.owner.looked_up(self.name, args[0])
+            self.owner.looked_up(self.name, args[0], module.num_embeddings)
         except Exception as error:  # instrumentation never stops a training
             self.owner.failure = error

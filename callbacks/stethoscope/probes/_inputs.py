@@ -18,10 +18,11 @@ from stethoscope.probes._compiled import Eagerly
 from stethoscope.probes._data_layers import DataLayers
 from stethoscope.probes._hook import Hook, is_traced, takes_hooks
 from stethoscope.probes._passes import replaying
-from stethoscope.probes._repeats import Repeats
+from stethoscope.probes._repeats import FEWEST_VALUES, Repeats
+from stethoscope.probes._variety import Variety
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch.utils.hooks import RemovableHandle
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from stethoscope._record import Finding
 
 STATISTICS = ("mean", "rms", "absmax", "roughness", "length", "constant", "items_db")
+ROW = ("row_share", "row_share_in_training", "row")
+VARIETY = ("items", "different", "different_in_batch", "different_elsewhere", "kept")
 DRIFT = ("columns_changed", "column_change_db", "columns_shifted", "column_shift")
 
 MAX_TENSORS = 8
@@ -56,11 +59,16 @@ class Inputs:
     e.g. `input/rms.mask`. Token numbers (integers other than uint8) have a length only.
     In training also: `input/repeated`, share of items that equal an earlier one of their batch in all tensors, 1 where all are alike
     (4 items of 8 values at least; constant ones do not count), and `input/returned`, share of these copies that the batch before had as
-    well; `input/column_rms`, per trained linear, convolutional or recurrent layer that is given data, the largest rms of a column (feature
+    well, `input/blank`, share of items that are one number all over in the main tensor and equal another one in all of them; from ten observed
+    batches on, over the last 32, of data of eight different values per item and more: `input/items`, how many there were, `input/different` and
+    `input/different_in_batch`, different ones among them and in the last batch, `input/different_elsewhere`, in other phases, `input/kept`, 1 where the last batch was
+    the same tensor object as the one before (the same of the `batch` given to `step`, under the module name `batch`); `input/column_rms`, per trained linear, convolutional or recurrent layer that is given data, the largest rms of a column (feature
     or channel), over the median one (at least 1) where a normalisation follows at once; without a module: the largest of all.
     `input/alike`, per embedding of more than two rows that is given sequences (of three and more): 1 where all items held one and the same, also at the
     observation before, 0 otherwise and for what counts up or is one number (positions, types of tokens).
-    In other phases, per such layer, against the training observations so far (10 at least), per column, beyond 8 of their standard deviations:
+    `input/one_row`, per such embedding that is given one number per item: 1 where all items (8 at least) ask for the same row, also at the observation before.
+    In other phases, per embedding that is given sequences, of the row that has become more frequent by most: `input/row_share`, `input/row_share_in_training`,
+    `input/row`; rows that half of the training sequences begin or end with (padding, marks) are left out. And, per layer that is given data, against the training observations so far (10 at least), per column, beyond 8 of their standard deviations:
     `input/columns_changed`, share of columns whose spread is off by more than 6 dB, and `input/column_change_db`, the largest change;
     `input/columns_shifted`, share whose mean is off by more than one spread, and `input/column_shift`, the largest shift, in spreads.
     `input/norms_in_training`, `input/dropouts_in_training`: BatchNorm and dropout modules that act as in training there, where the model is in train mode.
@@ -135,6 +143,7 @@ class InputsAttachment:
         self._source: nn.Module | str | None = None  # what is read: comparing two kinds of it would say nothing
         self._handles: list[RemovableHandle] = []
         self._repeats, self._layers = Repeats(model), DataLayers(model, self.wanted)
+        self._called_with, self._batches = Variety(), Variety()
         self._eagerly = Eagerly("Inputs")
 
     def arm(self, on: bool, phase: str) -> None:
@@ -166,7 +175,12 @@ class InputsAttachment:
                 self._moving[self._phase] = _in_train_mode(self._model)
             self.take([*tensors(args), *tensors(kwargs)])
 
-    def take(self, named: Iterable[tuple[str, Tensor]]) -> None:
+    def _vary(self, variety: Variety, given: Iterable[Tensor]) -> None:
+        main = next((x for x in given if _readable(x) and not x.is_complex() and x[0].numel() >= FEWEST_VALUES), None)
+        if main is not None and not (variety is self._batches and self._called_with.holds(main)):
+            variety.take(main, self._phase)
+
+    def take(self, named: Sequence[tuple[str, Tensor]]) -> None:
         """Add the tensors of one call."""
         gathered = self._phases.setdefault(self._phase, _Gathered())
         usable = [(path, _real(x)) for path, x in named if _readable(x)][:MAX_TENSORS]
@@ -183,6 +197,7 @@ class InputsAttachment:
                 gathered.sums[name], gathered.peaks[name] = sums, peak
             if usable and self._phase == "train":
                 self._repeats.take(usable[main][1], [x for i, (_, x) in enumerate(usable) if i != main])
+            self._vary(self._called_with, [x for _, x in named])
 
     def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:
         """See `Attachment`."""
@@ -192,17 +207,21 @@ class InputsAttachment:
         self.notes += self._eagerly.notes()
         if not self.armed:
             return {}
-        if self._phase not in self._phases and self._source in (None, "batch"):
-            batch = [(name, x) for name, x in given.items() if name.partition("/")[0] == "batch"]
-            if batch:
-                self._source = "batch"
-                self.take(batch)
+        batch = [(name, x) for name, x in given.items() if name.partition("/")[0] == "batch"]
+        if batch and self._phase not in self._phases and self._source in (None, "batch"):
+            self._source = "batch"
+            self.take(batch)
+        elif batch:  # before noise, masks and crops that the loop adds to it
+            with torch.no_grad():
+                self._vary(self._batches, [x for _, x in batch])
         columns = self._statistics(self._phases.pop(self._phase, _Gathered()))
         drift = self._layers.drift(self._phase)
         columns += [
             Columns([Key(f"input/{name}", layer) for name in DRIFT], numbers, range(len(DRIFT)))
             for layer, numbers in drift.items()
         ]
+        for layer, numbers in self._layers.excess(self._phase).items():
+            columns.append(Columns([Key(f"input/{name}", layer) for name in ROW], numbers, range(len(ROW))))
         if self._phase == "train":
             columns += self._of_training()
         elif columns and (moving := self._moving.pop(self._phase, None)) is not None:
@@ -235,9 +254,16 @@ class InputsAttachment:
         columns = []
         copies = self._repeats.read()
         if copies is not None:
-            columns.append(Columns([Key("input/repeated"), Key("input/returned")], copies, [0, 1]))
+            keys = [Key("input/repeated"), Key("input/returned"), Key("input/blank")]
+            columns.append(Columns(keys, copies, [0, 1, 2]))
+        for name, variety in (("", self._called_with), ("batch", self._batches)):
+            counts = variety.read()
+            if counts is not None:
+                columns.append(Columns([Key(f"input/{each}", name) for each in VARIETY], counts, range(len(VARIETY))))
         alike = self._layers.alike()
         columns += [Columns([Key("input/alike", name)], flag.reshape(1), [0]) for name, flag in alike.items()]
+        one = self._layers.one_row()
+        columns += [Columns([Key("input/one_row", name)], flag.reshape(1), [0]) for name, flag in one.items()]
         layers = self._layers.read()
         if layers:
             values = torch.stack([value.to(next(iter(layers.values())).device) for value in layers.values()])

@@ -19,7 +19,7 @@ MOST_VALUES = 4096
 
 
 class Repeats:
-    """Counts copies within a batch, and which of them the batch before has held as well.
+    """Counts copies within a batch, which of them the batch before has held as well, and items that hold nothing.
 
     Args:
         model: where it has dropout, a batch in which every item comes exactly twice does not count: R-Drop (Liang et al. 2021) and
@@ -39,12 +39,13 @@ class Repeats:
             others: of the same call; those with another first axis are left out.
         """
         count = len(main)
-        if count < FEWEST_ITEMS or main[0].numel() < FEWEST_VALUES:
+        others = [x for x in others if len(x) == count]
+        if count < FEWEST_ITEMS or sum(x[0].numel() for x in (main, *others)) < FEWEST_VALUES:
             return
-        names, constant = _names(main, 0)
+        names, constant = fingerprints(main, 0)
         for i, x in enumerate(others):
-            if len(x) == count:
-                names = names + _names(x, i + 1)[0]
+            names = names + fingerprints(x, i + 1)[0]
+        blank = (constant & ((names[:, None] == names).sum(1) > 1)).float().mean()
         names = torch.where(constant, torch.arange(len(names), device=names.device), names)
         ordered = names.sort().values
         alike = ordered[0] == ordered[-1]
@@ -60,21 +61,25 @@ class Repeats:
             again = copies & (ordered[1:, None] == self._before).any(1)
             returned = again.sum() / copies.sum().clamp(min=1)
         self._before = names
-        found = torch.stack([torch.ones_like(repeated), repeated, returned])
+        found = torch.stack([torch.ones_like(repeated), repeated, returned, blank])
         moved = self._sums is not None and self._sums.device != found.device
         self._sums = found if self._sums is None or moved else self._sums + found
 
     def read(self) -> Tensor | None:
-        """(2,): share of items that equal an earlier one (1 where all are alike); share of these copies that came back."""
+        """(3,): share of items that equal an earlier one (1 where all are alike), of these copies that came back, and of blank items.
+
+        Blank is what is one number all over in the main tensor and equals another item in all of them: padding, rows that found no partner.
+        """
         sums, self._sums = self._sums, None
         return None if sums is None else sums[1:] / sums[0]
 
 
-def _names(x: Tensor, salt: int) -> tuple[Tensor, Tensor]:
-    """(items,) int64, equal where items are; (items,) whether all values of an item are the same."""
+def fingerprints(x: Tensor, salt: int) -> tuple[Tensor, Tensor]:
+    """Return (items,) int64, equal where items are; (items,) whether all values of an item are the same."""
     items = x[:MOST_ITEMS].detach().reshape(min(len(x), MOST_ITEMS), -1)
     items = items[:, :: -(-items.shape[1] // MOST_VALUES) or 1]
-    bits = items.float().contiguous().view(torch.int32) if items.is_floating_point() else items
+    # -0.0 + 0.0 is 0.0: a product with a mask of zeros has both
+    bits = (items.float() + 0.0).contiguous().view(torch.int32) if items.is_floating_point() else items
     bits = bits.to(torch.int64)
     # random weights make collisions as rare as 2^-63, sums that wrap around do not depend on the order of summation
     weights = torch.arange(1, bits.shape[1] + 1, device=x.device) + salt * 2**32

@@ -1,6 +1,7 @@
 """Watches decide: pure folds over records that return findings. No torch in here."""
 
 from stethoscope.watches._activation_health import ActivationHealth as ActivationHealth
+from stethoscope.watches._answer_health import AnswerHealth as AnswerHealth
 from stethoscope.watches._assignment import Assignment as Assignment
 from stethoscope.watches._batch_order import BatchOrder as BatchOrder
 from stethoscope.watches._class_health import ClassHealth as ClassHealth
@@ -20,5 +21,6 @@ from stethoscope.watches._output_collapse import OutputCollapse as OutputCollaps
 from stethoscope.watches._overfit import Overfit as Overfit
 from stethoscope.watches._parameter_health import ParameterHealth as ParameterHealth
 from stethoscope.watches._plateau import Plateau as Plateau
+from stethoscope.watches._result_health import ResultHealth as ResultHealth
 from stethoscope.watches._sparsity import Sparsity as Sparsity
 from stethoscope.watches._target_health import TargetHealth as TargetHealth

@@ -31,6 +31,10 @@ ONE = 0.9  # share of a batch: by chance less than once in a million batches of 
 CHANCE = 1e-9  # that so many items of one class come in a row by themselves
 NEVER = 6  # items of a rare class without a single answer of it: what recognises six of ten is so unlucky once in 250
 MISSES = log(1 / 0.4)  # each such item makes that 0.4 times as likely; many rare classes ask for more of them
+PADDING, MANY, SOLVED = 0.5, 200, 0.9
+"""Share of the targets, targets of a step; of the others, from which the task is solved and all is told."""
+SLIPS, RARER = 0.001, 0.05
+"""Share of a class that is told wrongly, of padding; of the targets that others are at least: then their mistakes are more than that."""
 ALL, REST = 0.99, 0.05  # share of the answers, and of all other items that is recognised
 FEW = 100  # other items
 CONSTANT = 500  # items of one class, all of them: of a class with one item in a hundred some would have come
@@ -147,6 +151,8 @@ class ClassHealth:
                 if not (plan and step < YOUNG * plan):
                     new = {str(i) for i in range(len(targets)) if i not in known}
                     self._imbalance(judging, targets, right, total, unanswered if late else [], new)
+            if group == "tokens":
+                _padding(judging, latest, targets, right)
             judging.steps = int(YOUNG * plan if plan and late else plan or ENDLESS)
             self._majority(judging, answers, targets, right, total)
         return {**state, "held": judging.held, "counts": counts}, judging.findings
@@ -291,6 +297,27 @@ class ClassHealth:
                 "Weigh the loss or draw rare classes more often, and watch a balanced metric; look at the sampler.",
             ),
             values={"class": int(name) if name else -1, "count": count, "most": most, "recall": hit / count},
+        )
+
+
+def _padding(judging: Judging, latest: list[list[float]], targets: list[float], right: list[float]) -> None:
+    """Judge a class that makes most of the targets and is told with hardly a mistake in a thousand, where others are not."""
+    answers, meant, hits = latest
+    most = meant.index(max(meant))
+    share, others = meant[most] / sum(meant), sum(targets) - targets[most]
+    wrong = max(answers[most], meant[most]) - hits[most]
+    exact = wrong <= SLIPS * meant[most] and PADDING <= share <= 1 - RARER and sum(meant) >= MANY
+    rest = (sum(right) - right[most]) / max(1.0, others)
+    if judging.model("padding", exact and others > 0 and rest < SOLVED, times=TIMES):
+        judging.tell(
+            Finding(
+                "class-imbalance",
+                "warning",
+                f"{share:.0%} of the targets are class {most}, and it is told without a mistake, while {rest:.0%} of the others are right: it looks like padding "
+                "that is scored.",
+                "Leave it out of the loss (ignore_index, a mask) and of the accuracy: it rules both, and says nothing.",
+            ),
+            values={"class": most, "share": share, "recall": rest},
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding
 from stethoscope.probes import Inputs
@@ -21,8 +21,23 @@ RETURNED = 0.5
 """Share of these copies that the batch before had as well, from which the data has few distinct rows: that is what it is made of."""
 APART = 30.0
 """Decibels: two of three items then lie within a range of a million to one in power, and a third beyond it. Speech from whisper to shout spans about 40 dB."""
+FEW = 32
+"""Different items: what is trained on so few is learnt by heart, whatever the model."""
+ROUNDS = 4.0
+"""Times that each of them came, on average: then no more than 2 % of what there is has not come yet, if it is drawn at random."""
+BLANK = 0.5
+"""Share of items that are one and the same number: half of the batch teaches nothing."""
 FAR = 1e3
 """rms of a column that is far beyond what features have: bytes end at 255, a 1024-point STFT of a full-scale tone at 256."""
+
+
+VARIETY = (
+    "input/items",
+    "input/different",
+    "input/different_in_batch",
+    "input/different_elsewhere",
+    "input/kept",
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,8 @@ class InputHealth:
     **What it decides**, where it holds for three observed training steps in a row:
     `input-duplicate` when at least half of the items equal an earlier one of the same batch, and either all of them are alike or most
     of these copies were not in the batch before (data with few distinct rows, such as discrete states, has the same ones again
-    and again); or when an embedding is given one and the same sequence for all items, step after step. `input-range` when the levels of the items of a
+    and again); or all items that were observed lately are at most 32 different ones, each four times and more, or one batch of any size that is made anew each time,
+    smaller than what other phases show; or when an embedding is given one and the same sequence for all items, step after step. `input-constant` when at least half of the items are one and the same number all over. `input-range` when the levels of the items of a
     batch have a standard deviation above 30 dB, or when a column (feature, channel) of the data that a trained layer is given has an rms above 1000, see
     `Inputs`. Above 50 it is named only as the cause of other findings: that is no fault by itself.
     **Cost:** host, O(layers that are given data).   **Needs:** `Inputs`.
@@ -56,18 +72,29 @@ class InputHealth:
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
         values = train_values(
-            records, "input/repeated", "input/returned", "input/column_rms", "input/items_db", "input/alike"
+            records,
+            "input/repeated",
+            "input/returned",
+            "input/column_rms",
+            "input/items_db",
+            "input/alike",
+            "input/blank",
+            "input/one_row",
         )
         if not any(record.name.startswith("input/") for record in records):
             return state, ()
         judging = Judging(state["held"], max(record.step for record in records), times=3, steps=0)
         _copies(judging, values["input/repeated"].get(""), values["input/returned"].get("", 0.0))
+        _variety(judging, train_values(records, *VARIETY))
+        constant = train_values(records, "input/constant")["input/constant"].get("", 0.0)  # that is InputDrift's
+        _blank(judging, values["input/blank"].get("", 0.0) if constant < BLANK else 0.0)
         now = values["input/items_db"].get("", 0.0)
         items_db = (
             now if state.get("items_db") is None else 0.8 * state["items_db"] + 0.2 * now
         )  # of few items it is rough
         _levels(judging, items_db)
         _alike(judging, values["input/alike"])
+        _one_row(judging, values["input/one_row"])
         layers = values["input/column_rms"]
         _scale(judging, layers if len(layers) == 1 else {name: value for name, value in layers.items() if name})
         return {"held": judging.held, "seen": True, "items_db": items_db}, judging.findings
@@ -96,6 +123,64 @@ def _copies(judging: Judging, repeated: float | None, returned: float) -> None:
     )
 
 
+def _variety(judging: Judging, values: dict[str, dict[str, float]]) -> None:
+    """Judge how many different items there are in all."""
+    seen = {source: _Variety(*(values[name].get(source, 0.0) for name in VARIETY)) for source in values["input/items"]}
+    hits = [source for source, each in seen.items() if each.few or each.one_batch]
+    if not judging.hold("input-duplicate/variety", hits, seen):
+        return
+    of = seen[hits[0]]
+    said = (
+        f"The last {of.items:,.0f} items of observed batches are {of.different:,.0f} different ones, again and again."
+    )
+    if of.elsewhere > of.different:
+        said += f" Other phases have shown {of.elsewhere:,.0f}."
+    judging.tell(
+        Finding(
+            "input-duplicate",
+            "warning",
+            said,
+            "Print the indices of some batches: a generator or loader that is made anew in every step (next(iter(loader))), a list that was cut for a dry run, weights "
+            "of a sampler that leave a few items.",
+        ),
+        values={"items": of.items, "different": of.different, "elsewhere": of.elsewhere},
+    )
+
+
+class _Variety(NamedTuple):
+    """How many different items there are, see `Inputs`."""
+
+    items: float
+    different: float
+    in_batch: float
+    elsewhere: float
+    kept: float
+
+    @property
+    def few(self) -> bool:
+        return not self.kept and 0 < self.different <= FEW and self.items >= ROUNDS * self.different
+
+    @property
+    def one_batch(self) -> bool:
+        """Whether one batch comes again and again: made anew each time, and nobody validates on more than there is to train on."""
+        same = self.different == self.in_batch and self.items >= ROUNDS * self.different > 0
+        return not self.kept and same and self.elsewhere > self.different
+
+
+def _blank(judging: Judging, share: float) -> None:
+    told = bool(judging.held.get("input-constant/blank", {}).get("told"))  # of few items the share is rough
+    if judging.model("input-constant/blank", share >= (BLANK / 2 if told else BLANK)):
+        judging.tell(
+            Finding(
+                "input-constant",
+                "warning",
+                f"{share:.0%} of the items of a batch are one and the same number all over, in three observed steps in a row.",
+                "Print some of them: padding that is all that a cut has left, rows of a join that found no partner and were filled, files that could not be read.",
+            ),
+            values={"blank": share},
+        )
+
+
 def _levels(judging: Judging, spread: float) -> None:
     if judging.model("input-range/items", spread > APART):
         judging.tell(
@@ -119,6 +204,23 @@ def _alike(judging: Judging, layers: dict[str, float]) -> None:
                 f"All items of the batch are the same sequence for {listing(news)}, and it is that of the steps before.",
                 "Print what the data set returns for this input: a column that is missing and was filled with a default, an empty text, or a prompt that "
                 "hides the item.",
+                module=news[0],
+            ),
+            news,
+            layers,
+        )
+
+
+def _one_row(judging: Judging, layers: dict[str, float]) -> None:
+    hits = [name for name, flag in layers.items() if flag == 1]
+    news = judging.hold("feature-constant/row", hits, layers)
+    if news:
+        judging.tell(
+            Finding(
+                "feature-constant",
+                "warning",
+                f"All items have asked for one row of {listing(news)} in three observed steps in a row: what it returns is a constant.",
+                "Print the numbers before they are looked up: a default for keys that are not found (text and numbers, another spelling), a column that is missing.",
                 module=news[0],
             ),
             news,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Record, Severity
 
+_ONE_ROW = 0.5  # share of all tokens by which one of them has become more frequent: no change of topic does that
 _ENOUGH = 5
 """Training observations before anything is compared: fewer say nothing about the spread."""
 
@@ -105,6 +106,7 @@ class InputDrift:
             elif record.name in train and train[record.name][0] >= _ENOUGH:
                 self._compare(quantity, record, value, train[record.name], raised, found)
         _columns(records, raised, found)
+        _rows(records, raised, found)
         _modes(records, raised, found)
         return {"train": train, "raised": raised}, found
 
@@ -155,6 +157,37 @@ class InputDrift:
                     step=record.step,
                     rank=record.rank,
                     evidence={"share": record.value},
+                )
+            )
+
+
+def _rows(records: Sequence[Record], raised: list[str], found: list[Finding]) -> None:
+    """Judge which rows embeddings are asked for."""
+    layers: dict[tuple[str, str], dict[str, float]] = {}
+    for record in records:
+        if record.phase != "train" and record.name.startswith("input/row") and isinstance(record.value, (int, float)):
+            layers.setdefault((record.phase, record.module), {})[record.name] = float(record.value)
+    for (phase, layer), now in layers.items():
+        if "input/row_share_in_training" not in now:
+            continue
+        here, there, row = (now[f"input/{name}"] for name in ("row_share", "row_share_in_training", "row"))
+        key = f"{phase} row {layer}"
+        if here - there < _ONE_ROW:
+            if key in raised:
+                raised.remove(key)
+        elif key not in raised:
+            raised.append(key)
+            found.append(
+                Finding(
+                    "input-drift",
+                    "warning",
+                    f"In phase {phase} {here:.0%} of what {layer!r} is asked for is row {row:.0f}, in training {there:.0%}.",
+                    "Is that the unknown token? Then the two phases read with different vocabularies or spellings; else look for a column that is missing and was filled.",
+                    step=records[0].step,
+                    module=layer,
+                    phase=phase,
+                    rank=records[0].rank,
+                    evidence={"row": row, "value": here, "training_mean": there},
                 )
             )
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Record
 
+WARM = 0.5  # share of the planned run at which a warm-up is long over: some percent of the run are usual
 LEAST = 20  # steps: a cosine that is restarted comes close to zero for a few
 BOTTOM, HALF, LEAP = 0.01, 0.5, 0.6
 """Shares of the peak: where a fall ends, where a rise is sure, what a restart takes at once."""
@@ -30,7 +31,9 @@ class LearningRate:
     Or the rate has fallen to 1 % of its peak and climbs back to half of it, not at once as a restart does, and in more than twice
     the steps in which it first rose to its peak, as no cyclical schedule does, but in as many as it fell in (half to twice), as no warm-up of a
     second stage does: `CosineAnnealingLR` that goes on behind its end.
-    **Finding:** `scheduler-ends-early`. **Cost:** host only, O(1) per step. **Needs:** no probe; `planned_steps`.
+    Or, at the half of a planned run, the rate has only ever risen, and at that pace reaches the rate that its scheduler scales (`initial_lr` in the
+    optimizer's groups) after the run is over: a warm-up that was counted for another run.
+    **Findings:** `scheduler-ends-early`, `schedule-unfinished`. **Cost:** host only, O(1) per step. **Needs:** no probe; `planned_steps`.
 
     Args:
         nothing: share of the peak. Three cuts to a tenth each are usual, four are not.
@@ -67,7 +70,18 @@ class LearningRate:
     def init(self) -> State:
         """No learning rate seen."""
         start = {"plan": None, "peak": 0.0, "since": None, "told": False}
-        return {**start, "first": None, "peaked": 0, "high": 0, "fell": 0, "bottom": None, "last": 0.0, "turned": False}
+        return {
+            **start,
+            "first": None,
+            "peaked": 0,
+            "high": 0,
+            "fell": 0,
+            "bottom": None,
+            "last": 0.0,
+            "turned": False,
+            "meant": None,
+            "rises": None,
+        }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the records of one step."""
@@ -78,12 +92,17 @@ class LearningRate:
                 continue
             if record.name == "plan/steps":
                 state = {**state, "plan": float(value)}
+            elif record.name == "plan/lr":
+                state = {**state, "meant": float(value)}
             elif record.name.partition("/")[0] == "lr":
                 rates.append(float(value))
         if not rates:
             return state, ()
         rate, step, plan = max(rates), records[0].step, state["plan"]
         peak = max(state["peak"], rate)
+        state, found = _warm_up(state, rate, step)
+        if found:
+            return {**state, "peak": peak}, found
         state, found = _turn(state, rate, step)
         if found:
             return {**state, "peak": peak}, found
@@ -105,6 +124,32 @@ class LearningRate:
             evidence={"lr": rate, "peak": peak, "since": since, "left": remains},
         )
         return {**state, "told": True}, (finding,)
+
+
+def _warm_up(state: State, rate: float, step: int) -> tuple[State, Sequence[Finding]]:
+    """Whether a rate that has only risen so far gets to where it should within the run."""
+    rises, plan, meant = state.get("rises"), state["plan"], state.get("meant")
+    if rises is None:
+        return {**state, "rises": [step, rate]}, ()
+    if not rises or rate < state["last"]:
+        return {**state, "rises": []}, ()
+    if not plan or meant is None or step + 1 < WARM * plan:
+        return state, ()
+    pace = (rate - rises[1]) / max(1, step - rises[0])
+    state = {**state, "rises": []}
+    if pace <= 0 or rate >= meant or step + (meant - rate) / pace < plan:
+        return state, ()
+    ends = step + (meant - rate) / pace
+    finding = Finding(
+        "schedule-unfinished",
+        "warning",
+        f"Half of the run is over, and the learning rate is still warming up: {rate:.3g}, {100 * rate / meant:.2g} % of {meant:.3g}, which it reaches at "
+        f"about step {ends:,.0f} of {plan:,.0f}.",
+        "Count the warm-up for this run: some percent of its steps; is it in epochs and stepped per step, or from the recipe of a longer one?",
+        step,
+        evidence={"lr": rate, "meant": meant, "reached_at": ends},
+    )
+    return state, (finding,)
 
 
 def _turn(state: State, rate: float, step: int) -> tuple[State, Sequence[Finding]]:

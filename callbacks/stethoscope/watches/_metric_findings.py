@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding, strict_number
 from stethoscope.watches import _metric_names as names
+from stethoscope.watches._metric_stuck import is_result
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,7 +88,7 @@ def wrong_kind(
     return Finding(
         "metric-type",
         "info"
-        if kind == "str" and not declared and not (names.rate(name) or names.loss(name))
+        if kind == "str" and not declared and not (names.loss(name) or is_result(name, 0.5, rate=names.rate(name)))
         else ("error" if declared else "warning"),
         f"{name!r} in the {at.phase} metrics is {shown}, but {rule}.",
         _TYPE_ADVICE.get(kind, "Return one number per key."),

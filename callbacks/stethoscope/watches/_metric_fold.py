@@ -149,7 +149,7 @@ class _Dictionary:
             if kind in _TENSORS:
                 stayed = True
                 if kind == "tensor-grad":
-                    usual = names.loss(slot.bare) and self.plan.phase == "train"
+                    usual = names.loss(slot.bare) and not names.running(slot.bare) and self.plan.phase == "train"
                     self._say("metric-grad", "" if usual else slot.bare, findings.graph, slot.raw, usual=usual)
             if of == "number" and entry["tensor"] is None and kind in _NUMBERS and self._tensor_in_training(slot.bare):
                 flipped.append(slot)
@@ -192,8 +192,8 @@ class _Dictionary:
         elif entry["zeros"]:
             self._change(slot.bare, zeros=0)
         if slot.field is None:
-            if slot.rate and not 0.0 <= value <= 100.0 and value - value == 0.0:
-                rule = "an accuracy lies between 0 and 1, or 0 and 100 %"
+            if names.share(slot.bare) and not 0.0 <= value <= 100.0 and value - value == 0.0:
+                rule = "a share lies between 0 and 1, or 0 and 100 %"
                 self._say("metric-range", slot.bare, findings.out_of_range, slot.raw, value, rule, "")
             if value - value != 0.0:
                 self._say("metric-nonfinite", slot.bare, findings.nonfinite, slot.raw, value)

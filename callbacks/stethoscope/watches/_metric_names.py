@@ -41,6 +41,8 @@ _COUNTED_PAIR = re.compile(
 )
 _COUNTED_ALONE = re.compile(r"epoch|steps?|weights?|n|its?|total")
 _RATE = re.compile(r"acc|accuracy|accuracies|f1|auc|auroc|iou|dice|bleu|recall|top[15]")
+_SHARE = re.compile(r"precision|sensitivity|specificity|jaccard|auprc|mrr|ndcg|eer")
+_RUNNING = re.compile(r"running|moving|ema|cumulative|cum|accumulated")
 _LOSS = re.compile(r"loss|losses|nll|kl|elbo|objective|cost|penalty")
 
 
@@ -105,6 +107,23 @@ def rate(name: str) -> bool:
     """Whether a name stands for an accuracy or a relative of it: higher is better, 0 is the worst value."""
     words = tokens(name)
     return any(map(_RATE.fullmatch, words)) and "grad" not in words and "loss" not in words
+
+
+@lru_cache(maxsize=4096)
+def share(name: str) -> bool:
+    """Whether a name stands for a share, 0 to 1 or 0 to 100 %, whichever end of it is better."""
+    return rate(name) or (any(map(_SHARE.fullmatch, tokens(name))) and "loss" not in tokens(name))
+
+
+@lru_cache(maxsize=4096)
+def running(name: str) -> bool:
+    """Whether a name stands for what is carried from step to step: a sum or a mean so far.
+
+    Examples:
+        >>> running("running_loss"), running("total_loss")
+        (True, False)
+    """
+    return any(map(_RUNNING.fullmatch, tokens(name)))
 
 
 @lru_cache(maxsize=4096)

@@ -53,6 +53,18 @@ class Streak(NamedTuple):
     moved: bool = False
 
 
+def is_quality(bare: str, *, rate: bool) -> bool:
+    """Whether a name stands for something that is better the larger it is.
+
+    Examples:
+        >>> is_quality("si_sdr_db", rate=False), is_quality("neg_si_sdr", rate=False), is_quality("wer", rate=False)
+        (True, False, False)
+    """
+    words = names.tokens(bare)
+    turned = {"neg", "negative", "minus", "loss", "error", "err"}
+    return turned.isdisjoint(words) and (rate or any(map(_HIGHER.fullmatch, words)))
+
+
 def stepped(state: State, records: Sequence[Record]) -> State:
     """Take in what a training step says: its loss, and once how many there will be."""
     for record in records:

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding
-from stethoscope.probes import LossInputs
+from stethoscope.probes import Inputs, LossInputs
 from stethoscope.watches._streaks import Judging, train_values
 
 if TYPE_CHECKING:
@@ -47,11 +47,12 @@ class TargetHealth:
     - `activation-saturated`: the targets lie beyond what the last activation can return, by a mean square of `beyond` times their variance: that much
       of it cannot be explained, whatever the model learns.
     - `input-range`: the targets' rms is above 1000, and the outputs' less than half of it; not where few outliers make it (the largest is six times the rms).
+      Or, whatever the loss is, the inputs' rms is above 1000, and the outputs' above 1000 times the targets': the scale of the input has come through.
     - `input-constant`: all targets are one number, the same in each of these steps. Of zeros alone, 20 observed steps from the start: events may be
       rare. Where targets were anything else before, so many that chance gives them once in 1e6, by the share of such batches before. An info where
       several optimizers step: one player of a game is told to say "real" each time.
 
-    **Cost:** host only, O(1) per observed step. **Needs:** `probes.LossInputs`: `step(loss=loss, outputs=..., targets=...)` with graphs.
+    **Cost:** host only, O(1) per observed step. **Needs:** `probes.LossInputs` and `Inputs`: `step(loss=loss, outputs=..., targets=...)` with graphs.
 
     Args:
         beyond: share of the targets' variance.
@@ -69,8 +70,8 @@ class TargetHealth:
 
     @property
     def needs(self) -> tuple[Probe, ...]:
-        """Outputs, targets and the loss."""
-        return (LossInputs(),)
+        """Outputs, targets and the loss; how large the inputs are."""
+        return (LossInputs(), Inputs())
 
     def init(self) -> State:
         """Nothing seen."""
@@ -94,6 +95,11 @@ class TargetHealth:
             "input-range", meant and seen.rms > FAR and seen.output < ARRIVED * seen.rms and not _tails(seen)
         ):
             judging.tell(_far(seen), values={"targets": seen.rms, "outputs": seen.output})
+        inputs = train_values(records, "input/rms")["input/rms"].get("", 0.0)
+        if judging.model("input-range/outputs", inputs > FAR and seen.output > FAR * seen.rms > 0):
+            judging.tell(
+                _carried_through(seen, inputs), values={"inputs": inputs, "targets": seen.rms, "outputs": seen.output}
+            )
         state = _alike(state, seen)
         if judging.model("input-constant", meant and _never_else(state)):
             judging.tell(_constant(seen, state["optimizers"]), values={"value": seen.low})
@@ -154,6 +160,16 @@ def _far(seen: _Seen) -> Finding:
         "spent on the way.",
         "Standardise the targets with mean and spread of the training data (or take their logarithm), and undo it where outputs are shown; or set the "
         "last bias to their mean.",
+    )
+
+
+def _carried_through(seen: _Seen, inputs: float) -> Finding:
+    return Finding(
+        "input-range",
+        "warning",
+        f"Inputs have an rms of {inputs:.3g}, outputs one of {seen.output:.3g}, and targets one of {seen.rms:.3g}: what goes in is on another scale than what should "
+        "come out.",
+        "Read both in the same way: int16 samples and bytes become floats by dividing them by 32768 and 255. A mask or a residual path hands the scale on.",
     )
 
 

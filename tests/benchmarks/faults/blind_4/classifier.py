@@ -57,7 +57,7 @@ def milestones_times_ten(t: Training) -> None:
     t.schedule = lambda optimizer: StepLR(optimizer, 70, gamma=10)
 
 
-@fault(classifier, "update-ratio-low", "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, "parameter-unchanged", "overtraining"))  # fmt: skip
+@fault(classifier, "update-ratio-low", "loss-plateau", "stalled-optimisation", "scheduler-ends-early", step=60, then=(*STUCK, "parameter-unchanged", "overtraining"))  # fmt: skip
 def decayed_at_every_batch(t: Training) -> None:
     """`ExponentialLR(0.85)` is meant for epochs and stepped at every batch: nothing moves after the first hundred. Humbatova:
     learning rate; SageMaker WeightUpdateRatio."""

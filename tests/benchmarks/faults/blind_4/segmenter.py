@@ -351,7 +351,7 @@ def polynomial_beyond_its_end(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: float(torch.tensor(1 - step / 180) ** 0.9))
 
 
-@fault(segmenter, "update-ratio-low", "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, "parameter-unchanged", "overtraining"))  # fmt: skip
+@fault(segmenter, "update-ratio-low", "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, "parameter-unchanged", "overtraining", "scheduler-ends-early"))  # fmt: skip
 def rate_cut_when_dice_rises(t: Training) -> None:
     """`ReduceLROnPlateau` is given Dice, and takes rising for getting worse: after each evaluation the rate is a thousandth.
     Humbatova: learning rate; AutoTrainer: slow convergence."""

@@ -51,7 +51,7 @@ class Column(tabular.Table):
         return super().forward(numbers, categories)[:, None]
 
 
-@fault(tabular, "output-constant", "feature-constant", "prediction-collapse", "loss-plateau", "stalled-optimisation", step=30, then=(*STUCK, *FLAT, "output-collapse", "weight-norm-drift", "overfit", "overtraining"))  # fmt: skip
+@fault(tabular, "output-constant", "feature-constant", "prediction-collapse", "loss-plateau", "stalled-optimisation", "loss-input-mismatch", then=(*STUCK, *FLAT, "output-collapse", "weight-norm-drift", "overfit", "overtraining"))  # fmt: skip
 def squeeze_forgotten(t: Training) -> None:
     """Answers are (batch, 1) and targets (batch,): the squared error compares each with each, and the mean of all prices is the
     best answer. Humbatova: wrong tensor shape; a warning of torch's, easily lost."""
