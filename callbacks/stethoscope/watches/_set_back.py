@@ -38,7 +38,9 @@ def set_back(judging: Judging, found: Mapping[str, Values], way: Way | None) -> 
         return way
     # each by its own size, so that no large one hides the others
     far = math.hypot(*((norms[name] - norm) / norm for name, norm in first.items()), 0.0)
-    back = far < NEAR * way["far"] and way["far"] > MOVED
+    # where most rest, the few others may walk back by chance
+    many = 2 * sum(norms[name] != norm for name, norm in first.items()) > len(first)
+    back = many and far < NEAR * way["far"] and way["far"] > MOVED
     returns = way["returns"] + back
     if judging.model("weights-set-back", returns >= TIMES, times=1):
         judging.tell(
