@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stethoscope._record import Finding
@@ -18,7 +19,7 @@ FEWEST = 4  # parameters: the norm of a few may pass the same value twice
 NEAR = (
     0.25  # of the furthest distance so far: training that goes round does not come that near, twice, in all parameters
 )
-MOVED = 0.02  # distance below which nothing was learnt that could be lost
+MOVED = 0.01  # distance below which nothing was learnt that could be lost
 TIMES = 2  # a checkpoint may be gone back to once
 APART = 999.0  # factor between rates of groups; discriminative fine-tuning goes to 100, and begins with weights that were trained
 
@@ -36,11 +37,9 @@ def set_back(judging: Judging, found: Mapping[str, Values], way: Way | None) -> 
     first = way["first"]
     if len(first) < FEWEST or not all(math.isfinite(norms.get(name, math.nan)) for name in first):
         return way
-    # each by its own size, so that no large one hides the others
-    far = math.hypot(*((norms[name] - norm) / norm for name, norm in first.items()), 0.0)
-    # where most rest, the few others may walk back by chance
-    many = 2 * sum(norms[name] != norm for name, norm in first.items()) > len(first)
-    back = many and far < NEAR * way["far"] and way["far"] > MOVED
+    # each by its own size, and the middle one: where most rest, the few others may walk back by chance
+    far = median(abs(norms[name] - norm) / norm for name, norm in first.items())
+    back = far < NEAR * way["far"] and way["far"] > MOVED
     returns = way["returns"] + back
     if judging.model("weights-set-back", returns >= TIMES, times=1):
         judging.tell(
