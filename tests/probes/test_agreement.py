@@ -56,13 +56,6 @@ def test_scores_of_classes_are_found_on_either_axis_and_ignored_targets_left_out
         assert read(logits=logits, targets=targets)["answer/concordance"] == 1
 
 
-def test_a_guess_surprises_by_one_and_a_sure_mistake_by_far_more():
-    targets = torch.arange(8) % 4
-    assert read(logits=torch.zeros(8, 4), targets=targets)["answer/surprise"] == pytest.approx(1)
-    wrong = 100 * nn.functional.one_hot((targets + 1) % 4, 4).float()
-    assert read(logits=wrong, targets=targets)["answer/surprise"] == pytest.approx(100 / 1.386, rel=0.01)
-
-
 def test_targets_that_are_all_alike_make_no_pairs():
     assert read(outputs=torch.randn(8), targets=torch.ones(8))["answer/pairs"] == 0
     assert read(outputs=torch.full((8,), torch.nan), targets=torch.randn(8))["answer/pairs"] == 0

@@ -12,7 +12,24 @@ def counted(**given):
     memory = sinks.Memory()
     with Monitor(nn.Linear(1, 1), probes=[probes.Classes()], sinks=[memory], every=1, strict=True) as monitor:
         monitor.step(**given)
-    return {r.name: list(r.value.counts) for r in memory.records if r.name.startswith(("classes/", "tokens/"))}
+    found = [r for r in memory.records if r.name.startswith(("classes/", "tokens/"))]
+    return {r.name: list(r.value.counts) for r in found if not r.name.endswith("/surprise")}
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 8)])
+def test_the_first_answers_of_a_training_are_compared_with_guessing_once(shape):
+    torch.manual_seed(0)
+    logits, targets = 5 * torch.randn(*shape, 7), torch.randint(7, shape)
+    targets.view(-1)[0] = -100
+    memory = sinks.Memory()
+    with Monitor(nn.Linear(1, 1), probes=[probes.Classes()], sinks=[memory], every=1, strict=True) as monitor:
+        for _ in range(3):
+            monitor.step(logits=logits, targets=targets)
+    expected = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten()) - torch.tensor(7.0).log()
+    found = [(r.name, r.step, r.value) for r in memory.records if r.name.endswith("/surprise")]
+    assert found == [
+        (f"{'classes' if len(shape) == 1 else 'tokens'}/surprise", 0, pytest.approx(float(expected), rel=1e-5))
+    ]
 
 
 def test_answers_targets_and_hits_are_counted_per_class_and_ignored_labels_are_left_out():

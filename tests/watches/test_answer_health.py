@@ -65,11 +65,3 @@ def test_the_first_half_of_a_run_is_patience():
 def test_few_pairs_prove_nothing():
     values = {"answer/concordance": [0.4] * 40, "answer/pairs": [3.0] * 40}
     assert replay(AnswerHealth(), series(range(0, 20_000, 500), **values)) == []
-
-
-@pytest.mark.parametrize(("surprise", "pretrained", "largest", "told"), [(30, 0, 3, True), (1.6, 0, 3, False), (30, 1, 3, False), (30, 0, 65535, False)])  # fmt: skip
-def test_a_first_loss_far_above_a_guess_is_told(surprise, pretrained, largest, told):
-    known = Record("plan/pretrained", float(pretrained), 0)
-    values = {"answer/concordance": [0.5], "answer/pairs": [100.0], "answer/surprise": [float(surprise)], "input/absmax": [float(largest)]}  # fmt: skip
-    found = replay(AnswerHealth(), [known, *series([0], **values)])
-    assert [f.code for f in found] == (["poor-initialisation"] if told else [])

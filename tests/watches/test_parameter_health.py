@@ -25,10 +25,12 @@ def mlp(depth=3, width=32, init=None):
     return model
 
 
-def train(model, optimizer=None, *, forward=None, steps=60, every=5, before=None, after=None):
+def train(model, optimizer=None, *, forward=None, steps=60, every=5, before=None, after=None, planned=None):
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
-    with Monitor(model, optimizer, watches=[ParameterHealth()], every=every, strict=True) as monitor:
+    with Monitor(
+        model, optimizer, watches=[ParameterHealth()], every=every, planned_steps=planned, strict=True
+    ) as monitor:
         for step in range(steps):
             x = torch.randn(16, 8, generator=generator).to(next(model.parameters()).dtype)
             loss = nn.functional.cross_entropy((forward or model)(x).float(), x[:, :4].argmax(1))
@@ -263,7 +265,9 @@ class FirstOf(nn.Module):
 
 
 def test_all_but_the_first_of_a_list_are_told_where_something_follows():
-    assert train(FirstOf(heads=False)) == [("module-unused", "warning", "parts.1")]
+    aside = ("module-unused", "info", "parts.1")  # a model that grows begins with its first block
+    assert train(FirstOf(heads=False), planned=60) == [aside, ("module-unused", "warning", "parts.1")]
+    assert train(FirstOf(heads=False)) == [aside]
     assert train(FirstOf(heads=True)) == [("module-unused", "info", "parts.1")]
     assert train(Blocks(())) == []
 

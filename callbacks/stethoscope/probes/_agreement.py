@@ -1,8 +1,7 @@
-"""Whether a model's answers follow their own targets, and how they compare with a guess."""
+"""Whether a model's answers follow their own targets."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,8 +36,6 @@ class Agreement:
     Kendall's tau as a share, for two classes the area under the ROC curve. Adding the same to all answers or scaling them changes nothing, and no loss needs to be known.
     `answer/pairs`, how many they are. Outputs and targets are floating point and of one shape, or scores of classes and whole numbers, whose targets stand for one-hot vectors
     (targets outside of the classes are left out, for both items of a pair).
-
-    `answer/surprise`, of scores of classes: their cross entropy over that of a guess, log(classes).
 
     **Cost:** on observed steps, products of 32 items by 32 at 256 places at most. Never waits for the device.
 
@@ -105,7 +102,7 @@ def _of_values(answers: Tensor, targets: Tensor) -> Readings:
     a, t = a - a.mean(0), t - t.mean(0)  # a common part cancels in differences, and would only round them off
     products = a @ t.T
     differ = (t[:, None] != t).any(-1)
-    return _shares(products, differ, [])
+    return _shares(products, differ)
 
 
 def _of_classes(scores: Tensor, targets: Tensor) -> Readings:
@@ -125,11 +122,10 @@ def _of_classes(scores: Tensor, targets: Tensor) -> Readings:
     own = likely.diagonal().T  # (items, places)
     products = torch.where(both, likely - own[:, None], 0.0).sum(-1)  # minus what the item's own target gets there
     differ = (both & (targets[:, None] != targets)).any(-1)
-    surprise = -torch.where(counted, own, 0.0).sum() / counted.sum() / math.log(classes)
-    return _shares(products, differ, [surprise])
+    return _shares(products, differ)
 
 
-def _shares(products: Tensor, differ: Tensor, others: list[Tensor]) -> Readings:
+def _shares(products: Tensor, differ: Tensor) -> Readings:
     """Of products of each answer with each target, up to a constant per answer."""
     own = products.diagonal()
     agree = (own[:, None] + own) - (products + products.T)
@@ -137,9 +133,8 @@ def _shares(products: Tensor, differ: Tensor, others: list[Tensor]) -> Readings:
     pairs = (differ & agree.isfinite()).triu(1)
     count = pairs.sum()
     share = (follows * pairs).sum() / count.clamp(min=1)
-    values = torch.stack([share, count.float(), *others])
-    names = ["answer/concordance", "answer/pairs", "answer/surprise"][: len(values)]
-    return Readings([Columns([Key(name) for name in names], values, range(len(names)))])
+    names = ("answer/concordance", "answer/pairs")
+    return Readings([Columns([Key(name) for name in names], torch.stack([share, count.float()]), range(len(names)))])
 
 
 def _thinned(x: Tensor, most: int, axis: int = 0) -> Tensor:

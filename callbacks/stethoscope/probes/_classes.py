@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,9 @@ class Classes:
     vocabulary. Targets outside of the classes (an ignored index) are left out. Where no targets fit (CTC), of what is called `logits` or
     `log_probs`, with the classes last, `tokens/predicted` alone. What is called `logits` and has one value per target, all of them 0 or 1 (binary
     cross entropy), stands for two classes: `classes/...` of one value per item, `tokens/...` of three axes and more.
+
+    Once, at the first observed step of a training: `classes/surprise` (or `tokens/surprise`), the mean cross entropy of the scores, taken as
+    logits, above that of guessing, ln(classes), in nats.
 
     **Cost:** one `argmax` and three sums over the scores on observed steps. Never waits for the device.
 
@@ -70,11 +74,12 @@ class _Counting:
     """The attachment of one `Classes`."""
 
     def __init__(self, spec: Classes) -> None:
-        self.spec, self._armed = spec, False
+        self.spec, self._armed, self._training = spec, False, False
+        self._begun = False  # the first answers of the training were looked at
 
     def arm(self, on: bool, phase: str) -> None:
         """See `Attachment`."""
-        self._armed = on
+        self._armed, self._training = on, phase == "train"
 
     def read(self, given: Mapping[str, Tensor]) -> Mapping[Key, Tensor]:
         """See `Attachment`."""
@@ -88,15 +93,19 @@ class _Counting:
             scores = given[name].detach()
             axis = None if labels is None else class_axis(scores, labels)
             if labels is not None and axis is not None:
-                return _counts(scores.movedim(axis, -1), labels)
+                counts = _counts(scores.movedim(axis, -1), labels)
+                if self._training and not self._begun:
+                    self._begun = True
+                    counts |= _surprise(scores.movedim(axis, -1), labels)
+                return counts
             if name == "logits" and labels is not None and _is_binary(scores, labels):
                 return _binary_counts(scores, labels)
             alike = labels is not None and labels.shape == scores.shape  # a question per column, no classes
             if name in BARE and not alike and scores.dim() in (2, 3) and 2 <= scores.shape[-1] <= MOST:
                 answers = scores.argmax(-1)
                 every = torch.ones_like(answers, dtype=torch.bool)
-                counts = _count(answers, every, scores.shape[-1])
-                return {Key("tokens/predicted", edges=_edges(scores.shape[-1])): counts}
+                found = _count(answers, every, scores.shape[-1])
+                return {Key("tokens/predicted", edges=_edges(scores.shape[-1])): found}
         return Readings(())
 
     def detach(self) -> None:
@@ -132,13 +141,25 @@ def _binary_counts(scores: Tensor, labels: Tensor) -> Mapping[Key, Tensor]:
     return _of_answers((scores.flatten() > 0).long(), labels, valid, 2, group)
 
 
-def _counts(scores: Tensor, labels: Tensor) -> Mapping[Key, Tensor]:
+def _surprise(scores: Tensor, labels: Tensor) -> dict[Key, Tensor]:
     classes = scores.shape[-1]
     valid = (labels >= 0) & (labels < classes)
-    return _of_answers(scores.argmax(-1), labels, valid, classes, "classes" if labels.dim() == 1 else "tokens")
+    surprise = -scores.float().log_softmax(-1).gather(-1, labels.clamp(0, classes - 1).long().unsqueeze(-1)).squeeze(-1)
+    mean = torch.where(valid, surprise, 0.0).sum() / valid.sum().clamp(min=1)
+    return {Key(f"{_group(labels)}/surprise"): mean - math.log(classes)}
 
 
-def _of_answers(answers: Tensor, labels: Tensor, valid: Tensor, classes: int, group: str) -> Mapping[Key, Tensor]:
+def _group(labels: Tensor) -> str:
+    return "classes" if labels.dim() == 1 else "tokens"
+
+
+def _counts(scores: Tensor, labels: Tensor) -> dict[Key, Tensor]:
+    classes = scores.shape[-1]
+    valid = (labels >= 0) & (labels < classes)
+    return _of_answers(scores.argmax(-1), labels, valid, classes, _group(labels))
+
+
+def _of_answers(answers: Tensor, labels: Tensor, valid: Tensor, classes: int, group: str) -> dict[Key, Tensor]:
     place = labels.clamp(0, classes - 1).long()
     counts = {
         "predicted": _count(answers, valid, classes),

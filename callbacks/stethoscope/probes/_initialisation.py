@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
+from stethoscope.probes._drawn import drawn
 from stethoscope.probes._select import named_parameters
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ class Initialisation:
     `parameter/gain` = ||W|| / sqrt(outputs), the factor by which white inputs grow in rms (1 for Xavier, 1.41 for Kaiming, 0.58
     for PyTorch's default); `parameter/copies`, the share of outputs in [0, 1] whose weights, not all zero, are those of
     another output; `parameter/table_rms`, the root mean square of an embedding that is tied to nothing (1 for PyTorch's default); `parameter/constant`, 1 where all values of a layer's weight are one number other than zero (left out elsewhere). Weights that
-    are frozen are left out.
+    are frozen are left out. Of frozen ones too, at the first look: `parameter/drawn`, 1 where a layer's weight is as an initialisation has
+    drawn it, see `_drawn.py` (left out elsewhere).
 
-    **Cost:** three reads of each weight on five steps, then nothing. Never waits for the device.
+    **Cost:** three reads of each weight on five steps, four more on the first, then nothing. Never waits for the device.
 
     Args:
         every: observe when `step % every == 0`; None takes the monitor's.
@@ -95,9 +97,12 @@ class _Weights:
     def _look(self) -> list[Columns]:
         self._looks += 1
         places: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
+        fresh: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
         with torch.no_grad():
             for name, owner, parameter in self._weights:
                 weight = _by_output(parameter, transposed=isinstance(owner, _TRANSPOSED))
+                if weight is not None and self._looks == 1 and isinstance(owner, _LAYERS):
+                    fresh.setdefault((weight.device, weight.dtype), []).append((name, drawn(weight)))
                 if weight is not None and parameter.requires_grad:
                     rows = weight.flatten(1)
                     # kernels that see one channel each may be equal and still compute different things
@@ -116,6 +121,9 @@ class _Weights:
                 for i, kind in enumerate(("gain", "copies", "constant")):
                     keys = [Key(f"parameter/{kind}", name) for name in names]
                     columns.append(Columns(keys, numbers[:, i], range(len(names)), sparse=kind == "constant"))
+            for flags in fresh.values():
+                keys = [Key("parameter/drawn", name) for name, _ in flags]
+                columns.append(Columns(keys, torch.stack([flag for _, flag in flags]), range(len(keys)), sparse=True))
             return columns
 
     def detach(self) -> None:

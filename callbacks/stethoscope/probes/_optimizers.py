@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from stethoscope import stats
 from stethoscope._dropped import unhook_optimizers
 from stethoscope._protocols import Columns, Key, Readings
+from stethoscope.probes._decay import decay_of
 from stethoscope.probes._hook import Hook
 from stethoscope.probes._select import named_parameters
 from stethoscope.probes._turns import Turns
@@ -52,7 +53,8 @@ class Optimizers:
     **Records**, in training only: `optimizer/steps`, calls of any optimizer's `step` in this
     process; `optimizer/held_fraction`, share of the parameters that require gradients and that an optimizer holds; per parameter `parameter/role`: 0 `requires_grad` is off, 1 no optimizer that has ever stepped holds it, 2 held,
     but its optimizer did not step, 3 stepped without a gradient, 4 stepped with one; `parameter/held`, 1 where an optimizer
-    that stepped holds a parameter that is frozen and has a gradient left; `gradient/applied_norm` per parameter,
+    that stepped holds a parameter that is frozen and has a gradient left; `parameter/listed`, 1 where one that has ever stepped holds a
+    parameter that is frozen (left out elsewhere); `gradient/applied_norm` per parameter,
     2-norm of the gradient as the optimizer has used it, after clipping; `gradient/scale`, by which a `GradScaler` has divided in between;
     `optimizer/in_eval`, how many modules a step found acting as in validation (BatchNorm, dropout), all of them and the model itself
     being in eval mode (left out where there are none); `optimizer/known`, optimizers that hold any of the parameters and have ever stepped;
@@ -246,7 +248,8 @@ class OptimizerHooks:
                 "optimizer/in_eval": float(self._in_eval),
                 "optimizer/decay": self._decay,
             }
-            values = [*roles, *held, *facts.values(), *(float(times) for _, times in twice)]
+            listed = [name for name, each in self._names if not each.requires_grad and id(each) in self._held]
+            values = [*roles, *held, *facts.values(), *(float(times) for _, times in twice), *[1.0] * len(listed)]
             numbers, start = self._upload(values, device), 2 * count
             always = len(facts) - 2
             keys = [Key(name) for name in facts]
@@ -256,7 +259,12 @@ class OptimizerHooks:
                 Columns(
                     [Key("parameter/optimizers", name) for name, _ in twice],
                     numbers,
-                    range(start + len(facts), len(values)),
+                    range(start + len(facts), len(values) - len(listed)),
+                ),
+                Columns(
+                    [Key("parameter/listed", name) for name in listed],
+                    numbers,
+                    range(len(values) - len(listed), len(values)),
                 ),
                 Columns([Key("parameter/role", name) for name in names], numbers, range(count)),
                 Columns([Key("parameter/held", name) for name in names], numbers, range(count, 2 * count), sparse=True),
@@ -315,32 +323,6 @@ def _has_moods(module: nn.Module) -> bool:
 def _state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     kept: Mapping[str, Any] = optimizer.state.get(parameter, {})
     return [value for value in kept.values() if isinstance(value, Tensor) and value.is_floating_point() and value.dim()]
-
-
-def decay_of(optimizer: Optimizer) -> float:
-    """Return the largest share of a weight that one step's weight decay takes where no gradient opposes it, over all groups.
-
-    `lr * weight_decay` where the decay is decoupled (Loshchilov and Hutter 2019), over `1 - momentum` for SGD, whose momentum gathers it. 0
-    where it passes through a division by the gradient's size (Adam, RMSprop), which bounds it by the learning rate, and where the learning
-    rate is on a device, which is not waited for.
-
-    Examples:
-        >>> weight = [nn.Parameter(torch.ones(2))]
-        >>> decay_of(torch.optim.AdamW(weight, lr=0.1, weight_decay=0.5))
-        0.05
-    """
-    sgd = type(optimizer) is torch.optim.SGD
-    apart = sgd or isinstance(optimizer, torch.optim.AdamW | torch.optim.Adafactor)
-    shares = [0.0]
-    for group in optimizer.param_groups:
-        rate, decay, momentum = group.get("lr"), group.get("weight_decay"), group.get("momentum", 0.0) if sgd else 0.0
-        if isinstance(rate, Tensor) and rate.device.type == "cpu":
-            rate = float(rate)
-        if not (group["params"] and (apart or group.get("decoupled_weight_decay"))):
-            continue
-        if isinstance(rate, int | float) and isinstance(decay, int | float) and isinstance(momentum, int | float):
-            shares.append(rate * decay / max(1 - momentum, 1e-3))
-    return max(shares)
 
 
 def _scale() -> Tensor | None:

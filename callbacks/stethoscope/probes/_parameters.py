@@ -42,7 +42,8 @@ class Parameters:
     1e-3 is usual; 1 for a weight that starts at zero), and with it, of the model as a whole, `parameter/outward`: the cosine between a
     parameter's change and the parameter as it was, in [-1, 1], mean over those that have moved (1 where all of them grow in place, -1
     where they shrink, 0 where none has moved); `parameter/unchanged`, 1 where not one bit has changed over the
-    step; `parameter/nonfinite`, 1 where the norm was NaN or Inf when the step's first forward pass began, that is before
+    step, and of bfloat16 and float16 `parameter/resting`, the share of the sampled values in [0, 1] of which not one bit has changed since the
+    end of the first observed step (from the second one on); `parameter/nonfinite`, 1 where the norm was NaN or Inf when the step's first forward pass began, that is before
     this step's gradients could spread it (left out where it was finite).
 
     Of a parameter that is split over ranks (FSDP2, tensor parallelism) each rank measures its own part:
@@ -206,6 +207,10 @@ class ParameterReader:
                     outward = _outward(group.owners(values), group.samples, after, len(names))
                     yield Columns([Key("parameter/outward")], outward, [0])
         if group.checksums is not None:
+            if group.half and not part:
+                resting = group.resting(values)
+                if resting is not None:
+                    yield Columns([Key("parameter/resting", name) for name in names], resting, rows)
             sums = _checksums(values)
             if sums.device == group.checksums.device:
                 keys = [Key(f"parameter/{part}unchanged", name) for name in names]
@@ -255,6 +260,8 @@ class _Group:
         self.checksums: Tensor | None = None
         self._owners: Tensor | None = None
         self._shares: Tensor | None = None
+        self.half = False
+        self._first: Tensor | None = None  # sample of the first observed step's end, of half precision
         self._exotic = False
         self._alike: list[tuple[bool, list[int]]] = []
         self._keys: list[Key] = []
@@ -263,6 +270,7 @@ class _Group:
         self.names.append(name)
         self._members.append(parameter)
         self._exotic |= parameter.is_complex() or hasattr(parameter, "to_local")
+        self.half = parameter.dtype in (torch.bfloat16, torch.float16)
 
     def values(self) -> Sequence[Tensor]:
         """The parameters as real tensors; of a DTensor, this rank's shard. Gradients must be off."""
@@ -295,6 +303,21 @@ class _Group:
             owners = [i for i, size in enumerate(sizes) for _ in range(size)]
             self._owners = stats.upload(owners, torch.int64, values[0].device)
         return self._owners
+
+    def resting(self, values: Sequence[Tensor]) -> Tensor | None:
+        """Share of each parameter's sample that is what it was at the first call, shape (parameters,); None at that call.
+
+        Single steps do not tell: who rounds stochastically leaves most values alone in each, and moves all of them in some.
+        """
+        now = _samples(values)
+        if self._first is None:
+            self._first = now
+            return None
+        count, owners = len(values), self.owners(values)
+        same = torch.zeros(count, dtype=now.dtype, device=now.device).index_add_(
+            0, owners, (now == self._first).to(now.dtype)
+        )
+        return same / torch.zeros_like(same).index_add_(0, owners, torch.ones_like(now))
 
     def shares(self, values: Sequence[Tensor]) -> Tensor:
         """For each parameter, how many of its values one value of the sample stands for."""

@@ -33,6 +33,7 @@ PASSING_ON = (
     nn.Identity,
     nn.Flatten,
     nn.Unflatten,
+    nn.Softmax,  # what is exactly zero was masked
     DROPOUT,
     nn.modules.pooling._MaxPoolNd,  # noqa: SLF001
     nn.modules.pooling._AvgPoolNd,  # noqa: SLF001
@@ -40,6 +41,12 @@ PASSING_ON = (
     nn.modules.pooling._AdaptiveMaxPoolNd,  # noqa: SLF001
 )
 """What makes no zeros of its own for all items: units that are dead were so before."""
+
+OPEN = 0.99
+"""A sigmoid above is open."""
+
+DIFFERENT, SAME = 1e-3, 1e-5
+"""Differences between items, over the largest value: above they are no rounding, below nothing else in float32."""
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _OUT = ("out_proj", "o_proj", "c_proj", "to_out", "out", "proj", "wo")
@@ -53,6 +60,22 @@ def channel_axis(module: nn.Module, x: Tensor) -> int | None:
     if isinstance(module, CHANNELS_FIRST):
         return 1 if x.dim() > 2 or not isinstance(module, nn.modules.conv._ConvNd) else 0  # noqa: SLF001
     return -1 if x.dim() == 2 else None
+
+
+def items_of(args: tuple[object, ...]) -> int:
+    """The size of the batch that a model is given, 0 where none can be told."""
+    first = next((each for each in args if isinstance(each, Tensor) and each.dim() > 1), None)
+    return 0 if first is None else len(first)
+
+
+def is_single(x: Tensor, items: int) -> bool:
+    """Whether a batch of `items` has become one item: a vector, or a first axis of one, and no axis that could be theirs."""
+    return items > 1 and x.dim() > 0 and (x.dim() == 1 or len(x) == 1) and items not in x.shape
+
+
+def differs(low: Tensor, high: Tensor, spread: Tensor) -> Tensor:
+    """Largest difference between items over the largest absolute value, 0-d, of what `ranges` returns; NaN where all is zero."""
+    return spread / torch.maximum(low.abs(), high.abs()).amax()
 
 
 def ranges(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:

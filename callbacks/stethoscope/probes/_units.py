@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 _FUNCTIONS = {"TanhBackward0": "saturated", "SigmoidBackward0": "certain"}
 """Operations of autograd by which a functional activation is recognised, and what is said of it."""
 
+_RANGE = ("low", "high", "spread")
+
+_NARROW = 16
+"""Units up to which a layer is one in which half of them may be dead by chance."""
+
 HALF = 0.5
 """Dropout of which nothing is recorded below."""
 
@@ -45,7 +50,10 @@ class Units:
     - `unit/constant_fraction`: units without any variation, of activations that are not flat anywhere by design (tanh, GELU, ...). Zeros do not
       count where other units are zero for some items too.
     - `unit/batch_spread`: largest difference between items of the batch, over the largest absolute value; 0 for a module that returns
-      the same for each item. Left out where everything is zero.
+      the same for each item, or one item for all of a batch for which the model returns as many. Left out where everything is zero.
+    - `unit/levelled`: 1 where what a layer or normalisation is given differs between items, and what it returns does not (left out elsewhere).
+    - `unit/open_fraction`: values of the last module that runs, a sigmoid, that exceed .99.
+    - `unit/width`: units of a layer that has no more than 16 (left out elsewhere).
     - `unit/saturated_fraction`: units with 90 % of their values in the flat ends of a tanh (|y| > .99); `unit/certain_fraction`: the same of a
       sigmoid (y < .01, y > .99), and of a softmax the rows whose largest value exceeds .999. Left out of the last module that runs.
       Of a functional one right before a `Linear` or convolution: `unit/input_saturated_fraction`, `unit/input_certain_fraction`, of that module.
@@ -80,13 +88,15 @@ class Units:
 class _Site:
     """One module, and what it has shown in this step."""
 
-    __slots__ = ("axis", "heads", "leaf", "module", "name", "now", "quiet", "shape")
+    __slots__ = ("axis", "heads", "leaf", "learns", "module", "name", "now", "quiet", "shape", "single")
 
     def __init__(self, name: str, module: nn.Module, heads: int) -> None:
         self.name, self.module, self.heads = name, module, heads
         self.leaf = next(module.children(), None) is None
+        self.learns = next(module.parameters(recurse=False), None) is not None
         self.axis = -1
         self.shape: torch.Size | None = None
+        self.single: Tensor | None = None  # what it has returned for the whole batch, if that is one item
         self.now: dict[str, Tensor] = {}
         self.quiet: dict[str, Tensor] = {}  # per unit, observed steps in a row in which it was dead
 
@@ -99,7 +109,9 @@ class UnitHooks:
         self.failure: Exception | None = None
         self._thread = get_ident()
         self._armed, self._depth, self._active = False, 0, False
+        self._items = 0  # of the batch that the model is given
         self._last: Tensor | None = None  # what the last module returned
+        self._maker: _Site | None = None  # that module
         self._tail: _Site | None = None
         self._axes: dict[int, tuple[int, int]] = {}  # dimensions -> axis and size of the channels last seen
         self._order: dict[_Site, None] = {}
@@ -128,9 +140,10 @@ class UnitHooks:
             self._release()
 
     def _forget(self) -> None:
-        self._depth, self._last, self._tail = 0, None, None
+        self._depth, self._last, self._maker, self._tail = 0, None, None, None
         for site in self._order:
             site.now.clear()
+            site.single = None
         self._order.clear()
 
     def _release(self) -> None:
@@ -151,20 +164,26 @@ class UnitHooks:
         if self._depth == 0 or site.name == "":
             self._depth, self._last = 0, None
             self._active = self.model.training and not replaying()
+            self._items = units.items_of(args)
         self._depth += 1
         x = args[0] if args else None
         if not self._active or not site.leaf or not isinstance(x, Tensor):
             return
         with torch.no_grad():
+            if x is self._last and self._maker is not None and "output spread" in self._maker.now:
+                self._keep(site, "differs", units.differs(*(self._maker.now[f"output {each}"] for each in _RANGE)))
             if units.normalises(site.module):
                 given = _readable(x, trained=False)
                 if given is not None:
                     self._keep(site, "starved", units.starved(site.module, given))
+                    if x is not self._last:
+                        self._keep(site, "differs", units.differs(*units.ranges(given, -1)))
             elif isinstance(site.module, units.WEIGHTED) and (x is not self._last or site.heads):
                 given = _readable(x, trained=True)
                 if given is not None:
                     axis = units.channel_axis(site.module, given) or -1
                     self._range(site, "input", given, axis)
+                    self._keep(site, "differs", units.differs(*(site.now[f"input {each}"] for each in _RANGE)))
                     made = _FUNCTIONS.get(x.grad_fn.name() if x.grad_fn is not None else "")
                     if made is not None:
                         self._keep(site, f"input {made}", units.flat_units(given, axis, signed=made == "saturated"))
@@ -179,14 +198,21 @@ class UnitHooks:
             self._tail = site
             _, x = next(tensors(output), ("", None))
             real = None if x is None else _readable(x, trained=True)
+            site.single = None
             if x is not None and real is not None:
                 with torch.no_grad():
                     self._read(site, x, real)
-            self._last = x
+            elif x is not None and x.requires_grad and units.is_single(x, self._items):
+                site.single = x.new_zeros(())
+            self._last, self._maker = x, site
         if self._depth == 0:
             if self._active and self._tail is not None:
                 self._outputs.add(self._tail)
-            self._last = self._tail = None
+                _, y = next(tensors(output), ("", None))
+                if site.name or y is None or not y.dim() or len(y) != self._items:
+                    for each in self._order:
+                        each.single = None
+            self._last = self._maker = self._tail = None
 
     def _read(self, site: _Site, x: Tensor, real: Tensor) -> None:
         axis = self._axis(site, real)
@@ -194,6 +220,8 @@ class UnitHooks:
         flat = units.saturation(site.module, real, axis)
         if flat is not None:
             self._keep(site, "saturated", flat)
+        if isinstance(site.module, nn.Sigmoid):
+            self._keep(site, "open", (real > units.OPEN).to(real.dtype).mean())
         if isinstance(site.module, units.NOWHERE_FLAT):
             self._keep(site, "zeros", (real == 0).to(real.dtype).mean())
         if x.dtype is torch.float16:
@@ -230,13 +258,19 @@ class UnitHooks:
         if self.failure is not None:
             raise self.failure
         found: dict[tuple[torch.device, torch.dtype], tuple[list[Key], list[Tensor]]] = {}
+        rare: dict[tuple[torch.device, torch.dtype], tuple[list[Key], list[Tensor]]] = {}
         with torch.no_grad():
             for site in self._order:
                 for name, value in self._finish(site):
-                    keys, values = found.setdefault((value.device, value.dtype), ([], []))
+                    keys, values = (rare if name == "levelled" else found).setdefault(
+                        (value.device, value.dtype), ([], [])
+                    )
                     keys.append(Key(f"unit/{name}", site.name))
                     values.append(value)
             columns = [Columns(keys, torch.stack(values), range(len(keys))) for keys, values in found.values()]
+            columns += [
+                Columns(keys, torch.stack(values), range(len(keys)), sparse=True) for keys, values in rare.values()
+            ]
         self._forget()
         return Readings(columns)
 
@@ -251,6 +285,8 @@ class UnitHooks:
             quiet = (quiet + 1) * dead if quiet is not None and _alike(quiet, dead) else dead.int()
             site.quiet[which] = quiet
             if which == "input" or not isinstance(site.module, units.PASSING_ON):
+                if len(dead) <= _NARROW:
+                    found.append((f"{prefix}width", low.new_full((), float(len(dead)))))
                 found.append((f"{prefix}dead_fraction", (quiet >= IN_A_ROW).to(low.dtype).mean()))
             if which == "input":
                 if site.heads and len(low) % site.heads == 0:
@@ -258,12 +294,21 @@ class UnitHooks:
                 continue
             largest = torch.maximum(low.abs(), high.abs()).amax()
             # NaN, which no threshold meets, where all is zero: such a module has nothing to be constant in
-            found.append(("batch_spread", now["output spread"] / largest))
+            spread = now["output spread"] / largest
+            found.append(("batch_spread", spread))
+            if "differs" in now and (site.learns or units.normalises(site.module)):
+                found.append(
+                    ("levelled", ((now["differs"] > units.DIFFERENT) & (spread <= units.SAME)).to(spread.dtype))
+                )
             if isinstance(site.module, units.NOWHERE_FLAT):
                 still = high - low <= 1e-6 * largest
                 # zeros elsewhere as well: only some units are kept per item, which is sparsity on purpose
                 sparse = now["zeros"] > dead.to(low.dtype).mean() + 0.01
                 found.append(("constant_fraction", (still & ~(dead & sparse)).to(low.dtype).mean()))
+        if site.single is not None:
+            found.append(("batch_spread", site.single))
+        if "open" in now and site in self._outputs:
+            found.append(("open_fraction", now["open"]))
         if "saturated" in now and site not in self._outputs:
             kind = "saturated" if isinstance(site.module, nn.Tanh) else "certain"
             found.append((f"{kind}_fraction", now["saturated"]))

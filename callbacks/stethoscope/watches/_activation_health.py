@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding
 from stethoscope.probes import Activations, Parameters, Units
+from stethoscope.watches import _levelling as levelling
+from stethoscope.watches._compounding import compounding
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 LEVELS = 3  # observed steps whose median is a module's own level
 GROSS = 10.0  # times `large`: then one look is enough
+NARROW = 0.75  # share of dead units that a layer of up to 16 units must have
 SOON = 3  # observed steps that count as the start of a run
 
 
@@ -29,14 +32,17 @@ class ActivationHealth:
     **What it decides**, on observed steps, of innermost modules, in call order:
 
     - `dead-units`: `dead_share` of a layer's units are exactly zero for all items of a batch. Sparse activations on purpose are zero for
-      some items, not for all.
+      some items, not for all. Of up to 16 units three quarters must be.
     - `activation-saturated`: `saturated_share` of a tanh's units lie in its flat ends; of a sigmoid's or softmax', from the start of the run
-      on, since later they may be sure of something. The last module that runs is not looked at: sure answers are flat.
+      on, since later they may be sure of something. The last module that runs is not looked at, as sure answers are flat, but for a sigmoid that
+      is open everywhere.
     - `feature-constant`: from some module to the end of the model, all items of a batch get the same (their difference is below `same` of the
-      largest value); or `constant_share` of the units of a tanh, GELU or the like do not vary at all.
+      largest value); or a layer makes the same of items that
+      differ; or `constant_share` of the units of a tanh, GELU or the like do not vary at all.
     - `activation-exploding`: a module's rms is `growth` times its own level of the first observations and above `large`, or above `huge`; both
       relative to the model's input where that is larger than 1. Or a module with parameters returns more than `large` times what it is
       given, and times the model's input or 1; more than ten times as much is told at the first look. The last module is not looked at: targets may be large.
+      Or the blocks of a stack multiply the signal, one after the other.
     - `activation-vanishing`: what the last module is given has an rms below `faint` of the model's input, or of 1 where that is larger.
     - `dropout-high`: a dropout module drops `dropped` or more of what it is given.
     - `norm-input-variance`: half of the groups that a normalisation gets vary less than its eps.
@@ -102,11 +108,15 @@ class ActivationHealth:
             return state, ()
         judging = Judging(state["held"], records[0].step, self.observations, self.steps)
         look = _Look(self, {**state, "looks": state["looks"] + 1}, judging)
-        look.dead(unit["dead_fraction"], unit["input_dead_fraction"])
+        look.dead(unit["dead_fraction"], unit["width"], "of")
+        look.dead(unit["input_dead_fraction"], unit["input_width"], "that are given to")
+        levelling.opened(judging, unit["open_fraction"])
+        levelling.levelled(judging, unit["levelled"], unit["batch_spread"])
         look.saturated(unit["saturated_fraction"], unit["certain_fraction"])
         look.saturated(unit["input_saturated_fraction"], unit["input_certain_fraction"], before=True)
         look.constant(unit["batch_spread"], unit["constant_fraction"])
         owners = {owner(name) for name in found["parameter/norm"]}
+        compounding(judging, found["activation/rms"], self.large)
         look.scale(_leaves(found["activation/rms"]), _leaves(found["activation/input_rms"]), owners)
         look.starved(unit["starved_fraction"])
         look.dropout(unit["dropped_fraction"])
@@ -129,6 +139,10 @@ UNITS = (
     "dead_heads",
     "headroom_bits",
     "floor_bits",
+    "width",
+    "input_width",
+    "open_fraction",
+    "levelled",
 )
 
 
@@ -141,26 +155,27 @@ class _Look:
     def _share(self, code: str, shares: Mapping[str, float], least: float) -> list[str]:
         return self.judging.hold(code, [name for name, share in shares.items() if share >= least], shares)
 
-    def dead(self, outputs: Mapping[str, float], inputs: Mapping[str, float]) -> None:
-        for shares, where in ((outputs, "of"), (inputs, "that are given to")):
-            hits = [name for name, share in shares.items() if share >= self.watch.dead_share]
-            # the probe has seen them dead three times in a row
-            news = self.judging.hold(f"dead-units {where}", hits, shares, times=1)
-            if news:
-                first = news[0]
-                self.judging.tell(
-                    Finding(
-                        "dead-units",
-                        "warning",
-                        f"{shares[first]:.0%} of the units {where} {listing(news)} are exactly zero for every item of the batch: they "
-                        "learn nothing any more.",
-                        "Lower the learning rate or warm up; look at the biases in front (or a BatchNorm's shift); LeakyReLU or GELU "
-                        "keep a slope.",
-                        module=first,
-                    ),
-                    news,
-                    shares,
-                )
+    def dead(self, shares: Mapping[str, float], widths: Mapping[str, float], where: str) -> None:
+        bar = self.watch.dead_share
+        # of the eight units of a gate half may be dead by chance
+        hits = [name for name, share in shares.items() if share >= (max(bar, NARROW) if name in widths else bar)]
+        # the probe has seen them dead three times in a row
+        news = self.judging.hold(f"dead-units {where}", hits, shares, times=1)
+        if news:
+            first = news[0]
+            self.judging.tell(
+                Finding(
+                    "dead-units",
+                    "warning",
+                    f"{shares[first]:.0%} of the units {where} {listing(news)} are exactly zero for every item of the batch: they "
+                    "learn nothing any more.",
+                    "Lower the learning rate or warm up; look at the biases in front (or a BatchNorm's shift); LeakyReLU or GELU "
+                    "keep a slope.",
+                    module=first,
+                ),
+                news,
+                shares,
+            )
 
     def saturated(self, flat: Mapping[str, float], certain: Mapping[str, float], *, before: bool = False) -> None:
         memory = "flat inputs" if before else "flat"

@@ -1,13 +1,12 @@
-"""`AnswerHealth`: answers that have nothing to do with their own targets, do the opposite, or begin far worse than a guess."""
+"""`AnswerHealth`: answers that have nothing to do with their own targets, or do the opposite."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 from stethoscope._record import Finding
-from stethoscope.probes import Agreement, Inputs
+from stethoscope.probes import Agreement
 from stethoscope.watches._streaks import Judging, train_values
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 KEEP = 10  # observed steps that are looked at together
 PAIRS = 1000  # of items that they hold at least: the share of so many, of batches of eight, has a standard deviation of 0.03
 SPAN, SHARE = 50, 0.2  # steps, and share of the planned run, that they span at least
-FAR = 1e3  # largest value of the data: then it is they that make scores large
 HALF, ENDLESS = 0.5, 5000  # share of the planned run, steps without a plan, that a training has to begin with
 
 
@@ -34,15 +32,12 @@ class AnswerHealth:
       one item differ from another has not been learnt at all. Where targets belong to other items, or the input does not reach the output, this is all that can be learnt,
       however far the loss has fallen. An info where several optimizers step (a game).
     - `loss-sign`: below `opposite`, over 50 steps: answers move away from their targets.
-    - `poor-initialisation`: the cross entropy of the first step is `surprised` times that of a guess, log(classes): some scores win by dozens
-      before anything is learnt. Not where weights were trained before, or data go beyond 1000.
 
-    **Cost:** host only, O(1) per observed step. **Needs:** `probes.Agreement` and `Inputs`: `step(loss=loss, outputs=..., targets=...)` or `logits=`.
+    **Cost:** host only, O(1) per observed step. **Needs:** `probes.Agreement`: `step(loss=loss, outputs=..., targets=...)` or `logits=`.
 
     Args:
         related: share of pairs. A correlation of 0.16 makes 0.55 of normal numbers.
         opposite: share of pairs. A correlation of -0.59 makes 0.3.
-        surprised: a factor.
 
     Examples:
         >>> from stethoscope.testing import replay, series
@@ -54,16 +49,15 @@ class AnswerHealth:
     _: KW_ONLY
     related: float = 0.55
     opposite: float = 0.3
-    surprised: float = 10.0
 
     @property
     def needs(self) -> tuple[Probe, ...]:
-        """How answers and targets agree; how large the data are."""
-        return (Agreement(), Inputs())
+        """How answers and targets agree."""
+        return (Agreement(),)
 
     def init(self) -> State:
         """Nothing seen."""
-        return {"held": {}, "plan": None, "optimizers": 1, "pretrained": False, "lately": [], "looked": False}
+        return {"held": {}, "plan": None, "optimizers": 1, "lately": []}
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
@@ -74,17 +68,12 @@ class AnswerHealth:
                 state = {**state, "plan": float(record.value)}
             elif record.name == "plan/optimizers":
                 state = {**state, "optimizers": record.value}
-            elif record.name == "plan/pretrained":
-                state = {**state, "pretrained": record.value == 1.0}
-        found = train_values(records, "answer/concordance", "answer/pairs", "answer/surprise", "input/absmax")
-        share, pairs, surprise, largest = (values.get("") for values in found.values())
+        found = train_values(records, "answer/concordance", "answer/pairs")
+        share, pairs = (values.get("") for values in found.values())
         if share is None or pairs is None:
             return state, ()
         step, plan = records[0].step, state["plan"]
         judging = Judging(state["held"], step, times=1, steps=0)
-        first = not state["looked"] and step == 0 and not state["pretrained"] and (largest or 0.0) < FAR
-        if first and surprise is not None and judging.model("surprise", surprise > self.surprised):
-            judging.tell(_surprised(surprise), values={"surprise": surprise})
         if pairs:
             state = {**state, "lately": _latest([*state["lately"], [step, share, pairs]], SHARE * (plan or 0))}
         held = _mean(state["lately"])
@@ -98,7 +87,7 @@ class AnswerHealth:
             bar = (1 + self.related) / 2 if told else self.related  # noise around the bar is no news
             if judging.model("unrelated", late and not opposite and mean < bar):
                 judging.tell(_unrelated(mean, span, state["optimizers"]), values={"concordance": mean})
-        return {**state, "held": judging.held, "looked": True}, judging.findings
+        return {**state, "held": judging.held}, judging.findings
 
 
 def _latest(rows: list[list[float]], span: float) -> list[list[float]]:
@@ -138,17 +127,4 @@ def _opposite(mean: float) -> Finding:
         "warning",
         f"Answers follow their own targets in {mean:.0%} of the pairs of items, where chance gives 50%: they do the opposite of what they should.",
         "Look at the sign of the loss: a similarity, correlation, likelihood or SNR is to be maximised, and enters a loss with a minus.",
-    )
-
-
-def _surprised(times: float) -> Finding:
-    times = min(times, 1e30)
-    return Finding(
-        "poor-initialisation",
-        "warning",
-        f"The first cross entropy is {times:,.3g} times that of a guess, log(classes): some scores win by dozens before anything is learnt."
-        if math.isfinite(times)
-        else "The first cross entropy is no number.",
-        "Look at the scale of what the last layer begins with: its weights, a bias that holds counts rather than log shares, a table of deviation 1 that is tied to "
-        "it, a temperature. Then at the scale of the inputs.",
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope._record import Finding
 from stethoscope.probes import Activations, Gradients, Optimizers, Parameters
 from stethoscope.watches import _gradient_balance as balance
+from stethoscope.watches._compounding import stacks, steadily
 from stethoscope.watches._gradient_modules import (
     FEWEST,
     IDLE,
@@ -23,6 +24,7 @@ from stethoscope.watches._gradient_modules import (
     reached,
     trend,
 )
+from stethoscope.watches._recurrence import unreached
 from stethoscope.watches._skipped_steps import skipped
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
@@ -44,12 +46,12 @@ class GradientHealth:
     gradient is zero by construction does not count), `relative` being the gradient's norm over that of the weights:
 
     - `gradient-vanishing`, `gradient-exploding` (over depth): the median relative gradient of the first quarter of the
-      modules, in the order of the forward pass, and that of the last quarter differ by `depth_ratio`; or all of it is below
+      modules, in the order of the forward pass, and that of the last quarter differ by `depth_ratio`, or the first and the last layer of a stack; or all of it is below
       `smallest`. Or one module's relative gradient is below `starved` times the median of all, in five observed steps: something closed
       lies between it and the loss.
     - `gradient-exploding` (over time): the norm of all gradients is `growth` times the median of up to 20 earlier ones and
       `large` times that of the weights, twice in a row.
-    - `gradient-zero`: exactly zero, or none at all, in a module that runs. Only info where it looks like an expert that
+    - `gradient-zero`: exactly zero, or none at all, in a module that runs, or in the weights over time or of one direction of a recurrent layer. Only info where it looks like an expert that
       is not chosen: modules before it and others of its name get gradients, and all of them are given the same, or it nothing. An error
       where gradients arrive, but are gone when the optimizer steps and leaves all as it is, or where all are zero, unless a loss that did
       teach has come down to exactly zero.
@@ -154,6 +156,7 @@ class GradientHealth:
         lossless = any(r.name == "loss" and r.source == "step" and r.value == 0.0 for r in records)
         if modules:
             look.zero(modules, found["activation/input_rms"], lossless=lossless)
+        unreached(judging, {name: norm for name, norm in gradients.items() if name})
         steep = look.depth(modules)
         total, size = norm_of(gradients), norm_of(found["parameter/norm"])
         look.time(gradients.get("", total), total / size if size > 0 else 0.0)
@@ -271,6 +274,14 @@ class _Look:
             # a module whose gradient dwarfs its own weights, among others that are well, is out of balance, and no trend
             most = max(alive, key=lambda each: each[1])
             rest, _, _ = trend([each for each in alive if each is not most])
+            for stack in stacks(dict(alive)):
+                # sigmoids in one part of a model, around which the rest is reached by a skip connection
+                if (
+                    len(stack) >= FEWEST
+                    and stack[-1][1] > self.watch.depth_ratio * stack[0][1]
+                    and steadily(stack, 1.0)
+                ):
+                    ratio, early, late = stack[0][1] / stack[-1][1], stack[:1], stack[-1:]
             if most[1] > self.watch.large and 1 / self.watch.depth_ratio < rest < self.watch.depth_ratio:
                 ratio = rest
         everything = norm_of({name: each.relative for name, each in modules.items()})

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope._record import Finding
 from stethoscope.probes import Activations, Gradients, Initialisation, Optimizers, Parameters
+from stethoscope.watches import _beginning as beginning
 from stethoscope.watches import _parameter_roles as roles
 from stethoscope.watches import _weight_size as weight_size
+from stethoscope.watches._never_trained import is_late, never_trained, planned_steps
 from stethoscope.watches._parameter_roles import TRAINED, Values
+from stethoscope.watches._set_back import rates_apart, set_back
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
 if TYPE_CHECKING:
@@ -21,17 +24,11 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-5
 SETTLED = 1e-3  # share of the largest learning rate so far
-WILD = 100.0  # gain of a single weight that no scheme of initialisation has: a deviation of 1 at 10,000 inputs
-OUTLYING = (
-    40.0  # the same, and its factor over the median; a table of deviation 1 that is tied to an output has 32 at 1024
-)
 TURNED = (
     0.1  # update ratio of the first step of a model that was trained before: ten such steps replace what it has learnt
 )
 SLOW = 5  # observed steps in a row: as many as clipping takes, which is often the cause
 RESTS = 100  # steps that one of several optimizers may wait for its first: a critic or generator that goes every few
-DEEP = 2.0  # gain that compounds: ten ReLU layers of it multiply by 30, of Kaiming's 1.41 by 1
-FEWEST = 2  # weights that a verdict on an initialisation needs
 
 
 @dataclass(frozen=True)
@@ -42,18 +39,22 @@ class ParameterHealth:
     a module's own parameters, since a bias near zero moves by its own size and means no harm:
 
     - `update-ratio-high`: above `highest` in half of the modules or in the model as a whole; once is enough above `sudden`, or above 0.1 in
-      the first step of a model that was trained before, as the weights of its normalisations tell, and of which most is trained now.
+      the first step of a model that was trained before, as the weights of its normalisations tell, and of which most is trained now; or the
+      weights come back near those of the first look, twice.
     - `update-ratio-low`: the model as a whole, from its start on, below `lowest`, at a learning rate that is not rising, in five
-      observed steps.
+      observed steps; or fresh groups whose rates are a thousand times apart, in the first third of the run.
     - `parameter-unchanged`: not one bit changes, although the optimizer stepped with a gradient that is not zero, or although gradients
       arrive, since no optimizer has ever stepped; or the parameter gets a gradient that is not zero, and no optimizer holds it: info where it
       requires one and gets none, or in the first 100 steps, while an optimizer that the monitor knows has not stepped yet.
+      Or most values of most half-precision weights rest, as their steps are rounded away.
+    - `optimizer-frozen-parameters`: a layer that an optimizer holds is frozen and still as it was drawn, after 30 % of the planned steps.
     - `optimizer-duplicate-parameters`: several optimizers step with one and the same gradient.
     - `parameter-changed`: a frozen parameter changes. A warning, but info where it looks like a moving average of a trained one.
     - `poor-initialisation`: at first sight, gains above `gain_high`, below `gain_low` or exactly zero in half of the weights,
       or above 100 in one (40, where that is 40 times the median); gains above 2 in half of the weights, where some module returns more than
       `compound` times what the first one does; the rms of an embedding above 40 times the median of gains, or 40; a layer's weight of two outputs or more, not the last one, of
-      which all values are equal.
+      which all values are equal; small weights in a row that leave nothing of the input; a cross entropy that begins 5 nats above chance (where
+      `probes.Classes` and `probes.LossInputs` are observed, as in `presets.full()`).
     - `units-symmetric`: half of a weight's units or more are copies of one another, and stay so.
     - `weight-norm-drift`: the norm of all weights is `drift` times what it was first, or that much less (half of it where weight decay takes
       more than 0.1 % per step); or weight decay by itself takes more than 1 % per step; or the norm has doubled, and steps point along the
@@ -112,7 +113,7 @@ class ParameterHealth:
             Gradients(statistics=("norm",)),
             Optimizers(),
             Initialisation(every=1),
-            Activations(statistics=("rms",), inputs=False),
+            Activations(statistics=("rms",)),
         )
 
     def init(self) -> State:
@@ -127,6 +128,10 @@ class ParameterHealth:
             "matrices": [],
             "untrained": None,
             "planned": 0.0,
+            "length": 0.0,
+            "fresh": None,
+            "new": False,
+            "way": None,
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -141,6 +146,9 @@ class ParameterHealth:
             "parameter/norm",
             "parameter/update_ratio",
             "parameter/unchanged",
+            "parameter/resting",
+            "parameter/drawn",
+            "parameter/listed",
             "parameter/role",
             "parameter/held",
             "parameter/outward",
@@ -156,36 +164,59 @@ class ParameterHealth:
             "optimizer/nonfinite",
             "optimizer/in_eval",
             "activation/rms",
+            "activation/input_rms",
+            "classes/surprise",
+            "tokens/surprise",
+            "loss/cross_entropy_input",
         )
         planned = max([state.get("planned", 0.0), *map(_planned, records)])
+        length = planned_steps(records, state.get("length", 0.0))
         if not any(found[name] for name in found if name.startswith("parameter/")):
-            return ({**state, "planned": planned} if planned != state.get("planned", 0.0) else state), ()
+            known = state.get("planned", 0.0), state.get("length", 0.0)
+            return ({**state, "planned": planned, "length": length} if (planned, length) != known else state), ()
         ran = [*state["ran"], *(name for name in found["activation/rms"] if name not in set(state["ran"]))]
         judging = Judging(state["held"], records[0].step, self.observations, self.steps)
         worn = any(record.name == "plan/pretrained" and record.value == 1.0 for record in records)
-        look = _Look(self, {**state, "ran": ran, "planned": planned}, judging, found, worn=worn)
+        look = _Look(self, {**state, "ran": ran, "planned": planned, "length": length}, judging, found, worn=worn)
         if found["parameter/gain"]:
             look.state["matrices"] = list(found["parameter/gain"])
-            look.gains(found["parameter/gain"], found["parameter/constant"])
+            if not state["gains"]:
+                beginning.gains(judging, found, high=self.gain_high, low=self.gain_low, compound=self.compound)
+                beginning.sure_of_nothing(judging, found)
+                look.state["new"] = 2 * len(found["parameter/drawn"]) >= len(found["parameter/gain"])
+            look.state["gains"] = True
         if found["parameter/copies"]:
-            look.copies(found["parameter/copies"])
+            beginning.copies(judging, found["parameter/copies"])
         if found["optimizer/steps"].get("", 1.0) > 0:
             look.optimizer(found["optimizer/nonfinite"])
             roles.in_eval(judging, int(found["optimizer/in_eval"].get("", 0.0)))
             top = max([state["rates"].get("top", 0.0), *rates.values()])
             # a schedule that is through, or has been cut off, is another story
             moving = not rates or max(rates.values()) > SETTLED * top
+            rising = bool(rates) and not max(rates.values()) <= (state["rates"].get("last") or math.inf)
             waiting = found["optimizer/known"].get("", math.inf) < planned and judging.step < RESTS
+            late = is_late(judging.step, length)
             share = look.ratios(rates)
             # single weights that rest where all hardly move are the same thing, told by its cause
             moving &= share == 0 or share >= self.lowest
             roles.unchanged(
-                judging, found, ran, look.untrained(), look.state.get("matrices", []), moving=moving, waiting=waiting
+                judging,
+                found,
+                ran,
+                look.untrained(),
+                look.state.get("matrices", []),
+                moving=moving,
+                waiting=waiting,
+                late=late,
             )
+            roles.rounded_away(judging, found, look.state.get("matrices", []), rising=rising)
+            rates_apart(judging, rates, fresh=look.state.get("new", False) and not late)
+            look.state["way"] = set_back(judging, found, state.get("way"))
             roles.duplicates(judging, found["parameter/optimizers"], found["parameter/role"])
         else:
             roles.unstepped(judging, found)
         roles.changed(judging, found)
+        look.state["fresh"] = never_trained(judging, found, state.get("fresh"), length)
         look.state["sizes"] = weight_size.drift(judging, found, state.get("sizes"), self.drift)
         return {**look.state, "held": judging.held}, judging.findings
 
@@ -217,78 +248,6 @@ class _Look:
         }
         self.state["untrained"] = rest
         return list(rest)
-
-    def gains(self, gains: Values, constant: Values) -> None:
-        if self.state["gains"]:
-            return
-        self.state["gains"] = True
-        # the units of the last layer part at the first step: each has a target of its own
-        alike = [name for name, flag in constant.items() if flag and name != list(gains)[-1]]
-        if alike:
-            self.judging.tell(
-                Finding(
-                    "poor-initialisation",
-                    "warning",
-                    f"All values of {listing(alike)} are equal: the units begin as copies of one another, and compute one feature.",
-                    "Initialise with random weights: kaiming_normal_, xavier_uniform_ (constant_ is for biases).",
-                    module=owner(alike[0]),
-                ),
-                alike,
-            )
-        if len(gains) < FEWEST:
-            return
-        watch = self.watch
-        usual, weights = sorted(gains.values())[len(gains) // 2], gains
-        # what an embedding returns is as large as its entries: its gain
-        gains = {**gains, **self.found["parameter/table_rms"]}
-        wild = [name for name, gain in gains.items() if gain > WILD or gain > OUTLYING * max(1.0, usual)]
-        high = DEEP if self._compounds() else watch.gain_high
-        for what, hit in (
-            ("large", [name for name, gain in weights.items() if gain > high]),
-            ("small", [name for name, gain in weights.items() if 0 < gain < watch.gain_low]),
-            ("zero", [name for name, gain in weights.items() if gain == 0]),
-        ):
-            if 2 * len(hit) <= len(weights) - (what != "zero"):
-                hit = wild if what == "large" else []  # noqa: PLW2901  # what is told is what was found
-            if not hit:
-                continue
-            middle = sorted(gains[name] for name in hit)[len(hit) // 2]
-            self.judging.tell(
-                Finding(
-                    "poor-initialisation",
-                    "warning",
-                    f"{len(hit)} of {len(gains)} weights begin too {what if what != 'zero' else 'small: exactly zero'} "
-                    f"({listing(hit)}): their gain is {middle:.2g} (median), where 0.5 to 2 keeps the signal's scale.",
-                    "Initialise with kaiming_normal_ or xavier_normal_ (a standard deviation of about 1 / sqrt(inputs)); keep "
-                    "zeros for the last layer of residual branches.",
-                    module=owner(hit[0]),
-                ),
-                hit,
-                gains,
-            )
-
-    def _compounds(self) -> bool:
-        """Whether the signal that the model begins with grows layer by layer beyond all use."""
-        sizes = list(self.found["activation/rms"].values())
-        return bool(sizes) and math.isfinite(max(sizes)) and max(sizes) > self.watch.compound * max(1.0, sizes[0])
-
-    def copies(self, copies: Values) -> None:
-        hit = [name for name, share in copies.items() if share >= 0.5]
-        # copies in a last layer part at the first step; in hidden layers they get one gradient and stay
-        news = self.judging.hold("units-symmetric", hit, copies, times=5)
-        if news:
-            self.judging.tell(
-                Finding(
-                    "units-symmetric",
-                    "warning",
-                    f"{copies[news[0]]:.0%} of the units of {listing(news)} are copies of one another and stay so: they "
-                    "compute one feature many times.",
-                    "Initialise with random weights (constant_ and ones_ give all units the same gradient).",
-                    module=owner(news[0]),
-                ),
-                news,
-                copies,
-            )
 
     def optimizer(self, flags: Values) -> None:
         if self.judging.model("nonfinite-optimizer", bool(flags), times=1):

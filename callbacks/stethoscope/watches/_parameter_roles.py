@@ -23,6 +23,12 @@ FAINT = 1e-5
 ASIDE = 0.25
 """Share of the parameters that learn: an auxiliary head whose loss is off is less."""
 
+RESTING_SHARE = 0.5
+"""Share of a weight's values that rest: most of it."""
+
+LOOKS = 5
+"""Observed steps in a row."""
+
 Values: TypeAlias = "dict[str, float]"
 """One number per parameter or module."""
 
@@ -36,10 +42,12 @@ def unchanged(
     *,
     moving: bool,
     waiting: bool,
+    late: bool,
 ) -> None:
     """Judge what the step should have moved and has not.
 
-    `matrices` are weights that multiply features; `moving` says that a learning rate is above zero, `waiting` that an optimizer of the plan has not stepped yet.
+    `matrices` are weights that multiply features; `moving` says that a learning rate is above zero, `waiting` that an optimizer of the plan has not stepped yet,
+    `late` that a model that grows would have grown.
     """
     roles, still = found["parameter/role"], found["parameter/unchanged"]
     gradients, norms = found["gradient/norm"], found["parameter/norm"]
@@ -78,7 +86,7 @@ def unchanged(
             news,
         )
     _unheld(judging, unheld, gradients, roles, waiting=waiting)
-    _unused(judging, idle, roles, ran)
+    _unused(judging, idle, roles, ran, late=late)
 
 
 def _unheld(judging: Judging, names: Sequence[str], gradients: Values, roles: Values, *, waiting: bool) -> None:
@@ -102,6 +110,37 @@ def _unheld(judging: Judging, names: Sequence[str], gradients: Values, roles: Va
             )
 
 
+def rounded_away(judging: Judging, found: Mapping[str, Values], matrices: Container[str], *, rising: bool) -> None:
+    """Judge weights of half precision of which most values have not moved since the first look, though their gradients are not zero.
+
+    A rate that is rising may yet reach what the rounding keeps.
+    """
+    roles, gradients = found["parameter/role"], found["gradient/norm"]
+    share = {
+        name: value
+        for name, value in found["parameter/resting"].items()
+        if name in matrices and roles.get(name) == TRAINED and gradients.get(name, 0.0) > 0
+    }
+    hits = [name for name, value in share.items() if value >= RESTING_SHARE]
+    few = rising or 2 * len(hits) < len(share)
+    news = judging.hold("parameter-unchanged-rounded", [] if few else hits, share, times=LOOKS)
+    if news:
+        middle = sorted(share[name] for name in news)[len(news) // 2]
+        judging.tell(
+            Finding(
+                "parameter-unchanged",
+                "warning",
+                f"{middle:.0%} of the values of {listing(news)} have not moved by one bit since the first look, although their gradients are not "
+                "zero: steps are smaller than half of the last digit of these half-precision weights, and are rounded away.",
+                "Keep weights in float32 and use autocast for the arithmetic, or let the optimizer keep float32 copies (or round "
+                "stochastically); a higher rate moves more of them, not all.",
+                module=owner(news[0]),
+            ),
+            news,
+            share,
+        )
+
+
 def duplicates(judging: Judging, twice: Values, roles: Values) -> None:
     """Judge parameters that are stepped several times with one and the same gradient."""
     news = judging.hold("optimizer-duplicate-parameters", twice, roles)
@@ -120,14 +159,15 @@ def duplicates(judging: Judging, twice: Values, roles: Values) -> None:
         )
 
 
-def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str]) -> None:
+def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str], *, late: bool) -> None:
     alive = {_kind(name) for name, role in roles.items() if role == TRAINED}
     trained = {owner(name) for name, role in roles.items() if role == TRAINED}
     running = [name for name in idle if owner(name) in ran]
     dropped = set(_dropped([name for name in running if _kind(name) in alive], trained, ran))
     dropped |= set(_detached([name for name in running if _kind(name) not in alive], trained, roles, ran))
     absent = [name for name in idle if owner(name) not in ran]
-    missing = {*_missing(absent, roles), *_behind_the_first(absent, trained, ran)}
+    # a model that grows begins with its first block
+    missing = {*_missing(absent, roles), *(_behind_the_first(absent, trained, ran) if late else ())}
     quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped | missing}
     for code, hits in (("module-unused", [n for n in idle if n not in quiet]), ("module-unused-quiet", quiet)):
         news = judging.hold(code, [name for name in idle if name in hits], roles)

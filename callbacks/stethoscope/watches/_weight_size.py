@@ -17,6 +17,8 @@ Sizes: TypeAlias = "tuple[int, float, int, float, float]"
 
 DECAY = 0.01  # share of a weight per step: what 100 steps have taught is gone. 1e-3 (momentum 0.9, 0.1 * 1e-3) is the most that is usual
 STRONG = 1e-3  # share of a weight per step, with which a norm that has fallen is no chance
+FROM_ZERO = 1 - 1e-5  # update ratio of a weight that was zero before the step
+UNJUDGED = -1.0  # in place of a first norm
 OUTWARD = 0.4  # cosine of step and weight, mean over parameters; steps that fit weights to data keep near 0
 GROWN = 2.0  # factor over the first norm: below, what was learnt is not yet most of the weights
 LASTING = 5  # observed steps in a row
@@ -31,11 +33,20 @@ def drift(
     size = math.hypot(*norms.values(), 0.0)
     if not norms or not math.isfinite(size):
         return sizes
-    if sizes is None or sizes[1] <= 0:
-        return judging.step, size, judging.step, size, _usual(found)
+    if sizes is None or sizes[1] == 0:
+        # what begins at zero has no size that it could leave: a logistic regression grows as it learns
+        zeros = [
+            norms[name]
+            for name, ratio in found["parameter/update_ratio"].items()
+            if ratio > FROM_ZERO and name in norms
+        ]
+        grows = math.hypot(*zeros, 0.0) > size / 2
+        return judging.step, UNJUDGED if grows else size, judging.step, size, _usual(found)
     start, first, last, before, usual = sizes
     decay = found["optimizer/decay"].get("", 0.0)
-    _decay(judging, decay, first, size)
+    _decay(judging, decay, size)
+    if first == UNJUDGED:
+        return sizes
     change = size / first
     least = factor / (2 if decay > STRONG else 1)
     # what strong decay does to the norm has been told by its cause
@@ -66,7 +77,7 @@ def _usual(found: Mapping[str, Mapping[str, float]]) -> float:
     return math.hypot(*(norms[name] / gain for name, gain in gains.items() if gain > 0 and name in norms), 0.0)
 
 
-def _decay(judging: Judging, decay: float, first: float, size: float) -> None:
+def _decay(judging: Judging, decay: float, size: float) -> None:
     if judging.model("weight-decay-high", decay > DECAY):
         judging.tell(
             Finding(
@@ -77,7 +88,7 @@ def _decay(judging: Judging, decay: float, first: float, size: float) -> None:
                 "Lower weight_decay: AdamW multiplies by 1 - lr * weight_decay per step, and SGD with momentum m by about "
                 "1 - lr * weight_decay / (1 - m).",
             ),
-            values={"decay": decay, "first": first, "now": size},
+            values={"decay": decay, "now": size},
         )
 
 

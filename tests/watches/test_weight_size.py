@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stethoscope import Monitor
+from stethoscope.watches import ParameterHealth
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3])
+def test_what_begins_at_zero_has_no_size_to_drift_from(scale):
+    torch.manual_seed(0)
+    net = nn.Linear(8, 4)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.mul_(scale)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    with Monitor(net, optimizer, watches=[ParameterHealth()], every=5, strict=True) as monitor:
+        for _ in range(200):
+            x = torch.randn(32, 8)
+            loss = nn.functional.cross_entropy(net(x), x[:, :4].argmax(1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+    assert any(f.code == "weight-norm-drift" for f in monitor.findings) == (scale > 0)
