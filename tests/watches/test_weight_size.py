@@ -9,7 +9,7 @@ from stethoscope.watches import ParameterHealth
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3])
-def test_what_begins_at_zero_has_no_size_to_drift_from(scale):
+def test_what_begins_at_zero_or_far_below_the_usual_may_grow_to_it(scale):
     torch.manual_seed(0)
     net = nn.Linear(8, 4)
     with torch.no_grad():
@@ -24,4 +24,4 @@ def test_what_begins_at_zero_has_no_size_to_drift_from(scale):
             loss.backward()
             optimizer.step()
             monitor.step(loss=loss)
-    assert any(f.code == "weight-norm-drift" for f in monitor.findings) == (scale > 0)
+    assert "weight-norm-drift" not in [f.code for f in monitor.findings]
