@@ -124,3 +124,12 @@ def test_the_page_lists_misses_and_false_alarms_and_figures_of_both_halves():
     assert "| torch-audit | | not installed |" in text
     assert summarise(results).recall == 0.5
     assert summarise(results).alarms == 1
+
+
+def test_a_peer_stands_beside_ours_on_the_same_cases():
+    hit, other = judge(LATE, [Seen(("nonfinite-gradient",), 85)]), judge(CASES["dead_relu"], [])
+    results = {"stethoscope": [hit, other], "trainpulse": [judge(LATE, [])]}
+    text = page(results, {}, [], "python bench_faults.py")
+    assert "| stethoscope | seen | 1 of 2 (50%) |" in text
+    assert "| stethoscope | written | 1 of 1 (100%) |" in text
+    assert "| trainpulse | written | 0 of 1 (0%) |" in text

@@ -1,6 +1,6 @@
 """Precision and recall of `presets.full()` on seeded faults and healthy runs, and of peers on the same.
 
-    python tests/benchmarks/bench_faults.py [--held-out] [--peers all] [--jobs 2] [--markdown docs/scoreboard.md]
+    python tests/benchmarks/bench_faults.py [--held-out] [--peers written blind_1] [--jobs 2] [--markdown docs/scoreboard.md]
     python tests/benchmarks/bench_faults.py --only dead_relu        # one case, everything that was said
 
 Without `--held-out`, the cases that may be looked at while watches are written. Those held out, in `faults/blind_5`, are run
@@ -17,7 +17,7 @@ from pathlib import Path
 from faults import _page
 from faults._cost import ratio
 from faults._score import Result, judge, run
-from faults.cases import CASES, OBSERVERS, installed
+from faults.cases import CASES, FOLDERS, OBSERVERS, installed
 
 
 def one(observer: str, case: str) -> Result:
@@ -35,9 +35,8 @@ def again(r: Result) -> Result:
 
 def command(arguments: argparse.Namespace) -> str:
     """What a reader has to type for the same page."""
-    flags = [
-        flag for flag, on in (("--held-out", arguments.held_out), (f"--peers {arguments.peers}", arguments.peers)) if on
-    ]
+    peers = " ".join(["--peers", *arguments.peers])
+    flags = [flag for flag, on in (("--held-out", arguments.held_out), (peers, arguments.peers)) if on]
     return " ".join(["python tests/benchmarks/bench_faults.py", *flags, "--jobs 2 --markdown docs/scoreboard.md"])
 
 
@@ -46,8 +45,10 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="those held out, too")
     parser.add_argument(
         "--peers",
-        choices=["seen", "all"],
-        help="torch-audit, TorchLens, trainpulse, training-doctor, on the seen cases or on all",
+        nargs="+",
+        choices=FOLDERS,
+        default=[],
+        help="torch-audit, TorchLens, trainpulse, training-doctor, on the cases of these folders",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--markdown", type=Path, help="write the page to this file")
@@ -57,7 +58,7 @@ def main() -> None:
     names = [n for n, case in CASES.items() if arguments.only in n and (arguments.held_out or not case.held_out)]
     observers = [name for name in OBSERVERS if name == "stethoscope" or arguments.peers]
     present = [name for name in observers if installed(name)]
-    few = [name for name in names if not CASES[name].held_out] if arguments.peers == "seen" else names
+    few = [name for name in names if CASES[name].folder in arguments.peers]
     cases = {name: names if name == "stethoscope" else few for name in present}
     done: dict[tuple[str, str], Result | float] = {}
     if arguments.resume and arguments.resume.exists():

@@ -60,7 +60,12 @@ class Fault:
     @property
     def held_out(self) -> bool:
         """Whether it is run only once, when the watches are finished."""
-        return is_held_out(self.apply)
+        return self.folder == HELD_OUT
+
+    @property
+    def folder(self) -> str:
+        """The set that it belongs to."""
+        return folder(self.apply)
 
     def build(self) -> Training:
         training = self.program.build()
@@ -94,7 +99,12 @@ class Healthy:
     @property
     def held_out(self) -> bool:
         """Whether it is run only once, when the watches are finished."""
-        return is_held_out(self.build)
+        return self.folder == HELD_OUT
+
+    @property
+    def folder(self) -> str:
+        """The set that it belongs to."""
+        return folder(self.build)
 
 
 def healthy(build: Callable[[], Training]) -> Healthy:
@@ -102,6 +112,6 @@ def healthy(build: Callable[[], Training]) -> Healthy:
     return Healthy(build.__name__, build, build.__doc__ or "")
 
 
-def is_held_out(made: Callable[..., object]) -> bool:
-    """By the folder that a case lies in."""
-    return made.__module__.split(".")[1] == HELD_OUT
+def folder(made: Callable[..., object]) -> str:
+    """Where a case lies."""
+    return made.__module__.split(".")[1]
