@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from faults._training import Batch, Tensors, Training, seeded
 
 USERS, ITEMS, GENRES, REGIONS, WIDTH, BATCH, NEGATIVES = 200, 120, 6, 5, 16, 64, 7
-CONTEXT, TRAITS = 4, 3  # numbers beside each visit (age, activity, hour as sine and cosine) and of each film (price, year, length)
+CONTEXT, TRAITS = (
+    4,
+    3,
+)  # numbers beside each visit (age, activity, hour as sine and cosine) and of each film (price, year, length)
 
 
 class Tower(nn.Module):
