@@ -92,7 +92,8 @@ def build(seed: int = 0, **options) -> Training:
     data = {phase: visits(n, seeded(seed, n)) for phase, n in (("train", 16000), ("val", 600))}
 
     def sample(step: int, phase: str) -> Batch:
-        chosen = torch.randperm(len(data[phase][0]), generator=seeded(seed, step, len(phase)))[:BATCH]
+        size = BATCH if phase == "train" else 4 * BATCH
+        chosen = torch.randperm(len(data[phase][0]), generator=seeded(seed, step, len(phase)))[:size]
         return tuple(part[chosen] for part in data[phase])
 
     return Training(Recommender(**options), sample, forward, measure, lambda p: torch.optim.Adam(p, 5e-3))

@@ -46,7 +46,7 @@ def pairs_of_preference() -> Training:
 @healthy
 def sampled_softmax_with_sparse_tables() -> Training:
     """Cross entropy over the list with a little smoothing; tables with sparse gradients and `SparseAdam`, Adam for all else."""
-    t = recommender.build(202)
+    t = recommender.build(205)
     t.model.head.bias = None
     tables = [t.model.user.embedding, t.model.item.embedding, t.model.popularity]
     for table in tables:
@@ -86,13 +86,13 @@ class Factors(nn.Module):
 
 @healthy
 def factors_of_ratings() -> Training:
-    """Matrix factorisation with biases of ratings from one to five, a squared error with a penalty on the rows of the batch, Adagrad.
+    """Matrix factorisation with biases of ratings from one to five, a squared error with a penalty on the rows of the batch, Adam.
     Koren et al. 2009."""
     t, made = recommender.build(203), seeded(601)
     tastes, films = torch.randn(recommender.USERS, 3, generator=made), torch.randn(recommender.ITEMS, 3, generator=made)
     torch.manual_seed(203)
     t.model = Factors()
-    t.optimize = lambda p: torch.optim.Adagrad(p, 0.1, initial_accumulator_value=0.1)
+    t.optimize = lambda p: torch.optim.Adam(p, 1e-2)
 
     def sample(step: int, phase: str) -> Batch:
         generator = seeded(602, step, len(phase))

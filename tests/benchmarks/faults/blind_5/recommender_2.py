@@ -28,7 +28,7 @@ def lists_shuffled_without_labels(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "loss-plateau", "stalled-optimisation", "input-duplicate", "prediction-collapse", "output-constant", "stalled-from-start", step=30, then=(*STUCK, *FLAT, *FITS, "class-imbalance", "input-drift", "dead-units", "metric-constant", "weight-norm-drift", "update-ratio-low"))  # fmt: skip
+@fault(recommender, "loss-plateau", "stalled-optimisation", "input-duplicate", "prediction-collapse", "output-constant", "stalled-from-start", then=(*STUCK, *FLAT, *FITS, "class-imbalance", "input-drift", "dead-units", "metric-constant", "weight-norm-drift", "update-ratio-low"))  # fmt: skip
 def the_watched_against_itself(t: Training) -> None:
     """The sampler repeats the film that was watched in place of drawing others: each list is one film eight times, once with a one and
     seven times with a zero. TheDeepChecker: duplicated inputs; Humbatova: wrong preprocessing."""
@@ -42,7 +42,7 @@ def the_watched_against_itself(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "class-imbalance", "prediction-collapse", "output-constant", "overfit", step=20, then=(*STUCK, *FITS, *DIVERGES, *FLAT, "input-drift", "dead-units", "update-ratio-low", "gradient-zero", "parameter-unchanged"))  # fmt: skip
+@fault(recommender, "class-imbalance", "prediction-collapse", "output-constant", "overfit", then=(*STUCK, *FITS, *DIVERGES, *FLAT, "input-drift", "dead-units", "update-ratio-low", "gradient-zero", "parameter-unchanged"))  # fmt: skip
 def no_negatives_at_all(t: Training) -> None:
     """Implicit feedback has ones only, and in training nothing else is sampled: `yes` to every film is the perfect answer. Humbatova:
     missing data; SageMaker ClassImbalance."""
@@ -107,7 +107,7 @@ def probability_as_a_logit(t: Training) -> None:
     t.model = Probable()
 
 
-@fault(recommender, "loss-input-mismatch", "weight-norm-drift", "activation-exploding", "gradient-exploding", "loss-diverged", "loss-sign", step=20, then=(*DIVERGES, *STUCK, *FITS, "prediction-collapse", "output-constant", "class-imbalance", "input-range", "gradient-imbalance"))  # fmt: skip
+@fault(recommender, "loss-input-mismatch", "weight-norm-drift", "activation-exploding", "gradient-exploding", "loss-diverged", "loss-sign", then=(*DIVERGES, *STUCK, *FITS, "prediction-collapse", "output-constant", "class-imbalance", "input-range", "gradient-imbalance"))  # fmt: skip
 def ratings_as_targets(t: Training) -> None:
     """Films that were watched have their rating, two to five, as a target of binary cross entropy: the loss has no lower bound any more,
     and falls far below zero. Humbatova: wrong labels for the loss."""
@@ -232,12 +232,12 @@ def penalty_on_whole_tables(t: Training) -> None:
     t.forward = forward
 
 
-@fault(recommender, "overfit", "input-drift", "input-duplicate", "overtraining", step=50, then=("prediction-collapse", "loss-plateau", "class-imbalance", "weight-norm-drift"))  # fmt: skip
+@fault(recommender, "overfit", "input-drift", "input-duplicate", "overtraining", then=("prediction-collapse", "loss-plateau", "class-imbalance", "weight-norm-drift"))  # fmt: skip
 def negatives_drawn_once(t: Training) -> None:
     """The seven films that nobody watched are drawn before the loop, and are the same in every list of the training: these numbers are
     all that is learnt. TrainCheck: duplicated data; SageMaker Overfit."""
     plain = t.sample
-    *_, traits, items, genres = plain(0, "val")
+    *_, traits, items, genres = plain(0, "train")
 
     def sample(step: int, phase: str) -> Batch:
         batch = plain(step, phase)

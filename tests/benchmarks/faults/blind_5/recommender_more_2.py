@@ -35,7 +35,7 @@ def films_not_joined_in_validation(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "input-drift", step=49, then=(*FITS, "input-range", "loss-diverged", "activation-exploding"))
+@fault(recommender, "input-drift", "input-range", step=49, then=(*FITS, "loss-diverged", "activation-exploding"))
 def context_standardised_in_training_only(t: Training) -> None:
     """Age in years and activity in visits per month: only the training reader takes mean and deviation out. Humbatova: wrong
     preprocessing; SageMaker NotNormalizedData."""
@@ -63,7 +63,7 @@ def gain_of_rank_zero(t: Training) -> None:
     t.measure = measure
 
 
-@fault(recommender, "metric-constant", step=149, then=("metric-phase-mismatch",))
+@fault(recommender, "metric-constant", step=49, then=("metric-phase-mismatch",))
 def tensors_looked_up_in_a_set(t: Training) -> None:
     """The best film of each list is looked up in the set of those watched, and both are tensors, which are equal to themselves only: a
     recall of 0.0. Humbatova: wrong validation metric."""
@@ -170,7 +170,7 @@ def films_frozen_since_the_pretraining(t: Training) -> None:
     t.optimizers = [torch.optim.Adam(t.model.parameters(), 5e-3)]
 
 
-@fault(recommender, "class-imbalance", "prediction-collapse", step=99, then=(*STUCK, *FITS, *FLAT, "dead-units", "input-duplicate"))  # fmt: skip
+@fault(recommender, "class-imbalance", "prediction-collapse", then=(*STUCK, *FITS, *FLAT, "dead-units", "input-duplicate"))  # fmt: skip
 def purchases_are_rare(t: Training) -> None:
     """A purchase is one film of a thousand that were shown, and the cross entropy weighs all alike: `no` is the answer to everything.
     SageMaker ClassImbalance; Humbatova: unbalanced data."""
@@ -226,7 +226,7 @@ def mean_over_all_users(t: Training) -> None:
     t.model.user.project.register_forward_hook(lambda module, args, x: x.mean(0, keepdim=True).expand_as(x))
 
 
-@fault(recommender, "overfit", "input-duplicate", "overtraining", step=60, then=("weight-norm-drift", "input-drift", "loss-plateau", "dead-units", "class-imbalance"))  # fmt: skip
+@fault(recommender, "overfit", "input-duplicate", "overtraining", step=1, then=("weight-norm-drift", "input-drift", "loss-plateau", "dead-units", "class-imbalance"))  # fmt: skip
 def one_shard_of_many(t: Training) -> None:
     """Of 250 shards of visits the reader opens the first again and again: 64 visits are all that is ever seen. TrainCheck: duplicated
     data; SageMaker Overfit."""

@@ -13,7 +13,7 @@ from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, finish_update, mean_of, plain_update, seeded
 
 
-@fault(retrieval, "prediction-collapse", "class-imbalance", "loss-plateau", "stalled-optimisation", "output-constant", step=40, then=(*STUCK, *FLAT, "overfit", "overtraining", "update-ratio-low", "weight-norm-drift"))  # fmt: skip
+@fault(retrieval, "prediction-collapse", "class-imbalance", "loss-plateau", "stalled-optimisation", "output-constant", then=(*STUCK, *FLAT, "overfit", "overtraining", "update-ratio-low", "weight-norm-drift"))  # fmt: skip
 def every_target_is_zero(t: Training) -> None:
     """Targets are zeros of the right shape where the numbers of rows belong: the first caption of the batch is the answer for all clips.
     Humbatova: wrong labels."""
@@ -105,7 +105,7 @@ def dropout_of_ninety_five(t: Training) -> None:
     t.model.text = retrieval.TextTower(0.95)
 
 
-@fault(retrieval, "weight-norm-drift", "activation-vanishing", "loss-plateau", "stalled-optimisation", step=20, then=(*DIVERGES, *STUCK, *FLAT, "weight-decay-on-norms", "dead-units", "attention-head-dead", "gradient-imbalance"))  # fmt: skip
+@fault(retrieval, "weight-norm-drift", "activation-vanishing", "loss-plateau", "stalled-optimisation", step=3, then=(*DIVERGES, *STUCK, *FLAT, "weight-decay-on-norms", "dead-units", "attention-head-dead", "gradient-imbalance"))  # fmt: skip
 def decay_of_fifty(t: Training) -> None:
     """A decay of 0.1 is divided by the rate, for a library that multiplies by it twice: 50. TheDeepChecker: weights that vanish;
     Humbatova: regularisation."""

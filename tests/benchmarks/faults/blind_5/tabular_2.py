@@ -127,7 +127,7 @@ def training_loss_shown_as_validation(t: Training) -> None:
     t.update, t.validate = update, validate
 
 
-@fault(tabular, "model-in-eval", then=("nonfinite-activation",))
+@fault(tabular, "model-in-eval", step=62, then=("nonfinite-activation",))
 def importance_computed_once(t: Training) -> None:
     """The importance of columns is computed in eval mode before the second epoch, at step 62, and the mode stays: BatchNorm no longer
     follows. TrainCheck: wrong mode."""
@@ -175,7 +175,7 @@ def prices_out_of_a_sigmoid(t: Training) -> None:
     t.sample = sample
 
 
-@fault(tabular, "overfit", "overtraining", "input-duplicate", step=60, then=("weight-norm-drift", "loss-plateau", "gradient-vanishing"))  # fmt: skip
+@fault(tabular, "overfit", "overtraining", "input-duplicate", step=1, then=("weight-norm-drift", "loss-plateau", "gradient-vanishing"))  # fmt: skip
 def nrows_of_a_quick_look(t: Training) -> None:
     """`nrows=64` of a first look is still in `read_csv`, and dropout is off: the training has one batch. SageMaker Overfit; TrainCheck:
     duplicated data."""

@@ -50,7 +50,7 @@ def one_speaker_at_a_time(t: Training) -> None:
     t.sample = sample
 
 
-@fault(verifier, "loss-plateau", "stalled-optimisation", "loss-input-mismatch", modules=("", "classifier"), step=60, then=(*STUCK, "gradient-vanishing", "update-ratio-low", "stalled-from-start"))  # fmt: skip
+@fault(verifier, "loss-plateau", "stalled-optimisation", "loss-input-mismatch", modules=("", "classifier"), then=(*STUCK, "gradient-vanishing", "update-ratio-low", "stalled-from-start"))  # fmt: skip
 def cosines_without_a_scale(t: Training) -> None:
     """The scale of the margin softmax is one: cosines go into cross entropy as logits, and even perfect ones leave a loss of 2.4.
     Humbatova: wrong loss; TheDeepChecker: loss that does not fall."""
@@ -202,14 +202,14 @@ def weights_of_the_loss_left_out(t: Training) -> None:
     t.optimizers = [torch.optim.SGD(network, 0.02, 0.9)]
 
 
-@fault(verifier, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", modules=("", "classifier"), step=40, then=(*STUCK, "activation-saturated", "gradient-vanishing"))  # fmt: skip
+@fault(verifier, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", modules=("", "classifier"), then=(*STUCK, "activation-saturated", "gradient-vanishing"))  # fmt: skip
 def posteriors_into_cross_entropy(t: Training) -> None:
     """The classifier returns posteriors, for calibration, and cross entropy takes them for logits. UMLAUT and Humbatova: wrong loss for
     the last layer."""
     t.model.classifier.register_forward_hook(lambda module, args, logits: logits.softmax(1))
 
 
-@fault(verifier, "loss-input-mismatch", modules=("", "classifier", "embedding", "norm"), step=60, then=(*STUCK, *FLAT, *FITS, *DIVERGES, "class-imbalance", "loss-sign"))  # fmt: skip
+@fault(verifier, "loss-input-mismatch", modules=("", "classifier", "embedding", "norm"), then=(*STUCK, *FLAT, *FITS, *DIVERGES, "class-imbalance", "loss-sign"))  # fmt: skip
 def likelihood_without_a_softmax(t: Training) -> None:
     """`nll_loss` of scaled cosines, without `log_softmax`: each is pulled to its speaker's weight, and nothing is pushed away. the
     loss is -8. Humbatova: wrong loss for the last layer; UMLAUT."""
