@@ -72,8 +72,8 @@ def answers_in_whole_steps(t: Training) -> None:
 
 @fault(tabular, "units-symmetric", "poor-initialisation", modules=("layer1", "layer2", "norm1", "activation1"), then=(*STUCK, "feature-constant", "gradient-imbalance"))  # fmt: skip
 def weights_of_the_example(t: Training) -> None:
-    """Weights of both layers are all 0.1, as in the worked example of a course, without BatchNorm. TheDeepChecker: symmetric units; Humbatova:
-    wrong weights initialisation."""
+    """Weights of both layers are all 0.1, as in the worked example of a course, without BatchNorm. TheDeepChecker: symmetric units;
+    Humbatova: wrong weights initialisation."""
     t.model = tabular.Table(norm=lambda width: nn.Identity(), dropout=0.0)
     for layer in (t.model.layer1, t.model.layer2):
         nn.init.constant_(layer.weight, 0.1)

@@ -211,8 +211,8 @@ def posteriors_into_cross_entropy(t: Training) -> None:
 
 @fault(verifier, "loss-input-mismatch", modules=("", "classifier", "embedding", "norm"), then=(*STUCK, *FLAT, *FITS, *DIVERGES, "class-imbalance", "loss-sign"))  # fmt: skip
 def likelihood_without_a_softmax(t: Training) -> None:
-    """`nll_loss` of scaled cosines, without `log_softmax`: each is pulled to its speaker's weight, and nothing is pushed away. the
-    loss is -8. Humbatova: wrong loss for the last layer; UMLAUT."""
+    """`nll_loss` of scaled cosines, without `log_softmax`: each is pulled to its speaker's weight, and nothing is pushed away:
+    the loss is -8. Humbatova: wrong loss for the last layer; UMLAUT."""
 
     def forward(model: Module, batch: Batch) -> Tensors:
         tensors = verifier.forward(model, batch)

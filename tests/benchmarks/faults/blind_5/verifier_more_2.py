@@ -179,7 +179,8 @@ def enrolled_with_another_front_end(t: Training) -> None:
 
 @fault(verifier, "overfit", "overtraining", "input-duplicate", step=1, then=("weight-norm-drift", "loss-plateau"))
 def two_utterances_each(t: Training) -> None:
-    """The list of the training was cut with `head -48` for a test, and stays so: two utterances a speaker, on the average. SageMaker Overfit."""
+    """The list of the training was cut with `head -48` for a test, and stays so: two utterances a speaker, on the average.
+    SageMaker Overfit."""
     plain, few = t.sample, verifier.utterances(48, seeded(531))
     t.optimize = lambda p: torch.optim.Adam(p, 2e-3)
     t.sample = lambda step, phase: few if phase == "train" else plain(step, phase)
