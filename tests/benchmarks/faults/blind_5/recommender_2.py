@@ -13,7 +13,7 @@ from faults._training import Batch, Observer, Tensors, Training, finish_update, 
 FITS = ("overfit", "overtraining")
 
 
-@fault(recommender, "loss-plateau", "stalled-optimisation", "prediction-collapse", "output-constant", "stalled-from-start", "feature-constant", step=30, then=(*STUCK, *FLAT, *FITS, "class-imbalance", "dead-units", "weight-norm-drift", "update-ratio-low"))  # fmt: skip
+@fault(recommender, "loss-plateau", "stalled-optimisation", "prediction-collapse", "output-constant", step=30, then=(*STUCK, *FLAT, "class-imbalance", "dead-units"))  # fmt: skip
 def lists_shuffled_without_labels(t: Training) -> None:
     """The films of each list are shuffled, so that the model cannot learn their place, and the labels stay where they were: the first
     one. Humbatova: wrong labels."""
@@ -28,7 +28,7 @@ def lists_shuffled_without_labels(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "loss-plateau", "stalled-optimisation", "input-duplicate", "prediction-collapse", "output-constant", "stalled-from-start", then=(*STUCK, *FLAT, *FITS, "class-imbalance", "input-drift", "dead-units", "metric-constant", "weight-norm-drift", "update-ratio-low"))  # fmt: skip
+@fault(recommender, "input-duplicate", "loss-plateau", "stalled-optimisation", "prediction-collapse", "output-constant", "input-constant", then=(*STUCK, *FLAT, "class-imbalance", "dead-units", "metric-constant"))  # fmt: skip
 def the_watched_against_itself(t: Training) -> None:
     """The sampler repeats the film that was watched in place of drawing others: each list is one film eight times, once with a one and
     seven times with a zero. TheDeepChecker: duplicated inputs; Humbatova: wrong preprocessing."""
@@ -42,7 +42,7 @@ def the_watched_against_itself(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "class-imbalance", "prediction-collapse", "output-constant", "overfit", then=(*STUCK, *FITS, *DIVERGES, *FLAT, "input-drift", "dead-units", "update-ratio-low", "gradient-zero", "parameter-unchanged"))  # fmt: skip
+@fault(recommender, "class-imbalance", "prediction-collapse", "output-constant", "input-drift", then=(*STUCK, *FITS, *FLAT, "dead-units", "update-ratio-low", "gradient-zero", "parameter-unchanged", "activation-exploding"))  # fmt: skip
 def no_negatives_at_all(t: Training) -> None:
     """Implicit feedback has ones only, and in training nothing else is sampled: `yes` to every film is the perfect answer. Humbatova:
     missing data; SageMaker ClassImbalance."""
@@ -55,7 +55,7 @@ def no_negatives_at_all(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "feature-constant", modules=("user.embedding", "user"), then=("gradient-zero", "input-constant", "loss-plateau", "stalled-optimisation", *FITS, "input-duplicate", "gradient-imbalance"))  # fmt: skip
+@fault(recommender, "feature-constant", "input-constant", modules=("", "user.embedding", "user"), then=("gradient-zero", "input-duplicate"))  # fmt: skip
 def users_hashed_into_one_bucket(t: Training) -> None:
     """Users are hashed into `buckets // 1000` rows where thousands were meant: all of them are row 0. SageMaker TensorVariance;
     Humbatova: wrong preprocessing."""
@@ -68,7 +68,7 @@ def users_hashed_into_one_bucket(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "input-range", "activation-exploding", "gradient-vanishing", "gradient-imbalance", "feature-constant", modules=("", "item", "item.hidden"), then=(*DIVERGES, *STUCK, *FLAT, *FITS, "dead-units", "parameter-unchanged", "dtype-headroom", "update-ratio-low"))  # fmt: skip
+@fault(recommender, "input-range", "activation-exploding", "gradient-vanishing", "gradient-imbalance", "feature-constant", modules=("", "item", "item.hidden"), then=(*STUCK, *FLAT, "dead-units", "parameter-unchanged", "dtype-headroom", "update-ratio-low"))  # fmt: skip
 def length_in_milliseconds(t: Training) -> None:
     """The length of films goes into the model as the database has it, in milliseconds. UMLAUT: features that are not normalised;
     SageMaker NotNormalizedData."""
@@ -82,7 +82,7 @@ def length_in_milliseconds(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "optimizer-misses-parameters", "parameter-unchanged", modules=("user.embedding", "item.embedding", "popularity"), then=("optimizer-owns-others",))  # fmt: skip
+@fault(recommender, "optimizer-misses-parameters", "parameter-unchanged", modules=("user.embedding", "item.embedding", "popularity"), then=("optimizer-owns-others", "gradient-accumulation", "gradient-imbalance"))  # fmt: skip
 def tables_for_sparse_adam(t: Training) -> None:
     """Tables are kept from Adam, as they belong to a `SparseAdam`, which nobody builds. TrainCheck: parameters that no optimizer
     holds."""
@@ -91,7 +91,7 @@ def tables_for_sparse_adam(t: Training) -> None:
     t.optimizers = [torch.optim.Adam((p for p in t.model.parameters() if id(p) not in sparse), 5e-3)]
 
 
-@fault(recommender, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", modules=("", "probability"), then=(*STUCK, *FITS, "activation-saturated", "gradient-vanishing", "class-imbalance", "update-ratio-low"))  # fmt: skip
+@fault(recommender, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", "activation-saturated", modules=("", "probability"), then=(*STUCK, "gradient-vanishing", "class-imbalance", "update-ratio-low", *FLAT, "overtraining", "dead-units"))  # fmt: skip
 def probability_as_a_logit(t: Training) -> None:
     """The model ends in a sigmoid for the sake of the service, and the loss takes logits: no answer is below a half. UMLAUT and
     Humbatova: wrong activation for the loss."""
@@ -107,7 +107,7 @@ def probability_as_a_logit(t: Training) -> None:
     t.model = Probable()
 
 
-@fault(recommender, "loss-input-mismatch", "weight-norm-drift", "activation-exploding", "gradient-exploding", "loss-diverged", "loss-sign", then=(*DIVERGES, *STUCK, *FITS, "prediction-collapse", "output-constant", "class-imbalance", "input-range", "gradient-imbalance"))  # fmt: skip
+@fault(recommender, "loss-input-mismatch", "weight-norm-drift", "activation-exploding", "gradient-exploding", "input-range", then=("gradient-imbalance", "update-ratio-high", "loss-sign", "loss-spike"))  # fmt: skip
 def ratings_as_targets(t: Training) -> None:
     """Films that were watched have their rating, two to five, as a target of binary cross entropy: the loss has no lower bound any more,
     and falls far below zero. Humbatova: wrong labels for the loss."""
@@ -137,7 +137,7 @@ def logarithm_of_certain_misses(t: Training) -> None:
     t.forward = forward
 
 
-@fault(recommender, "nonfinite-loss", "loss-diverged", modules=("",), step=120, then=(*NONFINITE, "loss-spike", "prediction-collapse", "output-constant", "metric-constant", "input-nonfinite", "nonfinite-input"))  # fmt: skip
+@fault(recommender, "nonfinite-loss", "loss-diverged", modules=("",), step=120, then=(*NONFINITE, "loss-spike", "prediction-collapse", "output-constant", "metric-constant"))  # fmt: skip
 def propensity_of_unseen_films(t: Training) -> None:
     """Each list is weighted by one over how often its film was seen last month; from step 120 on films come that nobody had seen. GRIST:
     division by zero."""
@@ -181,7 +181,7 @@ def rows_of_zeros_to_unit_length(t: Training) -> None:
         tower.embedding.register_forward_hook(lambda module, args, rows: rows / rows.norm(dim=-1, keepdim=True))
 
 
-@fault(recommender, "gradient-zero", "dead-units", "poor-initialisation", "parameter-unchanged", "feature-constant", modules=("mix1", "activation1", "mix2", "activation2"), then=(*FLAT, "module-unused", "activation-vanishing", "units-symmetric"))  # fmt: skip
+@fault(recommender, "gradient-zero", "dead-units", "poor-initialisation", "parameter-unchanged", "feature-constant", "units-symmetric", modules=("mix1", "activation1", "mix2", "activation2"), then=(*FLAT, "module-unused", "activation-vanishing"))  # fmt: skip
 def deep_path_of_zeros(t: Training) -> None:
     """The deep path is to begin without a say, so all of its weights are zero, and not only those of the last layer: no gradient comes
     in either. SageMaker AllZero; TheDeepChecker: zero weights."""
@@ -190,7 +190,7 @@ def deep_path_of_zeros(t: Training) -> None:
         nn.init.zeros_(layer.bias)
 
 
-@fault(recommender, "units-symmetric", "poor-initialisation", modules=("mix1", "mix2", "activation1"), then=("feature-constant", "gradient-imbalance"))  # fmt: skip
+@fault(recommender, "units-symmetric", "poor-initialisation", modules=("mix1", "mix2", "activation1"))  # fmt: skip
 def deep_path_of_one_number(t: Training) -> None:
     """Weights of the deep path were set to 0.05 for a unit test, and stayed: 16 units of its first layer are one. TheDeepChecker:
     symmetric units."""
@@ -199,13 +199,13 @@ def deep_path_of_one_number(t: Training) -> None:
         nn.init.zeros_(layer.bias)
 
 
-@fault(recommender, "dropout-high", "loss-plateau", modules=("user.dropout", "item.dropout", "user", "item"), then=(*STUCK, *FLAT, "loss-spike", "activation-exploding", "gradient-imbalance", "dead-units", "gradient-vanishing"))  # fmt: skip
+@fault(recommender, "dropout-high", modules=("user.dropout", "item.dropout", "user", "item"), then=(*STUCK, *FLAT, "loss-spike", "activation-exploding", "gradient-imbalance", "dead-units", "gradient-vanishing"))  # fmt: skip
 def share_kept_in_towers(t: Training) -> None:
     """`keep_prob=0.97` of the old framework is given to `nn.Dropout`. Humbatova: wrong regularisation."""
     t.model.user.dropout.p = t.model.item.dropout.p = 0.97
 
 
-@fault(recommender, "update-ratio-high", "loss-diverged", "loss-spike", "weight-norm-drift", "dead-units", "activation-exploding", "gradient-exploding", then=(*DIVERGES, *STUCK, *FLAT, *FITS, "gradient-zero", "feature-constant", "gradient-imbalance", "class-imbalance", "activation-saturated"))  # fmt: skip
+@fault(recommender, "update-ratio-high", "loss-diverged", "loss-spike", "weight-norm-drift", "dead-units", "activation-exploding", "gradient-exploding", then=(*DIVERGES, *STUCK, *FLAT, "gradient-zero", "feature-constant", "gradient-imbalance", "parameter-unchanged"))  # fmt: skip
 def rate_of_alternating_squares(t: Training) -> None:
     """A step size of 1.0 comes from alternating least squares, and goes into Adam. Humbatova: learning rate; SageMaker
     WeightUpdateRatio."""
@@ -219,7 +219,7 @@ def rate_over_all_visits(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 5e-3 / 16000)
 
 
-@fault(recommender, "weight-norm-drift", "activation-vanishing", "feature-constant", "gradient-imbalance", modules=("user.embedding", "item.embedding"), then=(*STUCK, *FLAT, "loss-diverged", "update-ratio-high", "loss-spike"))  # fmt: skip
+@fault(recommender, "weight-norm-drift", "gradient-imbalance", "activation-vanishing", modules=("user.embedding", "item.embedding"), then=(*FLAT, "update-ratio-high"))  # fmt: skip
 def penalty_on_whole_tables(t: Training) -> None:
     """The penalty on embeddings is a sum over all rows of the tables, not a mean over those of the batch: it is all of the loss, and
     rows go to zero. TheDeepChecker: regularisation; Humbatova: wrong loss."""
@@ -232,7 +232,7 @@ def penalty_on_whole_tables(t: Training) -> None:
     t.forward = forward
 
 
-@fault(recommender, "overfit", "input-drift", "input-duplicate", "overtraining", then=("prediction-collapse", "loss-plateau", "class-imbalance", "weight-norm-drift"))  # fmt: skip
+@fault(recommender, "overfit", "input-drift", "input-duplicate", "overtraining", then=("prediction-collapse", "loss-plateau", "feature-constant"))  # fmt: skip
 def negatives_drawn_once(t: Training) -> None:
     """The seven films that nobody watched are drawn before the loop, and are the same in every list of the training: these numbers are
     all that is learnt. TrainCheck: duplicated data; SageMaker Overfit."""
@@ -249,7 +249,7 @@ def negatives_drawn_once(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "gradient-accumulation", "gradient-exploding", "weight-norm-drift", "update-ratio-high", "loss-diverged", step=1, then=(*DIVERGES, *STUCK, *FLAT, *FITS, "dead-units", "metric-constant"))  # fmt: skip
+@fault(recommender, "gradient-accumulation", "gradient-exploding", step=1, then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "metric-constant", "gradient-zero"))  # fmt: skip
 def zeroed_once_per_epoch(t: Training) -> None:
     """`zero_grad()` stands in the loop over epochs, and not in that over batches. TrainCheck: misplaced `zero_grad`."""
 
