@@ -255,6 +255,7 @@ def new_speakers_on_old_layers() -> Training:
         t.optimizer.zero_grad()
         t.forward(t.model, t.sample(step, "train"))["loss"].backward()
         t.optimizer.step()
+    t.model.zero_grad()
     t.optimizers = []
     for layer in (t.model.frame1, t.model.frame2):
         layer.requires_grad_(False)

@@ -28,7 +28,7 @@ def lists_shuffled_without_labels(t: Training) -> None:
     t.sample = sample
 
 
-@fault(recommender, "input-duplicate", "loss-plateau", "stalled-optimisation", "prediction-collapse", "output-constant", "input-constant", then=(*STUCK, *FLAT, "class-imbalance", "dead-units", "metric-constant"))  # fmt: skip
+@fault(recommender, "input-duplicate", "prediction-collapse", "output-constant", "input-constant", then=(*STUCK, *FLAT, "class-imbalance", "dead-units", "metric-constant"))  # fmt: skip
 def the_watched_against_itself(t: Training) -> None:
     """The sampler repeats the film that was watched in place of drawing others: each list is one film eight times, once with a one and
     seven times with a zero. TheDeepChecker: duplicated inputs; Humbatova: wrong preprocessing."""
@@ -91,7 +91,7 @@ def tables_for_sparse_adam(t: Training) -> None:
     t.optimizers = [torch.optim.Adam((p for p in t.model.parameters() if id(p) not in sparse), 5e-3)]
 
 
-@fault(recommender, "loss-input-mismatch", "loss-plateau", "stalled-optimisation", "activation-saturated", modules=("", "probability"), then=(*STUCK, "gradient-vanishing", "class-imbalance", "update-ratio-low", *FLAT, "overtraining", "dead-units"))  # fmt: skip
+@fault(recommender, "loss-input-mismatch", "activation-saturated", modules=("", "probability"), then=(*STUCK, "gradient-vanishing", "class-imbalance", "update-ratio-low", *FLAT, "overtraining", "dead-units"))  # fmt: skip
 def probability_as_a_logit(t: Training) -> None:
     """The model ends in a sigmoid for the sake of the service, and the loss takes logits: no answer is below a half. UMLAUT and
     Humbatova: wrong activation for the loss."""
@@ -212,7 +212,7 @@ def rate_of_alternating_squares(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 1.0)
 
 
-@fault(recommender, "update-ratio-low", "stalled-optimisation", "loss-plateau", "stalled-from-start", then=(*STUCK, "parameter-unchanged", "class-imbalance"))  # fmt: skip
+@fault(recommender, "update-ratio-low", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "parameter-unchanged", "class-imbalance"))  # fmt: skip
 def rate_over_all_visits(t: Training) -> None:
     """The rate is divided by the number of visits, as in a book where the loss is a sum, but the loss is a mean. Humbatova: learning
     rate."""

@@ -194,7 +194,7 @@ def purchases_are_rare(t: Training) -> None:
     t.sample, t.forward, t.measure = sample, forward, measure
 
 
-@fault(recommender, "update-ratio-low", "schedule-unfinished", "stalled-optimisation", "loss-plateau", then=(*STUCK, "parameter-unchanged", "schedule-unreachable"))  # fmt: skip
+@fault(recommender, "update-ratio-low", "schedule-unfinished", "stalled-optimisation", then=(*STUCK, "parameter-unchanged", "schedule-unreachable"))  # fmt: skip
 def warm_up_of_a_million(t: Training) -> None:
     """The warm-up is counted in lists, a million of them, and the scheduler is stepped once for each batch of 64: it has hardly begun
     when the run ends. Humbatova: learning rate."""
