@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 
 
 @healthy
-def plain_recommender() -> Training:
-    """Two towers, a product beside an MLP, binary cross entropy with seven negatives for each film, Adam."""
-    return recommender.build(1)
-
-
-@healthy
 def pairs_of_preference() -> Training:
     """The film that was watched against each of the others, by softplus of their difference; AdamW and a cosine. Rendle et al. 2009,
     arXiv:1205.2618."""

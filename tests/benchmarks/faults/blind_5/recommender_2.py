@@ -219,7 +219,7 @@ def rate_over_all_visits(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 5e-3 / 16000)
 
 
-@fault(recommender, "weight-norm-drift", "gradient-imbalance", "activation-vanishing", modules=("user.embedding", "item.embedding"), then=(*FLAT, "update-ratio-high"))  # fmt: skip
+@fault(recommender, "weight-norm-drift", "gradient-imbalance", "activation-vanishing", modules=("", "user.embedding", "item.embedding"), then=(*FLAT, "update-ratio-high"))  # fmt: skip
 def penalty_on_whole_tables(t: Training) -> None:
     """The penalty on embeddings is a sum over all rows of the tables, not a mean over those of the batch: it is all of the loss, and
     rows go to zero. TheDeepChecker: regularisation; Humbatova: wrong loss."""

@@ -219,7 +219,7 @@ def gains_of_sixty_before_tanh(t: Training) -> None:
         nn.init.constant_(tower.norm.weight, 60.0)
 
 
-@fault(recommender, "feature-constant", "batch-leak", modules=("user", "user.project"), then=(*FLAT, "loss-plateau", "stalled-optimisation", "gradient-imbalance"))  # fmt: skip
+@fault(recommender, "feature-constant", "batch-leak", modules=("user", "user.project"), then=(*FLAT, "loss-plateau", "stalled-optimisation", "gradient-imbalance", "dead-units"))  # fmt: skip
 def mean_over_all_users(t: Training) -> None:
     """The vectors of a user's last visits are to be averaged, but the axis is that of the batch: all users of a batch are one. Humbatova:
     wrong axis; SageMaker TensorVariance."""

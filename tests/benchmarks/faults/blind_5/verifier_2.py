@@ -80,7 +80,7 @@ def deviation_of_one_frame(t: Training) -> None:
     t.sample = sample
 
 
-@fault(verifier, "nonfinite-loss", "loss-diverged", "nonfinite-gradient", modules=("",), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "output-constant", "metric-constant", "loss-spike"))  # fmt: skip
+@fault(verifier, "nonfinite-loss", "loss-diverged", "nonfinite-gradient", modules=("", "norm", "embedding"), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "output-constant", "metric-constant", "loss-spike"))  # fmt: skip
 def angle_to_itself(t: Training) -> None:
     """A term spreads utterances by their angles, and takes the arccosine of each with itself too: 1.0000001 has none, and 1 an infinite
     slope. GRIST: arccosine out of its range."""
@@ -228,7 +228,7 @@ def biases_of_minus_twenty(t: Training) -> None:
     nn.init.constant_(t.model.frame2.conv.bias, -20.0)
 
 
-@fault(verifier, "units-symmetric", "poor-initialisation", modules=("frame1", "frame2", "frame3", "frame1.conv", "frame2.conv", "frame3.conv"), then=(*STUCK, *FLAT, "feature-constant", "gradient-imbalance"))  # fmt: skip
+@fault(verifier, "units-symmetric", "poor-initialisation", modules=("frame1", "frame2", "frame3", "frame4", "frame1.conv", "frame2.conv", "frame3.conv", "frame4.conv"), then=(*STUCK, *FLAT, "feature-constant", "gradient-imbalance"))  # fmt: skip
 def convolutions_filled_with_one_number(t: Training) -> None:
     """All convolutions are filled with 0.02 by a line of a test: each layer has one channel, 32 times. TheDeepChecker: symmetric units;
     Humbatova: wrong weights initialisation."""
