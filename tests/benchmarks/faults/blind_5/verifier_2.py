@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FITS = ("overfit", "overtraining")
 
 
-@fault(verifier, "loss-plateau", "stalled-optimisation", step=50, then=(*STUCK,))  # fmt: skip
+@fault(verifier, "loss-plateau", "stalled-optimisation", step=50, then=("stalled-from-start",))  # fmt: skip
 def lists_sorted_apart(t: Training) -> None:
     """The list of files is sorted by path and that of speakers by name: who speaks is told of another file. Humbatova: wrong labels;
     speech: labels that do not belong to their clips."""
