@@ -161,10 +161,10 @@ def picture_read_before_the_loop(t: Training) -> None:
 
 
 @fault(generator, "overfit", "overtraining", step=100, then=("input-duplicate",))
-def sixteen_pictures_only(t: Training) -> None:
-    """`ITEMS[:16]` from when the code was tried out: the model learns sixteen pictures by heart. SageMaker Overfit; TheDeepChecker:
+def eight_pictures_only(t: Training) -> None:
+    """`files[:8]` from when the code was tried out: the model learns eight pictures by heart. SageMaker Overfit; TheDeepChecker:
     overfitting."""
-    few = generator.pictures(16, seeded(9))
+    few = generator.pictures(8, seeded(9))
     t.model = generator.Generator(width=24)
     plain = t.sample
     t.sample = lambda step, phase: (few,) if phase == "train" else plain(step, phase)
@@ -188,12 +188,13 @@ def variance_over_one_item(t: Training) -> None:
 
 
 @fault(generator, "metric-range", step=49)
-def explained_of_the_sum(t: Training) -> None:
-    """The rest is a sum over pixels, the variance a mean: the explained share is far below -1. Humbatova: wrong validation metric."""
+def near_pixels_in_hundreds(t: Training) -> None:
+    """The accuracy, the share of pixels within a tenth of theirs, is logged times 100 since a plot had it so. Humbatova: wrong
+    validation metric."""
 
     def measure(tensors: Tensors, batch: Batch) -> dict[str, object]:
-        rest = (tensors["outputs"] - batch[0]).square().sum() / batch[0].var()
-        return {"accuracy": 1 - float(rest), "divergence": float(tensors["divergence"])}
+        near = (tensors["outputs"] - batch[0]).abs() < 0.1
+        return {"accuracy": 100 * float(near.float().mean()), "divergence": float(tensors["divergence"])}
 
     t.measure = measure
 

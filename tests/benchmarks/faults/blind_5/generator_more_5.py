@@ -14,7 +14,7 @@ from faults._training import Batch, Observer, Tensors, Training, finish_update, 
 # -- who is trained --------------------------------------------------------------------------------------------------
 
 
-@fault(generator, "optimizer-misses-parameters", "parameter-unchanged", modules=("decoder",), then=("update-ratio-low", "loss-plateau", "gradient-accumulation", "gradient-exploding", "gradient-imbalance"))  # fmt: skip
+@fault(generator, "optimizer-misses-parameters", "parameter-unchanged", modules=("decoder",), then=(*STUCK, "update-ratio-low", "gradient-accumulation", "gradient-exploding", "gradient-imbalance"))  # fmt: skip
 def encoder_given_twice_by_name(t: Training) -> None:
     """The list of parameters names the encoder's heads once more where the decoder is meant. TrainCheck: parameters not in the
     optimizer; SageMaker UnchangedTensor."""
@@ -31,7 +31,7 @@ def encoder_frozen_from_stage_two(t: Training) -> None:
     t.model.encoder.requires_grad_(False)
 
 
-@fault(generator, "optimizer-duplicate-parameters", "update-ratio-high", then=(*DIVERGES,))
+@fault(generator, "optimizer-duplicate-parameters", then=(*DIVERGES,))
 def both_optimizers_hold_everything(t: Training) -> None:
     """One optimizer for the encoder, one for the decoder, and both are given `model.parameters()`. TrainCheck: parameters in two
     optimizers; Humbatova: wrong optimiser."""
@@ -86,11 +86,10 @@ def background_before_the_relu(t: Training) -> None:
 
 @fault(generator, "poor-initialisation", "dead-units", "gradient-zero", "feature-constant", "units-symmetric", "activation-vanishing", modules=("decoder",), then=(*STUCK, *FLAT, "output-constant", "parameter-unchanged", "module-unused", "update-ratio-high"))  # fmt: skip
 def decoder_filled_with_zeros(t: Training) -> None:
-    """The loader makes a decoder of zeros and fills in what the checkpoint has, which is nothing: all its weights are zero. SageMaker
+    """The loader makes a decoder of zeros and fills in what the checkpoint has, which is nothing: all of it is zero. SageMaker
     AllZero; TheDeepChecker: symmetry."""
-    for module in t.model.decoder.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.zeros_(module.weight)
+    for parameter in t.model.decoder.parameters():
+        nn.init.zeros_(parameter)
 
 
 @fault(generator, "loss-input-mismatch", "activation-saturated", modules=("decoder.head", "decoder", ""), then=(*STUCK, "gradient-vanishing", "output-constant", "dead-units"))  # fmt: skip
@@ -100,7 +99,7 @@ def pictures_squashed_twice(t: Training) -> None:
     t.model.decoder.head = nn.Sequential(t.model.decoder.head, nn.Sigmoid())
 
 
-@fault(generator, "poor-initialisation", "activation-exploding", "gradient-exploding", modules=("decoder.head", "decoder", ""), then=(*DIVERGES, *STUCK, "dead-units", "gradient-imbalance", "activation-saturated"))  # fmt: skip
+@fault(generator, "poor-initialisation", "activation-exploding", "gradient-exploding", modules=("decoder.head", "decoder", ""), then=(*DIVERGES, *STUCK, "dead-units", "gradient-imbalance", "activation-saturated", "update-ratio-low"))  # fmt: skip
 def head_drawn_like_a_table(t: Training) -> None:
     """The last convolution is drawn with the deviation 20, taken from the scale of levels: logits begin in the hundreds. SageMaker
     PoorWeightInitialization; TheDeepChecker: exploding."""
@@ -117,7 +116,7 @@ def tiny_filters_without_norms(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 1e-4, momentum=0.9)
 
 
-@fault(generator, "activation-saturated", "dead-units", "input-range", modules=("encoder",), then=(*STUCK, *FLAT, "gradient-zero", "gradient-imbalance", "gradient-vanishing", "poor-initialisation", "input-drift"))  # fmt: skip
+@fault(generator, "input-range", "activation-saturated", modules=("encoder", ""), then=(*STUCK, *FLAT, "gradient-zero", "gradient-imbalance", "gradient-vanishing", "poor-initialisation", "input-drift"))  # fmt: skip
 def tanh_of_raw_levels(t: Training) -> None:
     """An encoder of tanh without norms, and pictures of 0 to 255 for it; only targets are divided. SageMaker SaturatedActivation;
     UMLAUT: input not normalised."""
@@ -151,7 +150,16 @@ def gamma_of_an_epoch(t: Training) -> None:
     t.schedule = lambda optimizer: ExponentialLR(optimizer, 0.85)
 
 
-@fault(generator, "parameter-unchanged", "update-ratio-low", then=(*STUCK,))
+@fault(
+    generator,
+    "update-ratio-low",
+    "parameter-unchanged",
+    "scheduler-ends-early",
+    "stalled-optimisation",
+    "loss-plateau",
+    step=1,
+    then=STUCK,
+)
 def schedule_in_whole_numbers(t: Training) -> None:
     """A linear fall by `(steps - step) // steps` in place of `/`: the factor is 1 in the first step and 0 in all others. Humbatova:
     learning rate; TrainCheck: parameters not updated."""
@@ -196,11 +204,11 @@ def drawn_from_and_left(t: Training) -> None:
     t.update = update
 
 
-@fault(generator, "parameter-unchanged", "precision-loss", then=(*STUCK, "update-ratio-low"))
+@fault(generator, "parameter-unchanged", "precision-loss", "update-ratio-low", then=STUCK)
 def bfloat_weights_at_a_small_rate(t: Training) -> None:
-    """`model.bfloat16()` to save memory, at a rate of 3e-5: most weights are not moved by half of their last bit. TrainCheck:
+    """`model.bfloat16()` to save memory, at a rate of 5e-6: most weights are not moved by half of their last bit. TrainCheck:
     dtype; Humbatova: wrong tensor type."""
     t.model = t.model.bfloat16()
     plain = t.sample
     t.sample = lambda step, phase: (plain(step, phase)[0].bfloat16(),)
-    t.optimize = lambda p: torch.optim.Adam(p, 3e-5)
+    t.optimize = lambda p: torch.optim.Adam(p, 5e-6)

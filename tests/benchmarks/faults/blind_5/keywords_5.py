@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import OneCycleLR
 
 from faults import keywords
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
-from faults._training import Batch, Observer, Tensors, Training, finish_update, plain_update, plain_validation, seeded
+from faults._training import Batch, Tensors, Training, seeded
 
 
 def front_end(t: Training, change) -> None:

@@ -17,7 +17,6 @@ from faults._training import (
     clipped_before_unscaling_update,
     plain_update,
     plain_validation,
-    seeded,
 )
 
 
@@ -96,14 +95,6 @@ def overlap_of_rounded_masks(t: Training) -> None:
     lost(t, loss)
 
 
-@fault(segmenter, "prediction-collapse", "class-imbalance", step=20, then=(*STUCK, *FLAT, "metric-constant", "update-ratio-low", "overtraining"))  # fmt: skip
-def weights_for_the_other_class(t: Training) -> None:
-    """`weight=[25, 1]`: the weight of the rare class is given to the background, and nothing is marked. Humbatova: wrong loss;
-    SageMaker ClassImbalance."""
-    weight = torch.tensor([25.0, 1.0])
-    lost(t, lambda logits, y: F.cross_entropy(logits, y, weight))
-
-
 @fault(segmenter, "loss-sign", "loss-diverged", then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "activation-saturated", "class-imbalance"))  # fmt: skip
 def entropy_with_two_minuses(t: Training) -> None:
     """`-cross_entropy` from a formula that writes the minus outside, and `1 - dice`: pixels are pushed to the wrong class.
@@ -111,7 +102,7 @@ def entropy_with_two_minuses(t: Training) -> None:
     lost(t, lambda logits, y: -F.cross_entropy(logits, y) + 1 - segmenter.dice(logits, y).mean())
 
 
-@fault(segmenter, "nonfinite-loss", "nonfinite-gradient", step=1, then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "output-constant"))  # fmt: skip
+@fault(segmenter, "nonfinite-loss", "nonfinite-gradient", then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "output-constant"))  # fmt: skip
 def entropy_of_saturated_shares(t: Training) -> None:
     """`log(1 - p)` by hand of shares that a sharpened sigmoid has pushed to 1: minus infinity. GRIST: log of zero."""
 
@@ -141,7 +132,7 @@ def coarse_map_twice(t: Training) -> None:
     t.model = Shallow()
 
 
-@fault(segmenter, "dropout-high", modules=("bottom",), then=("loss-spike", "loss-plateau", "overtraining"))
+@fault(segmenter, "dropout-high", modules=("bottom",), then=("loss-spike", "dead-units", "overtraining"))
 def spatial_dropout_of_97(t: Training) -> None:
     """`Dropout2d(0.97)` at the bottom: the share that is kept in the paper. Humbatova: wrong dropout."""
     t.model.bottom = nn.Sequential(*t.model.bottom.children(), nn.Dropout2d(0.97))
@@ -172,7 +163,12 @@ def decoupled_decay_of_thirty(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=30.0)
 
 
-@fault(segmenter, "gradient-clipping", then=("update-ratio-low", "step-skipped"))
+@fault(
+    segmenter,
+    "gradient-clipping",
+    "update-ratio-low",
+    then=(*STUCK, "step-skipped", "parameter-unchanged", "gradient-exploding"),
+)
 def clipped_while_scaled(t: Training) -> None:
     """With a gradient scaler the norm is clipped to 1 before `unscale_`: of each gradient a hundred-thousandth is left, SGD.
     TrainCheck: scaler misuse."""
