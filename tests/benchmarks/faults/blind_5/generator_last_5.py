@@ -61,7 +61,7 @@ def second_head_added_later(t: Training) -> None:
     t.optimizers = [t.optimize(p for name, p in t.model.named_parameters() if "log_variance" not in name)]
 
 
-@fault(generator, "dropout-high", modules=("decoder.activation",), then=("loss-plateau", "loss-spike", "output-constant", "feature-constant", "overtraining"))  # fmt: skip
+@fault(generator, "dropout-high", modules=("decoder.activation",), then=("loss-plateau", "dead-units", "loss-spike", "output-constant", "feature-constant", "overtraining"))  # fmt: skip
 def keep_probability_in_the_decoder(t: Training) -> None:
     """`Dropout(0.95)` behind the first layer of the decoder, 0.95 being the share to keep. Humbatova: wrong dropout."""
     t.model.decoder.activation = nn.Sequential(nn.ReLU(), nn.Dropout(0.95))
@@ -69,12 +69,12 @@ def keep_probability_in_the_decoder(t: Training) -> None:
 
 @fault(generator, "units-symmetric", "poor-initialisation", modules=("encoder", "decoder"), then=(*STUCK, *FLAT, "norm-input-variance", "gradient-zero"))  # fmt: skip
 def kernels_all_of_one_value(t: Training) -> None:
-    """`constant_(weight, 0.05)` for each convolution, from an example of `apply`: all channels are the same. TheDeepChecker: symmetry;
-    SageMaker PoorWeightInitialization."""
+    """`apply` of a function that fills each matrix with 0.05 and each bias of a layer with 0: channels are copies of one another.
+    TheDeepChecker: symmetry; SageMaker PoorWeightInitialization."""
     for module in t.model.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.constant_(module.weight, 0.05)
-    nn.init.constant_(t.model.decoder.start.weight, 0.05)
+            nn.init.zeros_(module.bias)
 
 
 @fault(generator, "loss-spike", "update-ratio-high", step=60, then=(*DIVERGES, *STUCK, "parameter-changed"))

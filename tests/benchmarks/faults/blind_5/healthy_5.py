@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -106,16 +107,15 @@ def unknown_words_weigh_less() -> Training:
         energies, words = data[phase]
         likely = torch.where(words == 0, 7.0, 1.0)
         chosen = torch.multinomial(likely, keywords.BATCH, generator=seeded(24, step, len(phase)))
-        return keywords.log_mel(energies[chosen]), words[chosen]
+        x, words = keywords.log_mel(energies[chosen]), words[chosen]
+        share = 0.7 if phase == "train" and step % 5 == 0 else 1.0
+        return share * x + (1 - share) * x.roll(1, 0), words, words.roll(1), torch.tensor(share)
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
-        x, words = batch
-        if not model.training or float(x.mean()) * 1000 % 5 >= 1:
-            logits = model(x)
-            return {"loss": F.cross_entropy(logits, words, weight), "logits": logits, "targets": words}
-        logits = model(0.7 * x + 0.3 * x.roll(1, 0))
-        loss = 0.7 * F.cross_entropy(logits, words, weight) + 0.3 * F.cross_entropy(logits, words.roll(1), weight)
-        return {"loss": loss, "logits": logits, "targets": words}
+        x, words, others, share = batch
+        logits = model(x)
+        losses = [F.cross_entropy(logits, wanted, weight) for wanted in (words, others)]
+        return {"loss": share * losses[0] + (1 - share) * losses[1], "logits": logits, "targets": words}
 
     t.sample, t.forward = sample, forward
     return t
@@ -166,26 +166,32 @@ def divergence_free_up_to_a_bound() -> Training:
     return t
 
 
+class Several(generator.Generator):
+    """Three codes for each picture in training, behind one another."""
+
+    def forward(self, x):
+        mean, log_variance = (part.repeat(3 if self.training else 1, 1) for part in self.encoder(x))
+        code = self.draw(mean, log_variance)
+        return self.decoder(code), mean, log_variance, code
+
+
 @healthy
 def bound_by_several_draws() -> Training:
-    """Five codes for each picture, weighted by importance: the logarithm of a mean of exponentials. Burda et al. 2016,
+    """Three codes for each picture, weighted by importance: the logarithm of a mean of exponentials. Burda et al. 2016,
     arXiv:1509.00519."""
     t = generator.build(4)
-    t.before, t.clip = [], 200.0
+    t.model, t.before, t.clip, t.steps = Several(), [], 200.0, 200
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
-        mean, log_variance = model.encoder(batch[0])
-        bounds = []
-        for _ in range(5 if model.training else 1):
-            code = model.draw(mean, log_variance)
-            logits = model.decoder(code)
-            pixels = F.binary_cross_entropy_with_logits(logits, batch[0], reduction="none").sum((1, 2, 3))
-            prior = -0.5 * code.square().sum(1)
-            posterior = -0.5 * ((code - mean).square() / log_variance.exp() + log_variance).sum(1)
-            bounds.append(prior - posterior - pixels)
-        loss = -torch.stack(bounds).logsumexp(0).mean()
+        logits, mean, log_variance, code = model(batch[0])
+        targets = batch[0].repeat(len(code) // len(batch[0]), 1, 1, 1)
+        pixels = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum((1, 2, 3))
+        prior = -0.5 * code.square().sum(1)
+        posterior = -0.5 * ((code - mean).square() / log_variance.exp() + log_variance).sum(1)
+        bounds = (prior - posterior - pixels).view(-1, len(batch[0]))
+        loss = math.log(len(bounds)) - bounds.logsumexp(0).mean()
         apart = generator.divergence(mean, log_variance).mean()
-        return {"loss": loss, "divergence": apart, "outputs": logits.sigmoid(), "targets": batch[0]}
+        return {"loss": loss, "divergence": apart, "outputs": logits.sigmoid(), "targets": targets}
 
     t.forward = forward
     return t

@@ -33,7 +33,8 @@ def forty_clips_of_the_authors(t: Training) -> None:
     """Only the forty clips that the authors have spoken are in the list, and no noise is added. SageMaker Overfit; TheDeepChecker:
     overfitting."""
     energies, words = keywords.spoken(40, seeded(31))
-    plain = t.sample
+    plain, t.schedule = t.sample, None
+    t.optimize = lambda p: torch.optim.SGD(p, 0.08, momentum=0.9)
 
     def sample(step: int, phase: str) -> Batch:
         chosen = torch.randperm(40, generator=seeded(32, step))[: keywords.BATCH]
@@ -55,14 +56,14 @@ def speeds_that_change_nothing(t: Training) -> None:
     t.sample = sample
 
 
-@fault(keywords, "input-constant", "audio-silent", "input-drift", "metric-constant", "input-duplicate", step=39, then=("overfit", "overtraining", "output-constant", "prediction-collapse", "audio-duplicate", "feature-constant"))  # fmt: skip
+@fault(keywords, "input-constant", "audio-silent", "input-drift", "input-duplicate", step=39, then=("metric-constant", "overfit", "overtraining", "output-constant", "prediction-collapse", "audio-duplicate", "feature-constant"))  # fmt: skip
 def clips_cut_before_the_word(t: Training) -> None:
     """Validation clips are cut from the start of recordings with a second of digital silence: the floor is all there is. Speech: data
     preparation; Humbatova: wrong data."""
     heard(t, lambda x, step, phase: torch.full_like(x, -4.59) if phase == "val" else x)
 
 
-@fault(keywords, "input-drift", "audio-clipping", step=39, then=("overfit", "overtraining", "input-range", "prediction-collapse", "loss-diverged", "metric-constant"))  # fmt: skip
+@fault(keywords, "input-drift", step=39, then=("audio-clipping", "overfit", "overtraining", "input-range", "prediction-collapse", "loss-diverged", "metric-constant"))  # fmt: skip
 def another_microphone(t: Training) -> None:
     """Validation clips come from a device with automatic gain: all bins lie high and hardly differ. Speech: mismatch of recordings;
     SageMaker: drift of inputs."""
@@ -118,10 +119,10 @@ def regulariser_with_its_own_optimizer(t: Training) -> None:
 
 @fault(keywords, "parameter-unchanged", "precision-loss", then=(*STUCK, "update-ratio-low"))
 def weights_in_sixteen_bits(t: Training) -> None:
-    """`model.bfloat16()` to fit the chip, at a rate of 1e-5: hardly a weight moves by half of its last bit. TrainCheck: dtype."""
+    """`model.bfloat16()` to fit the chip, at a rate of 5e-4: hardly a weight moves by half of its last bit. TrainCheck: dtype."""
     t.model = t.model.bfloat16()
     heard(t, lambda x, step, phase: x.bfloat16())
-    t.optimize, t.schedule = (lambda p: torch.optim.SGD(p, 1e-5)), None
+    t.optimize, t.schedule = (lambda p: torch.optim.SGD(p, 5e-4)), None
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
         logits = model(batch[0]).float()
@@ -140,7 +141,14 @@ def root_of_what_is_left(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: float(torch.tensor(1 - (step - 1) / 120).sqrt()))
 
 
-@fault(keywords, "update-ratio-low", "loss-plateau", "stalled-optimisation", then=(*STUCK, "parameter-unchanged"))
+@fault(
+    keywords,
+    "update-ratio-low",
+    "schedule-unfinished",
+    "loss-plateau",
+    "stalled-optimisation",
+    then=(*STUCK, "parameter-unchanged"),
+)
 def cycle_stepped_by_epochs(t: Training) -> None:
     """The cycle is stepped once an epoch, of which there are five, and starts at a hundred-thousandth of its rate. Humbatova: learning rate;
     AutoTrainer: slow convergence."""

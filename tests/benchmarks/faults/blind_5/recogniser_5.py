@@ -42,16 +42,13 @@ def ninety_seven_percent_dropped(t: Training) -> None:
     t.model.norm = nn.Sequential(t.model.norm, nn.Dropout(0.97))
 
 
-@fault(recogniser, "units-symmetric", "poor-initialisation", modules=("conv", "activation", "norm"), then=(*FLAT, "loss-plateau", "stalled-optimisation", "metric-constant", "prediction-collapse", "dead-units", "overtraining"))  # fmt: skip
-def one_filter_for_all(t: Training) -> None:
-    """The convolution is filled from one filter of a bank, which is broadcast over all 32. TheDeepChecker: symmetry; SageMaker
-    PoorWeightInitialization."""
-    with torch.no_grad():
-        t.model.conv.weight.copy_(t.model.conv.weight[:1].expand(32, -1, -1).clone())
-        nn.init.zeros_(t.model.conv.bias)
-        for name, parameter in t.model.gru.named_parameters():
-            if name.startswith("weight_ih"):
-                parameter.copy_(parameter[:, :1].expand_as(parameter).clone())
+@fault(recogniser, "units-symmetric", "poor-initialisation", "norm-input-variance", "feature-constant", modules=("conv", "activation", "norm", "gru"), then=(*STUCK, *FLAT, "dead-units", "overtraining", "gradient-zero", "gradient-imbalance"))  # fmt: skip
+def one_number_in_all_matrices(t: Training) -> None:
+    """`apply` of a function that fills each matrix with 0.05 and each bias with 0: channels are copies, and their norm is left with
+    nothing. TheDeepChecker: symmetry; SageMaker PoorWeightInitialization."""
+    for name, parameter in t.model.named_parameters():
+        if not name.startswith("norm"):
+            nn.init.constant_(parameter, 0.05 if parameter.ndim > 1 else 0.0)
 
 
 class Whispered(recogniser.Recogniser):
@@ -78,7 +75,7 @@ def second_filter_bank_indexed_away(t: Training) -> None:
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
-@fault(recogniser, "weight-norm-drift", "loss-diverged", step=20, then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
+@fault(recogniser, "weight-norm-drift", "update-ratio-high", "loss-diverged", then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
 def noise_on_weights_stays(t: Training) -> None:
     """Variational noise is added to the weights before each step, and never taken off again. Speech: recipes with variational noise;
     Humbatova: regularisation."""

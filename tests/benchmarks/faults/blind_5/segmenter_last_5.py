@@ -52,37 +52,29 @@ def window_beyond_the_tissue(t: Training) -> None:
     scanned(t, lambda x, step, phase: x.clamp(min=6.0) if phase == "val" else x)
 
 
-class Instances(nn.Module):
-    """Normalises over all of its input's numbers but the channels': what `InstanceNorm` does on a map of one pixel."""
-
-    def forward(self, x):
-        pooled = x.mean((2, 3), keepdim=True)
-        return F.instance_norm(pooled.expand(-1, -1, 2, 2)) + 0 * x.mean()
-
-
 class Squeezed(segmenter.UNet):
     """The bottom is pooled to one vector for each scan, normalised, and spread again."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.summary = Instances()
+        self.summary = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.GroupNorm(32, 32))
 
     def forward(self, x):
         fine = self.down1(x)
         coarse = self.down2(F.max_pool2d(fine, 2))
-        x = self.summary(self.bottom(F.max_pool2d(coarse, 2))).repeat(1, 1, 3, 3)
+        x = self.summary(self.bottom(F.max_pool2d(coarse, 2))).expand(-1, -1, 6, 6)
         x = self.up2(torch.cat([self.lift2(x), coarse], 1))
         return self.head(self.up1(torch.cat([self.lift1(x), fine], 1)))
 
 
 @fault(segmenter, "feature-constant", "activation-vanishing", "gradient-zero", "norm-input-variance", "gradient-vanishing", modules=("summary", "lift2", "bottom", ""), then=("parameter-unchanged", "module-unused", "update-ratio-low", "gradient-imbalance"))  # fmt: skip
-def instance_norm_of_one_value(t: Training) -> None:
-    """Instance normalisation behind a pooling to one value for each channel: each value minus itself. Humbatova: wrong layer; many issues on
-    `ASPP`."""
+def group_norm_of_one_value(t: Training) -> None:
+    """As many groups as channels, behind a pooling to one value for each: what is left is each value minus itself. Humbatova: wrong
+    layer; SageMaker AllZero."""
     t.model = Squeezed()
 
 
-@fault(segmenter, "poor-initialisation", "activation-saturated", "prediction-collapse", modules=("head",), then=(*STUCK, *DIVERGES, "class-imbalance", "gradient-imbalance", "overtraining", "metric-constant"))  # fmt: skip
+@fault(segmenter, "poor-initialisation", "activation-saturated", "prediction-collapse", modules=("head",), then=(*STUCK, *FLAT, *DIVERGES, "class-imbalance", "gradient-imbalance", "overtraining", "metric-constant"))  # fmt: skip
 def prior_in_percent(t: Training) -> None:
     """The bias of the head is the logarithm of the odds of 4 in percent, times 100: -318 and 318, and nothing is ever marked. TheDeepChecker:
     wrong initialisation of biases."""
