@@ -160,16 +160,6 @@ def picture_read_before_the_loop(t: Training) -> None:
     shown(t, lambda x, step, phase: x[:1].repeat(len(x), 1, 1, 1) if phase == "train" else x)
 
 
-@fault(generator, "overfit", "overtraining", step=100, then=("input-duplicate",))
-def eight_pictures_only(t: Training) -> None:
-    """`files[:8]` from when the code was tried out: the model learns eight pictures by heart. SageMaker Overfit; TheDeepChecker:
-    overfitting."""
-    few = generator.pictures(8, seeded(9))
-    t.model = generator.Generator(width=24)
-    plain = t.sample
-    t.sample = lambda step, phase: (few,) if phase == "train" else plain(step, phase)
-
-
 # -- evaluation ------------------------------------------------------------------------------------------------------
 
 

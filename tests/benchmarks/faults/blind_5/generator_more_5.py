@@ -84,7 +84,7 @@ def background_before_the_relu(t: Training) -> None:
     nn.init.constant_(t.model.decoder.start.bias, -15.0)
 
 
-@fault(generator, "poor-initialisation", "dead-units", "gradient-zero", "feature-constant", "units-symmetric", "activation-vanishing", modules=("decoder",), then=(*STUCK, *FLAT, "output-constant", "parameter-unchanged", "module-unused", "update-ratio-high"))  # fmt: skip
+@fault(generator, "poor-initialisation", "dead-units", "gradient-zero", "feature-constant", "parameter-unchanged", "units-symmetric", "activation-vanishing", modules=("decoder",), then=(*STUCK, *FLAT, "output-constant", "module-unused", "update-ratio-high"))  # fmt: skip
 def decoder_filled_with_zeros(t: Training) -> None:
     """The loader makes a decoder of zeros and fills in what the checkpoint has, which is nothing: all of it is zero. SageMaker
     AllZero; TheDeepChecker: symmetry."""
@@ -167,7 +167,7 @@ def schedule_in_whole_numbers(t: Training) -> None:
 
 
 @fault(generator, "gradient-accumulation", step=2, then=(*DIVERGES, *STUCK, "dead-units", "gradient-imbalance", "output-constant"))  # fmt: skip
-def gradients_of_all_steps(t: Training) -> None:
+def zeroing_deleted_by_mistake(t: Training) -> None:
     """`zero_grad()` was deleted with a line beside it. TrainCheck: missing `zero_grad`; Humbatova: training process."""
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:

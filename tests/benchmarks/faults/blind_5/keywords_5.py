@@ -185,7 +185,7 @@ class Deviation(nn.Module):
 
 
 @fault(keywords, "nonfinite-gradient", "nonfinite-parameter", modules=("", "pool", "blocks", "stem"), then=(*NONFINITE, "nonfinite-buffer", "metric-constant", "prediction-collapse", "output-constant"))  # fmt: skip
-def deviation_of_dropped_channels(t: Training) -> None:
+def deviation_of_channels_left_out(t: Training) -> None:
     """Statistics pooling without an epsilon, behind a dropout of whole channels: those have the deviation 0, where the slope of the
     root is infinite. GRIST: root of zero; speech: statistics pooling."""
     t.model.pool = nn.Sequential(nn.Dropout2d(0.1), Deviation())

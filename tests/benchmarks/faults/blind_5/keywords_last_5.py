@@ -117,7 +117,7 @@ def regulariser_with_its_own_optimizer(t: Training) -> None:
     t.update = update_of_two
 
 
-@fault(keywords, "parameter-unchanged", "precision-loss", then=(*STUCK, "update-ratio-low"))
+@fault(keywords, "parameter-unchanged", "precision-loss", "update-ratio-low", then=STUCK)
 def weights_in_sixteen_bits(t: Training) -> None:
     """`model.bfloat16()` to fit the chip, at a rate of 5e-4: hardly a weight moves by half of its last bit. TrainCheck: dtype."""
     t.model = t.model.bfloat16()

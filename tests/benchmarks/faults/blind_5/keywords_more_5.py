@@ -126,7 +126,7 @@ def shares_into_the_entropy(t: Training) -> None:
     t.model.head = nn.Sequential(t.model.head, nn.Softmax(1))
 
 
-@fault(keywords, "gradient-exploding", "update-ratio-high", "loss-diverged", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-imbalance", "activation-saturated"))  # fmt: skip
+@fault(keywords, "update-ratio-high", "gradient-exploding", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-imbalance", "activation-saturated"))  # fmt: skip
 def entropy_added_up(t: Training) -> None:
     """`reduction="sum"` over clips, at a rate for the mean. TheDeepChecker: missing reduction; AutoTrainer: exploding gradient."""
     scored(t, lambda logits, words: F.cross_entropy(logits, words, reduction="sum"))

@@ -128,7 +128,13 @@ def rates_by_depth_rounded(t: Training) -> None:
     t.optimizers = [torch.optim.Adam([{"params": encoder, "lr": 3e-3 * (1 // 10)}, {"params": rest}], 3e-3)]
 
 
-@fault(segmenter, "weight-norm-drift", step=40, then=(*DIVERGES, *STUCK, *FLAT, "gradient-imbalance", "overfit"))
+@fault(
+    segmenter,
+    "weight-norm-drift",
+    "loss-sign",
+    step=40,
+    then=(*DIVERGES, *STUCK, *FLAT, "gradient-imbalance", "overfit"),
+)
 def weights_grow_by_the_penalty(t: Training) -> None:
     """The squares of the weights are subtracted from the loss, 0.02 times: the larger the better. TheDeepChecker: wrong sign; Humbatova:
     regularisation."""
@@ -170,8 +176,8 @@ def recall_until_it_is_full(t: Training) -> None:
     t.measure = measure
 
 
-@fault(segmenter, "nonfinite-activation", "dtype-headroom", "activation-exploding", modules=("down1", "down2", "bottom", ""), then=(*NONFINITE, *STUCK, "input-range", "step-skipped", "nonfinite-buffer", "dead-units", "gradient-imbalance"))  # fmt: skip
+@fault(segmenter, "nonfinite-activation", "input-range", "dtype-headroom", "activation-exploding", modules=("down1", "down2", "bottom", ""), then=(*NONFINITE, *STUCK, "step-skipped", "nonfinite-buffer", "dead-units", "gradient-imbalance"))  # fmt: skip
 def scans_of_sixteen_bits_in_half(t: Training) -> None:
     """Scans of 16 bits, up to 65535, in float16: the first convolution overflows. GRIST: overflow; TrainCheck: mixed precision."""
-    t.precision, t.scaled, t.steps = torch.float16, True, 60
+    t.precision, t.scaled, t.steps = torch.float16, True, 25
     scanned(t, lambda x, step, phase: ((0.2 * x + 0.35) * 60000).round().clamp(0, 65000))
