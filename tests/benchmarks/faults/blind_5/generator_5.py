@@ -46,7 +46,7 @@ def shown(t: Training, change) -> None:
 # -- divergence ------------------------------------------------------------------------------------------------------
 
 
-@fault(generator, "output-constant", "feature-constant", "activation-vanishing", modules=("encoder", "decoder", ""), step=40, then=COLLAPSED)  # fmt: skip
+@fault(generator, "output-constant", "feature-constant", "activation-vanishing", modules=("encoder", "decoder", ""), step=15, then=COLLAPSED)  # fmt: skip
 def pixels_averaged_codes_summed(t: Training) -> None:
     """The error of pixels is a mean over all of them, the divergence a sum: it counts 256 times too much, and codes say nothing.
     Humbatova: wrong loss; TheDeepChecker: wrong reduction."""
@@ -58,14 +58,14 @@ def pixels_averaged_codes_summed(t: Training) -> None:
     lost(t, loss)
 
 
-@fault(generator, "output-constant", "feature-constant", "activation-vanishing", modules=("encoder", "decoder", ""), step=60, then=(*COLLAPSED, "loss-spike", "loss-diverged"))  # fmt: skip
+@fault(generator, "output-constant", "feature-constant", "activation-vanishing", modules=("encoder", "decoder", ""), step=10, then=(*COLLAPSED, "loss-spike", "loss-diverged"))  # fmt: skip
 def warm_up_not_divided(t: Training) -> None:
     """The weight of the divergence is the number of the step, not its share of the warm-up. Humbatova: hyper-parameters; posterior
     collapse."""
     t.before = [lambda training, step: setattr(training.model, "beta", float(step))]
 
 
-@fault(generator, "loss-sign", "activation-exploding", "gradient-exploding", modules=("encoder", ""), step=20, then=(*DIVERGES, *NONFINITE, *STUCK, "dead-units", "gradient-imbalance", "overfit", "nonfinite-buffer"))  # fmt: skip
+@fault(generator, "loss-sign", "activation-exploding", "gradient-exploding", modules=("encoder", ""), step=10, then=(*DIVERGES, *NONFINITE, *STUCK, "dead-units", "gradient-imbalance", "overfit", "nonfinite-buffer"))  # fmt: skip
 def divergence_is_subtracted(t: Training) -> None:
     """The formula holds minus the divergence already and is subtracted once more: codes run away from the prior. TheDeepChecker:
     wrong sign; Humbatova: wrong loss."""

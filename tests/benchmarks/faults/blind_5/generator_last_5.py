@@ -67,7 +67,7 @@ def keep_probability_in_the_decoder(t: Training) -> None:
     t.model.decoder.activation = nn.Sequential(nn.ReLU(), nn.Dropout(0.95))
 
 
-@fault(generator, "units-symmetric", "poor-initialisation", modules=("encoder", "decoder"), then=(*STUCK, *FLAT, "norm-input-variance", "gradient-zero"))  # fmt: skip
+@fault(generator, "units-symmetric", "poor-initialisation", modules=("encoder", "decoder"), then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "gradient-zero"))  # fmt: skip
 def kernels_all_of_one_value(t: Training) -> None:
     """`apply` of a function that fills each matrix with 0.05 and each bias of a layer with 0: channels are copies of one another.
     TheDeepChecker: symmetry; SageMaker PoorWeightInitialization."""
@@ -97,7 +97,7 @@ def restart_a_hundred_times_higher(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: 1.0 if step < 130 else 150.0)
 
 
-@fault(generator, "scheduler-ends-early", step=50, then=("loss-spike", "schedule-unfinished"))
+@fault(generator, "scheduler-ends-early", then=("loss-spike", "schedule-unfinished"))
 def cosine_of_fifty_batches(t: Training) -> None:
     """`T_max` is the number of batches between two evaluations: the rate touches zero and rises, over and over. Humbatova: learning
     rate."""
@@ -147,7 +147,7 @@ def divergence_no_longer_returned(t: Training) -> None:
     t.measure = measure
 
 
-@fault(generator, "metric-phase-mismatch", step=99)
+@fault(generator, "metric-phase-mismatch", step=49)
 def loss_of_the_last_step_again(t: Training) -> None:
     """The function that validates returns the loss that it finds in the trainer: that of the last training step. Humbatova: wrong
     validation metric."""

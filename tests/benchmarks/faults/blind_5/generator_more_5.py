@@ -143,7 +143,7 @@ def rate_of_three_tenths(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 3e-1)
 
 
-@fault(generator, "update-ratio-low", "scheduler-ends-early", "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, "parameter-unchanged", "overtraining"))  # fmt: skip
+@fault(generator, "update-ratio-low", "scheduler-ends-early", "loss-plateau", "stalled-optimisation", step=30, then=(*STUCK, "parameter-unchanged", "overtraining"))  # fmt: skip
 def gamma_of_an_epoch(t: Training) -> None:
     """`ExponentialLR(0.85)`, meant for epochs, is stepped with each batch: after a hundred the rate is 1e-10. Humbatova: learning rate;
     AutoTrainer: slow convergence."""
@@ -157,7 +157,6 @@ def gamma_of_an_epoch(t: Training) -> None:
     "scheduler-ends-early",
     "stalled-optimisation",
     "loss-plateau",
-    step=1,
     then=STUCK,
 )
 def schedule_in_whole_numbers(t: Training) -> None:
@@ -180,7 +179,7 @@ def zeroing_deleted_by_mistake(t: Training) -> None:
     t.update = update
 
 
-@fault(generator, "weight-norm-drift", "update-ratio-high", "feature-constant", "activation-vanishing", "output-constant", step=30, then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units"))  # fmt: skip
+@fault(generator, "weight-norm-drift", "update-ratio-high", "feature-constant", "activation-vanishing", "output-constant", then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units"))  # fmt: skip
 def decay_in_percent(t: Training) -> None:
     """`weight_decay=20` with AdamW, in percent where a share is meant: each step takes 6 % off all weights. Humbatova:
     regularisation."""

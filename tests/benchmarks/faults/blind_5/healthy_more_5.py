@@ -65,7 +65,7 @@ def squeezed_and_excited() -> Training:
     """Squeeze-and-excitation behind each convolution, Nesterov's momentum, a rate that falls in steps, clipping. Hu et al. 2018,
     arXiv:1709.01507."""
     t = keywords.build(6, norm=Gated, activation=nn.ReLU6, dropout=0.2)
-    t.optimize = lambda p: torch.optim.SGD(p, 0.08, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    t.optimize = lambda p: torch.optim.SGD(p, 0.04, momentum=0.9, nesterov=True, weight_decay=5e-4)
     t.schedule, t.clip = (lambda optimizer: StepLR(optimizer, 80, 0.3)), 2.0
     return t
 

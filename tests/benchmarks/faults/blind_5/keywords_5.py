@@ -107,7 +107,7 @@ def floor_above_the_speech(t: Training) -> None:
 # -- words -----------------------------------------------------------------------------------------------------------
 
 
-@fault(keywords, "class-imbalance", "prediction-collapse", step=40, then=("metric-constant", "loss-plateau", "overtraining", "stalled-optimisation"))  # fmt: skip
+@fault(keywords, "class-imbalance", "prediction-collapse", then=("metric-constant", "loss-plateau", "overtraining", "stalled-optimisation"))  # fmt: skip
 def background_in_nearly_all(t: Training) -> None:
     """Clips are cut out of long recordings: 98 of 100 hold the last class, background, and the loss counts each the same. SageMaker
     ClassImbalance; Humbatova: unbalanced data."""
@@ -124,7 +124,7 @@ def background_in_nearly_all(t: Training) -> None:
     t.sample = sample
 
 
-@fault(keywords, "loss-plateau", "stalled-optimisation", "prediction-collapse", step=100, then=(*STUCK, "overfit", "overtraining", "gradient-vanishing"))  # fmt: skip
+@fault(keywords, "loss-plateau", "stalled-optimisation", "prediction-collapse", step=60, then=(*STUCK, "overfit", "overtraining", "gradient-vanishing"))  # fmt: skip
 def words_of_the_next_clip(t: Training) -> None:
     """Clips are shuffled after the list of their words was read: sounds and words do not belong together. Humbatova: wrong
     labels; speech: data preparation."""
@@ -149,7 +149,7 @@ def whole_rows_compared(t: Training) -> None:
     t.measure = measure
 
 
-@fault(keywords, "metric-range", step=79)
+@fault(keywords, "metric-range", step=39)
 def correct_ones_by_batches(t: Training) -> None:
     """The number of right answers is divided by the number of batches, not of clips. Humbatova: wrong validation metric."""
 

@@ -170,7 +170,7 @@ def stage_two_multiplies(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: 4.0 if step < 140 else 1500.0)
 
 
-@fault(keywords, "loss-spike", "update-ratio-high", step=80, then=(*DIVERGES, *STUCK, "parameter-changed"))
+@fault(keywords, "loss-spike", "update-ratio-high", step=40, then=(*DIVERGES, *STUCK, "parameter-changed"))
 def reloaded_before_each_part(t: Training) -> None:
     """In front of each of its five parts the training loads its checkpoint, which was written once, at the start. TrainCheck:
     something writes weights back; Humbatova: training process."""

@@ -168,7 +168,7 @@ def peak_of_the_range_test(t: Training) -> None:
     t.schedule = lambda optimizer: OneCycleLR(optimizer, 10.0, total_steps=keywords.STEPS)
 
 
-@fault(keywords, "weight-norm-drift", "feature-constant", "activation-vanishing", "update-ratio-high", step=40, then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "gradient-zero"))  # fmt: skip
+@fault(keywords, "weight-norm-drift", "feature-constant", "activation-vanishing", "update-ratio-high", step=5, then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "gradient-zero"))  # fmt: skip
 def decay_of_one_and_a_half(t: Training) -> None:
     """`weight_decay=1.5` under SGD, the number of an AdamW recipe for a tiny rate: weights shrink by up to a tenth a step. Humbatova:
     regularisation; SageMaker: weights."""

@@ -118,7 +118,7 @@ def rate_read_in_percent(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 0.2)
 
 
-@fault(recogniser, "scheduler-ends-early", step=50, then=("schedule-unfinished", "loss-spike"))
+@fault(recogniser, "scheduler-ends-early", then=("schedule-unfinished", "loss-spike"))
 def cosine_of_one_epoch(t: Training) -> None:
     """`T_max=50`, the batches of one epoch, in a run of six: the rate falls to zero and rises, three times. Humbatova: learning
     rate."""

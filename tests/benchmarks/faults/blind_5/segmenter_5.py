@@ -156,7 +156,7 @@ def only_encoder_and_head(t: Training) -> None:
     t.optimizers = [torch.optim.Adam([{"params": encoder, "lr": 1e-3}, {"params": t.model.head.parameters()}], 3e-3)]
 
 
-@fault(segmenter, "weight-norm-drift", "update-ratio-high", "feature-constant", "output-constant", "prediction-collapse", step=30, then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "class-imbalance", "activation-vanishing"))  # fmt: skip
+@fault(segmenter, "weight-norm-drift", "update-ratio-high", "feature-constant", "output-constant", "prediction-collapse", then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "class-imbalance", "activation-vanishing"))  # fmt: skip
 def decoupled_decay_of_thirty(t: Training) -> None:
     """Adam's `weight_decay` of an old recipe was divided by its rate to suit AdamW, and the new rate multiplies it again: 9 % off all
     weights a step. Humbatova: regularisation."""
@@ -176,7 +176,7 @@ def clipped_while_scaled(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)
 
 
-@fault(segmenter, "scheduler-ends-early", step=60, then=("loss-spike", "schedule-unfinished"))
+@fault(segmenter, "scheduler-ends-early", then=("loss-spike", "schedule-unfinished"))
 def cosine_of_sixty_steps(t: Training) -> None:
     """`T_max` counts the 60 batches of the small set from before: the rate reaches zero, and rises again. Humbatova: learning
     rate."""
@@ -195,7 +195,7 @@ def eval_without_its_call(t: Training) -> None:
     t.validate = validate
 
 
-@fault(segmenter, "metric-range", step=99)
+@fault(segmenter, "metric-range", step=49)
 def overlaps_added_up(t: Training) -> None:
     """Dice of each scan is added up over the batch and never divided. Humbatova: wrong validation metric."""
 
@@ -207,7 +207,7 @@ def overlaps_added_up(t: Training) -> None:
     t.measure = measure
 
 
-@fault(segmenter, "metric-phase-mismatch", step=99)
+@fault(segmenter, "metric-phase-mismatch", step=49)
 def loss_left_over_from_training(t: Training) -> None:
     """The validation computes no loss; what is logged as its loss is the variable of the last training step. Humbatova: wrong
     validation metric."""

@@ -67,7 +67,7 @@ class Squeezed(segmenter.UNet):
         return self.head(self.up1(torch.cat([self.lift1(x), fine], 1)))
 
 
-@fault(segmenter, "feature-constant", "activation-vanishing", "gradient-zero", "norm-input-variance", "gradient-vanishing", modules=("summary", "lift2", "bottom", ""), then=("parameter-unchanged", "module-unused", "update-ratio-low", "gradient-imbalance"))  # fmt: skip
+@fault(segmenter, "feature-constant", "activation-vanishing", "norm-input-variance", "gradient-vanishing", modules=("summary", "lift2", "bottom", ""), then=("gradient-zero", "parameter-unchanged", "module-unused", "update-ratio-low", "gradient-imbalance"))  # fmt: skip
 def group_norm_of_one_value(t: Training) -> None:
     """As many groups as channels, behind a pooling to one value for each: what is left is each value minus itself. Humbatova: wrong
     layer; SageMaker AllZero."""
@@ -132,7 +132,7 @@ def rates_by_depth_rounded(t: Training) -> None:
     segmenter,
     "weight-norm-drift",
     "loss-sign",
-    step=40,
+    step=10,
     then=(*DIVERGES, *STUCK, *FLAT, "gradient-imbalance", "overfit"),
 )
 def weights_grow_by_the_penalty(t: Training) -> None:
