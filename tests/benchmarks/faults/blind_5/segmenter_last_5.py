@@ -179,5 +179,5 @@ def recall_until_it_is_full(t: Training) -> None:
 @fault(segmenter, "nonfinite-activation", "input-range", "dtype-headroom", "activation-exploding", modules=("down1", "down2", "bottom", ""), then=(*NONFINITE, *STUCK, "step-skipped", "nonfinite-buffer", "dead-units", "gradient-imbalance"))  # fmt: skip
 def scans_of_sixteen_bits_in_half(t: Training) -> None:
     """Scans of 16 bits, up to 65535, in float16: the first convolution overflows. GRIST: overflow; TrainCheck: mixed precision."""
-    t.precision, t.scaled, t.steps = torch.float16, True, 25
+    t.precision, t.scaled, t.steps, t.val_every = torch.float16, True, 25, 25
     scanned(t, lambda x, step, phase: ((0.2 * x + 0.35) * 60000).round().clamp(0, 65000))
