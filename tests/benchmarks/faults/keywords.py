@@ -50,10 +50,8 @@ def spoken(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tens
     energies = 0.3 * torch.rand(n, MELS, FRAMES, generator=generator).clamp(min=1e-6).log().neg()
     for i, strength in enumerate((1.0, 0.6)):
         centre = (formants[words][..., i].gather(1, phone) + voice)[:, None]
-        energies = (
-            energies
-            + strength * speaks * (0.5 * level).exp() * (-(((torch.arange(MELS)[:, None] - centre) / 1.5) ** 2)).exp()
-        )
+        shape = (-(((torch.arange(MELS)[:, None] - centre) / 1.5) ** 2)).exp()
+        energies = energies + strength * speaks * (0.5 * level).exp() * shape
     return energies[:, None], words
 
 

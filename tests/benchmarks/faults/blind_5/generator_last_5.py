@@ -120,7 +120,8 @@ def bound_for_averaged_losses(t: Training) -> None:
 
 @fault(generator, "gradient-exploding", "update-ratio-high", "loss-diverged", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-zero", "output-constant", "gradient-imbalance"))  # fmt: skip
 def sum_over_the_batch_with_sgd(t: Training) -> None:
-    """Sums over pixels and over items, under SGD with a rate for means. TheDeepChecker: missing reduction; AutoTrainer: exploding gradient."""
+    """Sums over pixels and over items, under SGD with a rate for means. TheDeepChecker: missing reduction; AutoTrainer:
+    exploding gradient."""
     t.optimize = lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:

@@ -150,8 +150,8 @@ def root_of_what_is_left(t: Training) -> None:
     then=(*STUCK, "parameter-unchanged"),
 )
 def cycle_stepped_by_epochs(t: Training) -> None:
-    """The cycle is stepped once an epoch, of which there are five, and starts at a hundred-thousandth of its rate. Humbatova: learning rate;
-    AutoTrainer: slow convergence."""
+    """The cycle is stepped once an epoch, of which there are five, and starts at a hundred-thousandth of its rate. Humbatova: learning
+    rate; AutoTrainer: slow convergence."""
     t.schedule, cycle = None, []
 
     def once(training: Training, step: int) -> None:

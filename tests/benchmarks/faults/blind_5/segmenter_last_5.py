@@ -76,8 +76,8 @@ def group_norm_of_one_value(t: Training) -> None:
 
 @fault(segmenter, "poor-initialisation", "activation-saturated", "prediction-collapse", modules=("head",), then=(*STUCK, *FLAT, *DIVERGES, "class-imbalance", "gradient-imbalance", "overtraining", "metric-constant"))  # fmt: skip
 def prior_in_percent(t: Training) -> None:
-    """The bias of the head is the logarithm of the odds of 4 in percent, times 100: -318 and 318, and nothing is ever marked. TheDeepChecker:
-    wrong initialisation of biases."""
+    """The bias of the head is the logarithm of the odds of 4 in percent, times 100: -318 and 318, and nothing is ever marked.
+    TheDeepChecker: wrong initialisation of biases."""
     with torch.no_grad():
         t.model.head.bias.copy_(torch.tensor([318.0, -318.0]))
 
