@@ -189,7 +189,7 @@ def near_pixels_in_hundreds(t: Training) -> None:
     t.measure = measure
 
 
-@fault(generator, "validation-in-train-mode", step=49)
+@fault(generator, "validation-in-train-mode", step=49, then=("metric-aggregate", "batch-leak"))
 def codes_drawn_in_validation(t: Training) -> None:
     """`model.train(True)` in the function that evaluates, copied from that which trains: codes are drawn, norms take the batch.
     TrainCheck: wrong mode."""

@@ -116,7 +116,7 @@ def tiny_filters_without_norms(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 1e-4, momentum=0.9)
 
 
-@fault(generator, "input-range", "activation-saturated", modules=("encoder", ""), then=(*STUCK, *FLAT, "gradient-zero", "gradient-imbalance", "gradient-vanishing", "poor-initialisation", "input-drift"))  # fmt: skip
+@fault(generator, "input-range", "activation-saturated", modules=("encoder", ""), then=(*STUCK, *FLAT, "gradient-zero", "gradient-imbalance", "gradient-vanishing", "poor-initialisation"))  # fmt: skip
 def tanh_of_raw_levels(t: Training) -> None:
     """An encoder of tanh without norms, and pictures of 0 to 255 for it; only targets are divided. SageMaker SaturatedActivation;
     UMLAUT: input not normalised."""
@@ -150,15 +150,7 @@ def gamma_of_an_epoch(t: Training) -> None:
     t.schedule = lambda optimizer: ExponentialLR(optimizer, 0.85)
 
 
-@fault(
-    generator,
-    "update-ratio-low",
-    "parameter-unchanged",
-    "scheduler-ends-early",
-    "stalled-optimisation",
-    "loss-plateau",
-    then=STUCK,
-)
+@fault(generator, "update-ratio-low", "parameter-unchanged", "scheduler-ends-early", "stalled-optimisation", "loss-plateau", step=1, then=(*STUCK,))  # fmt: skip
 def schedule_in_whole_numbers(t: Training) -> None:
     """A linear fall by `(steps - step) // steps` in place of `/`: the factor is 1 in the first step and 0 in all others. Humbatova:
     learning rate; TrainCheck: parameters not updated."""
@@ -179,7 +171,7 @@ def zeroing_deleted_by_mistake(t: Training) -> None:
     t.update = update
 
 
-@fault(generator, "weight-norm-drift", "update-ratio-high", "feature-constant", "activation-vanishing", "output-constant", then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units"))  # fmt: skip
+@fault(generator, "weight-norm-drift", "update-ratio-high", "feature-constant", "activation-vanishing", "output-constant", then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "weight-decay-on-norms"))  # fmt: skip
 def decay_in_percent(t: Training) -> None:
     """`weight_decay=20` with AdamW, in percent where a share is meant: each step takes 6 % off all weights. Humbatova:
     regularisation."""

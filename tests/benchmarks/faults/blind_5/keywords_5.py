@@ -137,7 +137,7 @@ def words_of_the_next_clip(t: Training) -> None:
     t.sample = sample
 
 
-@fault(keywords, "metric-constant", step=39, then=("metric-range",))
+@fault(keywords, "metric-constant", step=39, then=("metric-phase-mismatch",))
 def whole_rows_compared(t: Training) -> None:
     """The accuracy compares the softmax with one-hot rows by `==` and `all`: no item is ever right. UMLAUT: accuracy; Humbatova:
     wrong validation metric."""

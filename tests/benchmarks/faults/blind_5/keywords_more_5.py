@@ -132,7 +132,7 @@ def entropy_added_up(t: Training) -> None:
     scored(t, lambda logits, words: F.cross_entropy(logits, words, reduction="sum"))
 
 
-@fault(keywords, "nonfinite-loss", "nonfinite-gradient", modules=("", "head"), then=(*NONFINITE, "nonfinite-buffer", "metric-constant", "prediction-collapse", "output-constant", "step-skipped"))  # fmt: skip
+@fault(keywords, "nonfinite-loss", "nonfinite-gradient", modules=("", "head"), then=(*NONFINITE, "nonfinite-buffer", "metric-constant", "prediction-collapse", "output-constant"))  # fmt: skip
 def entropy_of_hard_shares(t: Training) -> None:
     """A confidence penalty by hand, `p * log(p)`, at a temperature of a thousandth: shares underflow, and 0 * log(0) is NaN. GRIST:
     log of zero."""
@@ -144,7 +144,7 @@ def entropy_of_hard_shares(t: Training) -> None:
     scored(t, loss)
 
 
-@fault(keywords, "loss-sign", "loss-diverged", "activation-exploding", "gradient-exploding", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "activation-saturated", "overfit"))  # fmt: skip
+@fault(keywords, "loss-sign", "activation-exploding", "gradient-exploding", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "activation-saturated", "overfit"))  # fmt: skip
 def likelihood_given_as_loss(t: Training) -> None:
     """The mean log-likelihood of the right word is given to `backward()`, without its minus: the loss falls for ever. TheDeepChecker: wrong
     sign; Humbatova: wrong loss."""
@@ -168,7 +168,7 @@ def peak_of_the_range_test(t: Training) -> None:
     t.schedule = lambda optimizer: OneCycleLR(optimizer, 10.0, total_steps=keywords.STEPS)
 
 
-@fault(keywords, "weight-norm-drift", "feature-constant", "activation-vanishing", "update-ratio-high", step=5, then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "gradient-zero"))  # fmt: skip
+@fault(keywords, "weight-norm-drift", "feature-constant", "activation-vanishing", "update-ratio-high", step=5, then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "gradient-zero", "weight-decay-on-norms"))  # fmt: skip
 def decay_of_one_and_a_half(t: Training) -> None:
     """`weight_decay=1.5` under SGD, the number of an AdamW recipe for a tiny rate: weights shrink by up to a tenth a step. Humbatova:
     regularisation; SageMaker: weights."""

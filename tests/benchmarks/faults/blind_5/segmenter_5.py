@@ -95,7 +95,7 @@ def overlap_of_rounded_masks(t: Training) -> None:
     lost(t, loss)
 
 
-@fault(segmenter, "loss-sign", "loss-diverged", then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "activation-saturated", "class-imbalance"))  # fmt: skip
+@fault(segmenter, "loss-sign", then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "activation-saturated", "class-imbalance"))  # fmt: skip
 def entropy_with_two_minuses(t: Training) -> None:
     """`-cross_entropy` from a formula that writes the minus outside, and `1 - dice`: pixels are pushed to the wrong class.
     TheDeepChecker: wrong sign."""
@@ -156,7 +156,7 @@ def only_encoder_and_head(t: Training) -> None:
     t.optimizers = [torch.optim.Adam([{"params": encoder, "lr": 1e-3}, {"params": t.model.head.parameters()}], 3e-3)]
 
 
-@fault(segmenter, "weight-norm-drift", "update-ratio-high", "feature-constant", "output-constant", "prediction-collapse", then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "class-imbalance", "activation-vanishing"))  # fmt: skip
+@fault(segmenter, "weight-norm-drift", "update-ratio-high", "feature-constant", "output-constant", "prediction-collapse", then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "dead-units", "class-imbalance", "activation-vanishing", "weight-decay-on-norms"))  # fmt: skip
 def decoupled_decay_of_thirty(t: Training) -> None:
     """Adam's `weight_decay` of an old recipe was divided by its rate to suit AdamW, and the new rate multiplies it again: 9 % off all
     weights a step. Humbatova: regularisation."""

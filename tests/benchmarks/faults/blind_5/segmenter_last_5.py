@@ -104,7 +104,7 @@ def second_stage_of_another_optimizer(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: 1.0 if step < 120 else 200.0)
 
 
-@fault(segmenter, "loss-spike", "update-ratio-high", step=100, then=(*DIVERGES, *STUCK, "parameter-changed"))
+@fault(segmenter, "loss-spike", "update-ratio-high", step=100, then=(*DIVERGES, *STUCK))
 def best_by_the_lowest_overlap(t: Training) -> None:
     """At steps 100 and 200 the best checkpoint is loaded, the one of the lowest Dice: that of the start. TrainCheck: something
     writes weights back; Humbatova: training process."""
@@ -147,7 +147,7 @@ def weights_grow_by_the_penalty(t: Training) -> None:
     t.forward = forward
 
 
-@fault(segmenter, "metric-grad", step=0)
+@fault(segmenter, "metric-grad", step=0, then=("metric-phase-mismatch",))
 def overlap_kept_with_its_graph(t: Training) -> None:
     """The soft Dice of each step is logged as it comes out of the loss, with its graph, and kept in a list. PyTorch FAQ; TrainCheck:
     memory."""
@@ -162,7 +162,7 @@ def overlap_kept_with_its_graph(t: Training) -> None:
     t.update = update
 
 
-@fault(segmenter, "metric-vanished", step=149, then=("metric-phase-mismatch", "metric-missing"))
+@fault(segmenter, "metric-vanished", "metric-missing", step=149, then=("metric-phase-mismatch",))
 def recall_until_it_is_full(t: Training) -> None:
     """The recall is logged as long as it is new: it is stored under another key once a best value exists. Speech and others: metrics
     that are missing later; Humbatova: wrong validation metric."""
