@@ -65,7 +65,7 @@ def warm_up_not_divided(t: Training) -> None:
     t.before = [lambda training, step: setattr(training.model, "beta", float(step))]
 
 
-@fault(generator, "loss-sign", "activation-exploding", "gradient-exploding", modules=("encoder", ""), step=10, then=(*DIVERGES, *NONFINITE, *STUCK, "dead-units", "gradient-imbalance", "overfit", "nonfinite-buffer"))  # fmt: skip
+@fault(generator, "loss-sign", "activation-exploding", "gradient-exploding", "weight-norm-drift", modules=("encoder", ""), step=10, then=(*DIVERGES, *NONFINITE, *STUCK, "dead-units", "gradient-imbalance", "overfit", "nonfinite-buffer"))  # fmt: skip
 def divergence_is_subtracted(t: Training) -> None:
     """The formula holds minus the divergence already and is subtracted once more: codes run away from the prior. TheDeepChecker:
     wrong sign; Humbatova: wrong loss."""
@@ -153,7 +153,7 @@ def one_loader_divides(t: Training) -> None:
     shown(t, lambda x, step, phase: 255 * x if phase == "val" else x)
 
 
-@fault(generator, "input-duplicate", then=("overfit", "overtraining", "batch-leak"))
+@fault(generator, "input-duplicate", then=("overfit", "overtraining", "batch-leak", "feature-constant", "output-constant", "input-drift", "loss-spike"))  # fmt: skip
 def picture_read_before_the_loop(t: Training) -> None:
     """The file is opened before the loop over the batch, which appends one and the same picture each time. TrainCheck: duplicated
     data; Humbatova: wrong data."""

@@ -67,7 +67,7 @@ def keep_probability_in_the_decoder(t: Training) -> None:
     t.model.decoder.activation = nn.Sequential(nn.ReLU(), nn.Dropout(0.95))
 
 
-@fault(generator, "units-symmetric", "poor-initialisation", modules=("encoder", "decoder"), then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "gradient-zero"))  # fmt: skip
+@fault(generator, "units-symmetric", "poor-initialisation", modules=("encoder", "decoder"), then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "gradient-zero", "gradient-imbalance"))  # fmt: skip
 def kernels_all_of_one_value(t: Training) -> None:
     """`apply` of a function that fills each matrix with 0.05 and each bias of a layer with 0: channels are copies of one another.
     TheDeepChecker: symmetry; SageMaker PoorWeightInitialization."""

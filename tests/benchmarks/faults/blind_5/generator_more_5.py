@@ -157,7 +157,7 @@ def schedule_in_whole_numbers(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: (250 - step) // 250)
 
 
-@fault(generator, "gradient-accumulation", step=2, then=(*DIVERGES, *STUCK, "dead-units", "gradient-imbalance", "output-constant"))  # fmt: skip
+@fault(generator, "gradient-accumulation", step=2, then=(*DIVERGES, *STUCK, "dead-units", "gradient-imbalance", "output-constant", *FLAT, "gradient-zero", "loss-plateau"))  # fmt: skip
 def zeroing_deleted_by_mistake(t: Training) -> None:
     """`zero_grad()` was deleted with a line beside it. TrainCheck: missing `zero_grad`; Humbatova: training process."""
 

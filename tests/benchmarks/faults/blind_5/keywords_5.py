@@ -79,7 +79,7 @@ def axes_swapped_in_validation(t: Training) -> None:
     front_end(t, change)
 
 
-@fault(keywords, "input-constant", "input-duplicate", "audio-silent", "input-drift", then=("audio-duplicate", "feature-constant", "overfit", "overtraining", *STUCK))  # fmt: skip
+@fault(keywords, "input-constant", "input-duplicate", "audio-silent", "input-drift", then=("audio-duplicate", "feature-constant", "overfit", "overtraining", *STUCK, *FLAT))  # fmt: skip
 def shifted_by_samples(t: Training) -> None:
     """The clip is moved in time by up to 1600 samples, and the number is applied to frames: it is mostly moved out. Speech:
     augmentation of one's own; TheDeepChecker: constant inputs."""

@@ -56,7 +56,7 @@ def speeds_that_change_nothing(t: Training) -> None:
     t.sample = sample
 
 
-@fault(keywords, "input-constant", "audio-silent", "input-drift", "input-duplicate", step=39, then=("metric-constant", "overfit", "overtraining", "output-constant", "prediction-collapse", "audio-duplicate", "feature-constant"))  # fmt: skip
+@fault(keywords, "input-constant", "audio-silent", "input-drift", "input-duplicate", step=39, then=("metric-constant", "overfit", "overtraining", "output-constant", "prediction-collapse", "audio-duplicate", "feature-constant", "loss-diverged"))  # fmt: skip
 def clips_cut_before_the_word(t: Training) -> None:
     """Validation clips are cut from the start of recordings with a second of digital silence: the floor is all there is. Speech: data
     preparation; Humbatova: wrong data."""
@@ -141,29 +141,7 @@ def root_of_what_is_left(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: float(torch.tensor(1 - (step - 1) / 120).sqrt()))
 
 
-@fault(
-    keywords,
-    "update-ratio-low",
-    "schedule-unfinished",
-    "loss-plateau",
-    "stalled-optimisation",
-    then=(*STUCK, "parameter-unchanged"),
-)
-def cycle_stepped_by_epochs(t: Training) -> None:
-    """The cycle is stepped once an epoch, of which there are five, and starts at a hundred-thousandth of its rate. Humbatova: learning
-    rate; AutoTrainer: slow convergence."""
-    t.schedule, cycle = None, []
-
-    def once(training: Training, step: int) -> None:
-        if step == 0:
-            cycle.append(OneCycleLR(training.optimizer, 0.06, total_steps=keywords.STEPS, div_factor=1e5))
-        elif step % 40 == 0:
-            cycle[0].step()
-
-    t.before.append(once)
-
-
-@fault(keywords, "loss-diverged", "loss-spike", "update-ratio-high", step=140, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "overfit"))  # fmt: skip
+@fault(keywords, "loss-diverged", "loss-spike", "update-ratio-high", step=140, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "overfit", "gradient-zero", "gradient-imbalance"))  # fmt: skip
 def stage_two_multiplies(t: Training) -> None:
     """At step 140 the rate for the last stage, a hundredth, is multiplied by 100 where it is to be divided. Humbatova: learning
     rate; SageMaker WeightUpdateRatio."""

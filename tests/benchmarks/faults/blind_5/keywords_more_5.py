@@ -62,7 +62,7 @@ def deviations_of_one_without_norms(t: Training) -> None:
             nn.init.normal_(module.weight)
 
 
-@fault(keywords, "units-symmetric", "poor-initialisation", modules=LAYERS, then=(*STUCK, *FLAT, "norm-input-variance"))
+@fault(keywords, "units-symmetric", "poor-initialisation", modules=LAYERS, then=(*STUCK, *FLAT, "norm-input-variance", "gradient-imbalance"))  # fmt: skip
 def averages_as_first_filters(t: Training) -> None:
     """All filters begin as a plain average, 1 over their size: channels are copies of one another and stay so. TheDeepChecker:
     symmetry; SageMaker PoorWeightInitialization."""
@@ -126,7 +126,7 @@ def shares_into_the_entropy(t: Training) -> None:
     t.model.head = nn.Sequential(t.model.head, nn.Softmax(1))
 
 
-@fault(keywords, "update-ratio-high", "gradient-exploding", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-imbalance", "activation-saturated"))  # fmt: skip
+@fault(keywords, "update-ratio-high", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-imbalance", "activation-saturated", "gradient-zero"))  # fmt: skip
 def entropy_added_up(t: Training) -> None:
     """`reduction="sum"` over clips, at a rate for the mean. TheDeepChecker: missing reduction; AutoTrainer: exploding gradient."""
     scored(t, lambda logits, words: F.cross_entropy(logits, words, reduction="sum"))
@@ -144,7 +144,7 @@ def entropy_of_hard_shares(t: Training) -> None:
     scored(t, loss)
 
 
-@fault(keywords, "loss-sign", "activation-exploding", "gradient-exploding", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "activation-saturated", "overfit"))  # fmt: skip
+@fault(keywords, "loss-sign", "activation-exploding", "gradient-exploding", "weight-norm-drift", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "activation-saturated", "overfit", "dead-units", "gradient-imbalance", "dtype-headroom", "nonfinite-buffer"))  # fmt: skip
 def likelihood_given_as_loss(t: Training) -> None:
     """The mean log-likelihood of the right word is given to `backward()`, without its minus: the loss falls for ever. TheDeepChecker: wrong
     sign; Humbatova: wrong loss."""
@@ -161,7 +161,7 @@ def cycle_of_a_million_steps(t: Training) -> None:
     t.schedule = lambda optimizer: OneCycleLR(optimizer, 0.06, total_steps=1_000_000, div_factor=1e5)
 
 
-@fault(keywords, "update-ratio-high", "loss-diverged", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated", "gradient-imbalance"))  # fmt: skip
+@fault(keywords, "update-ratio-high", "loss-diverged", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated", "gradient-imbalance", "gradient-zero", "class-imbalance"))  # fmt: skip
 def peak_of_the_range_test(t: Training) -> None:
     """`max_lr` is the last rate of the range test, 10, not one at which the loss still fell. Humbatova: learning rate;
     SageMaker WeightUpdateRatio."""
@@ -182,7 +182,7 @@ def clipped_to_a_ten_thousandth(t: Training) -> None:
     t.clip = 1e-4
 
 
-@fault(keywords, "gradient-accumulation", "gradient-exploding", "update-ratio-high", step=2, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units"))  # fmt: skip
+@fault(keywords, "gradient-accumulation", "gradient-exploding", "update-ratio-high", step=2, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-imbalance"))  # fmt: skip
 def zeroing_left_in_the_other_branch(t: Training) -> None:
     """After a refactoring `zero_grad()` stands in the branch for accumulation only, which is off. TrainCheck: missing
     `zero_grad`; Humbatova: training process."""

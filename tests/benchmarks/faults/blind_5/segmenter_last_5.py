@@ -45,7 +45,7 @@ def reader_of_validation_in_integers(t: Training) -> None:
     scanned(t, lambda x, step, phase: (255 * (0.2 * x + 0.35)).clamp(0, 255).round() if phase == "val" else x)
 
 
-@fault(segmenter, "input-constant", "input-drift", "input-duplicate", step=49, then=("metric-constant", "prediction-collapse", "output-constant", "feature-constant", "overfit", "overtraining", "class-imbalance"))  # fmt: skip
+@fault(segmenter, "input-constant", "input-drift", "input-duplicate", step=49, then=("metric-constant", "prediction-collapse", "output-constant", "feature-constant", "overfit", "overtraining", "class-imbalance", "loss-diverged"))  # fmt: skip
 def window_beyond_the_tissue(t: Training) -> None:
     """Grey values of the validation set are cut to a window that is meant for bone: all of them lie below it. Humbatova: wrong
     preprocessing; TheDeepChecker: constant inputs."""
@@ -97,7 +97,7 @@ def both_networks_in_the_second(t: Training) -> None:
     t.update = update_of_two
 
 
-@fault(segmenter, "loss-diverged", "loss-spike", "update-ratio-high", step=120, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "class-imbalance", "overfit"))  # fmt: skip
+@fault(segmenter, "loss-diverged", "loss-spike", "update-ratio-high", step=120, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "class-imbalance", "overfit", "gradient-zero"))  # fmt: skip
 def second_stage_of_another_optimizer(t: Training) -> None:
     """The second stage, from step 120 on, sets `lr = 0.6`, as SGD had it; the optimizer is Adam. Humbatova: learning rate;
     SageMaker WeightUpdateRatio."""
