@@ -92,7 +92,7 @@ def decoder_filled_with_zeros(t: Training) -> None:
         nn.init.zeros_(parameter)
 
 
-@fault(generator, "loss-input-mismatch", "activation-saturated", modules=("decoder.head", "decoder", ""), then=(*STUCK, "gradient-vanishing", "output-constant", "dead-units"))  # fmt: skip
+@fault(generator, "loss-input-mismatch", "activation-saturated", modules=("decoder.head", "decoder", ""), then=(*STUCK, "gradient-vanishing", "output-constant", "dead-units", *FLAT, "overtraining"))  # fmt: skip
 def pictures_squashed_twice(t: Training) -> None:
     """The decoder ends in a sigmoid, and its result is taken for logits by the loss. Humbatova: wrong loss for the last layer;
     UMLAUT."""
@@ -178,12 +178,7 @@ def decay_in_percent(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=20.0)
 
 
-@fault(
-    generator,
-    "model-in-eval",
-    step=50,
-    then=("overfit", "overtraining", "watch-starved", "probe-read-nothing", *DIVERGES),
-)
+@fault(generator, "model-in-eval", step=50, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing", *DIVERGES, *STUCK))  # fmt: skip
 def drawn_from_and_left(t: Training) -> None:
     """After 50 steps a page of samples is drawn in eval mode, and nobody goes back: codes are means, norms take what they know.
     TrainCheck: wrong mode."""

@@ -107,7 +107,7 @@ def floor_above_the_speech(t: Training) -> None:
 # -- words -----------------------------------------------------------------------------------------------------------
 
 
-@fault(keywords, "class-imbalance", "prediction-collapse", then=("metric-constant", "loss-plateau", "overtraining", "stalled-optimisation"))  # fmt: skip
+@fault(keywords, "class-imbalance", then=("metric-constant", "loss-plateau", "overtraining", "stalled-optimisation", "prediction-collapse"))  # fmt: skip
 def background_in_nearly_all(t: Training) -> None:
     """Clips are cut out of long recordings: 98 of 100 hold the last class, background, and the loss counts each the same. SageMaker
     ClassImbalance; Humbatova: unbalanced data."""

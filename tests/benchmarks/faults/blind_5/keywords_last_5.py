@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from faults import keywords
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault

@@ -27,7 +27,7 @@ def scored(t: Training, loss) -> None:
 # -- layers ----------------------------------------------------------------------------------------------------------
 
 
-@fault(keywords, "dropout-high", modules=("dropout",), then=("prediction-collapse", "loss-plateau", "stalled-optimisation", "loss-spike"))  # fmt: skip
+@fault(keywords, "dropout-high", modules=("dropout",), then=("prediction-collapse", "loss-plateau", "stalled-optimisation", "loss-spike", *STUCK, "dead-units", "feature-constant"))  # fmt: skip
 def share_kept_before_the_head(t: Training) -> None:
     """`keep_prob=0.96` of an old recipe becomes `Dropout(0.96)`. Humbatova: wrong dropout; TheDeepChecker: regularisation."""
     t.model.dropout.p = 0.96
@@ -213,12 +213,7 @@ def groups_by_their_names(t: Training) -> None:
 # -- modes -----------------------------------------------------------------------------------------------------------
 
 
-@fault(
-    keywords,
-    "model-in-eval",
-    step=40,
-    then=("overfit", "overtraining", "watch-starved", "probe-read-nothing", *DIVERGES),
-)
+@fault(keywords, "model-in-eval", step=40, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing", *DIVERGES, *NONFINITE, *STUCK, "dead-units", "feature-constant"))  # fmt: skip
 def scored_in_between(t: Training) -> None:
     """Every 40 steps the score of the batch is taken in eval mode; `train()` stands before the loop. TrainCheck: wrong mode;
     Humbatova: training process."""
