@@ -106,7 +106,7 @@ def head_drawn_like_a_table(t: Training) -> None:
     nn.init.normal_(t.model.decoder.head.weight, std=20.0)
 
 
-@fault(generator, "activation-vanishing", "gradient-vanishing", "feature-constant", "poor-initialisation", modules=("encoder", "decoder", ""), then=(*STUCK, *FLAT, "output-constant", "update-ratio-low", "gradient-zero", "gradient-imbalance", "units-symmetric"))  # fmt: skip
+@fault(generator, "activation-vanishing", "gradient-vanishing", "feature-constant", "poor-initialisation", modules=("encoder", "decoder", ""), then=(*STUCK, *FLAT, "output-constant", "update-ratio-low", "gradient-zero", "gradient-imbalance", "units-symmetric", "update-ratio-high", "weight-norm-drift"))  # fmt: skip
 def tiny_filters_without_norms(t: Training) -> None:
     """DCGAN's `normal_(0, 0.02)` became 0.0002, without norms and with SGD: nothing comes through. TheDeepChecker: vanishing; AutoTrainer:
     vanishing gradient."""
