@@ -111,7 +111,7 @@ def head_stepped_by_both(t: Training) -> None:
     t.update = update_of_two
 
 
-@fault(recogniser, "update-ratio-high", "loss-spike", "loss-diverged", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated", "gradient-zero", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
+@fault(recogniser, "update-ratio-high", "loss-spike", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated", "gradient-zero", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
 def rate_read_in_percent(t: Training) -> None:
     """The configuration says 0.2, in percent, and AdamW takes it as it is. Humbatova: learning rate; SageMaker
     WeightUpdateRatio."""

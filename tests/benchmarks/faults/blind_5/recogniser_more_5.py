@@ -62,7 +62,7 @@ def divided_by_all_there_is(t: Training) -> None:
     t.forward = forward
 
 
-@fault(recogniser, "update-ratio-low", "scheduler-ends-early", "loss-plateau", "stalled-optimisation", step=30, then=(*STUCK, "parameter-unchanged", "overtraining", "metric-constant"))  # fmt: skip
+@fault(recogniser, "update-ratio-low", "scheduler-ends-early", "loss-plateau", "stalled-optimisation", step=20, then=(*STUCK, "parameter-unchanged", "overtraining", "metric-constant"))  # fmt: skip
 def tenths_at_every_fifth_batch(t: Training) -> None:
     """`StepLR(5, 0.1)` is meant for epochs and stepped with each batch: after forty of them the rate is 2e-11. Humbatova: learning
     rate; AutoTrainer: slow convergence."""
@@ -83,7 +83,7 @@ def tolerance_as_epsilon(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 2e-3, eps=100.0)
 
 
-@fault(recogniser, "gradient-zero", "parameter-unchanged", modules=("conv", "norm", "gru"), then=("update-ratio-low", "loss-plateau", "stalled-optimisation", "module-unused", "gradient-vanishing", "metric-constant"))  # fmt: skip
+@fault(recogniser, "gradient-zero", "parameter-unchanged", "module-unused", modules=("conv", "norm", "gru"), then=("update-ratio-low", "loss-plateau", "stalled-optimisation", "gradient-vanishing", "metric-constant"))  # fmt: skip
 def encoder_in_inference_mode(t: Training) -> None:
     """What the recurrence returns is detached, since the script once trained heads on frozen features. TrainCheck: a part without
     gradients; SageMaker UnchangedTensor."""
