@@ -35,13 +35,12 @@ class Passing(nn.Module):
 class Readout(nn.Module):
     """A sum over atoms, each weighted by its gate."""
 
-    def __init__(self, activation) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.gate, self.sigmoid = nn.Linear(WIDTH, WIDTH), nn.Sigmoid()
-        self.value, self.activation = nn.Linear(WIDTH, WIDTH), activation()
+        self.gate, self.sigmoid, self.value = nn.Linear(WIDTH, WIDTH), nn.Sigmoid(), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x, graph, graphs: int):
-        return summed(self.sigmoid(self.gate(x)) * self.activation(self.value(x)), graph, graphs) / LARGEST**0.5
+        return summed(self.sigmoid(self.gate(x)) * self.value(x), graph, graphs) / LARGEST**0.5
 
 
 class Molecules(nn.Module):
@@ -49,7 +48,7 @@ class Molecules(nn.Module):
         super().__init__()
         self.kinds, self.numbers = nn.Embedding(KINDS, WIDTH), nn.Linear(NUMBERS, WIDTH)
         self.layers = nn.ModuleList(Passing(activation, norm) for _ in range(layers))
-        self.readout, self.dropout = Readout(activation), nn.Dropout(dropout)
+        self.readout, self.dropout = Readout(), nn.Dropout(dropout)
         self.head = nn.Sequential(nn.Linear(WIDTH, WIDTH), activation(), nn.Linear(WIDTH, outputs))
 
     def forward(self, numbers, kinds, edges, bonds, graph, graphs: int):
