@@ -9,7 +9,14 @@ from torch.optim.lr_scheduler import StepLR
 
 from faults._training import Batch, Tensors, Training, seeded
 
-KINDS, BONDS, NUMBERS, LARGEST, WIDTH, BATCH = 6, 3, 2, 14, 32, 32  # of atoms: kinds, numbers of each, most of them in a molecule
+KINDS, BONDS, NUMBERS, LARGEST, WIDTH, BATCH = (
+    6,
+    3,
+    2,
+    14,
+    32,
+    32,
+)  # of atoms: kinds, numbers of each, most of them in a molecule
 MEAN, DEVIATION = 3.4, 4.0  # of the property in its own unit
 
 
@@ -44,7 +51,9 @@ class Readout(nn.Module):
 
 
 class Molecules(nn.Module):
-    def __init__(self, activation=nn.ReLU, norm=nn.BatchNorm1d, dropout: float = 0.0, layers: int = 3, outputs: int = 1) -> None:
+    def __init__(
+        self, activation=nn.ReLU, norm=nn.BatchNorm1d, dropout: float = 0.0, layers: int = 3, outputs: int = 1
+    ) -> None:
         super().__init__()
         self.kinds, self.numbers = nn.Embedding(KINDS, WIDTH), nn.Linear(NUMBERS, WIDTH)
         self.layers = nn.ModuleList(Passing(activation, norm) for _ in range(layers))
@@ -62,11 +71,18 @@ def molecules(n: int, generator: torch.Generator) -> list[Batch]:
     """Trees with some rings: numbers, kinds, edges in both directions, bonds, and a property of mean 0 and deviation 1, a sum over
     atoms, over bonds by their kinds and charges, and over atoms with two neighbours of one group."""
     made = seeded(131)
-    atom, pair, strength = torch.randn(KINDS, generator=made), torch.randn(KINDS, KINDS, generator=made), torch.tensor([0.5, 1.0, 1.5])
+    atom, pair, strength = (
+        torch.randn(KINDS, generator=made),
+        torch.randn(KINDS, KINDS, generator=made),
+        torch.tensor([0.5, 1.0, 1.5]),
+    )
     found = []
     for _ in range(n):
         size = int(torch.randint(5, LARGEST + 1, (), generator=generator))
-        kinds, numbers = torch.randint(KINDS, (size,), generator=generator), torch.randn(size, NUMBERS, generator=generator)
+        kinds, numbers = (
+            torch.randint(KINDS, (size,), generator=generator),
+            torch.randn(size, NUMBERS, generator=generator),
+        )
         child = torch.arange(1, size)
         parent = child - 1 - (torch.rand(size - 1, generator=generator) * child.clamp(max=3)).long()
         ring = torch.arange(4, size)[torch.rand(size - 4, generator=generator) < 0.2]

@@ -34,9 +34,14 @@ class Tagger(nn.Module):
 def sentences(n: int, generator: torch.Generator) -> Batch:
     """Words, shapes and tags, padded. A name behind a title or before a verb of speaking (words whose number divides by 7) is a
     person, one behind a preposition a location, and others are of neither kind; a date is a number behind a name of month."""
-    words, drawn = torch.randint(DATE, WORDS, (n, LENGTH), generator=generator), torch.rand(n, LENGTH, generator=generator)
+    words, drawn = (
+        torch.randint(DATE, WORDS, (n, LENGTH), generator=generator),
+        torch.rand(n, LENGTH, generator=generator),
+    )
     for low, high, least, most in ((TITLE, PLACE, 0.0, 0.06), (PLACE, NAME, 0.06, 0.15), (NAME, DATE, 0.15, 0.27), (DATE, DATE + 12, 0.27, 0.32)):  # fmt: skip
-        words = torch.where((drawn >= least) & (drawn < most), torch.randint(low, high, (n, LENGTH), generator=generator), words)
+        words = torch.where(
+            (drawn >= least) & (drawn < most), torch.randint(low, high, (n, LENGTH), generator=generator), words
+        )
     following = torch.rand(n, LENGTH, generator=generator) < 0.6
     for place in range(1, LENGTH):
         last, now = words[:, place - 1], words[:, place]

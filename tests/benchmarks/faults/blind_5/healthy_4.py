@@ -11,6 +11,7 @@ from faults import language, molecules, tagger, translator
 from faults._fault import healthy
 from faults._training import Batch, Observer, Tensors, Training, plain_validation
 
+
 def trained(t: Training, steps: int) -> nn.Module:
     """The model behind so many steps."""
     optimizer = t.optimize(t.model.parameters())
@@ -94,10 +95,8 @@ def another_property() -> Training:
     t.model.head = nn.Sequential(nn.Linear(molecules.WIDTH, molecules.WIDTH), nn.ReLU(), nn.Linear(molecules.WIDTH, 1))
     for part in (t.model.kinds, t.model.numbers, t.model.layers):
         part.requires_grad_(False)
-    t.model.layers.train = lambda mode=True: t.model.layers
     t.model.layers.eval()
-    for layer in t.model.layers.modules():
-        layer.training = False
+    t.model.layers.train = lambda mode=True: t.model.layers
     plain = t.sample
 
     def sample(step: int, phase: str) -> Batch:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from faults import language
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
-from faults._training import Batch, Observer, Tensors, Training, finish_update, seeded
+from faults._training import Batch, Observer, Tensors, Training, finish_update
 
 BLOCKS = ("blocks.0", "blocks.1")
 
@@ -96,7 +96,7 @@ class Plain(language.Block):
         return self.dropout(self.mlp(self.norm2(x)))
 
 
-@fault(language, "gradient-vanishing", "feature-constant", "activation-vanishing", "norm-input-variance", "prediction-collapse", "output-constant", "loss-plateau", "stalled-optimisation", modules=("", "blocks", *(f"blocks.{i}" for i in range(12))), then=(*STUCK, *FLAT, "gradient-zero", "gradient-imbalance", "attention-head-dead", "class-imbalance", "update-ratio-low", "overtraining", "poor-initialisation"))  # fmt: skip
+@fault(language, "gradient-vanishing", "feature-constant", "prediction-collapse", "output-constant", "loss-plateau", "stalled-optimisation", modules=("", "blocks", *(f"blocks.{i}" for i in range(12))), then=(*STUCK, *FLAT, "gradient-zero", "gradient-imbalance", "attention-head-dead", "class-imbalance", "update-ratio-low", "overtraining", "poor-initialisation"))  # fmt: skip
 def residuals_lost(t: Training) -> None:
     """`x +` was lost in both lines of the block when it was rewritten, and there are twelve of them: what the tokens were is gone
     on the way. TheDeepChecker: vanishing; Humbatova: missing connection."""
@@ -155,17 +155,24 @@ def average_of_decay_one(t: Training) -> None:
     t.after_step.append(swap)
 
 
-@fault(language, "update-ratio-low", "parameter-unchanged", modules=(*BLOCKS, "embedding", "position", "blocks"), then=("loss-plateau", "stalled-optimisation", "gradient-imbalance", "overtraining"))  # fmt: skip
+@fault(language, "update-ratio-low", "parameter-unchanged", modules=(*BLOCKS, "embedding", "position", "blocks", "head"), then=("loss-plateau", "stalled-optimisation", "gradient-imbalance", "overtraining"))  # fmt: skip
 def rates_by_depth(t: Training) -> None:
     """Rates fall by 1e-3 per layer, a typing error for 0.9 in layer-wise decay: nothing below the last norm moves. Humbatova: learning
     rate; SageMaker WeightUpdateRatio."""
     model, rate = t.model, 3e-3
     parts = [[model.norm], [model.blocks[1]], [model.blocks[0]], [model.position, model.embedding]]
-    groups = [{"params": [p for m in part for p in m.parameters()], "lr": rate * 1e-3**i} for i, part in enumerate(parts)]
+    groups = [
+        {"params": [p for m in part for p in m.parameters()], "lr": rate * 1e-3**i} for i, part in enumerate(parts)
+    ]
     t.optimizers = [torch.optim.AdamW(groups, rate, weight_decay=0.01)]
 
 
-@fault(language, "input-drift", step=49, then=("overfit", "overtraining", "metric-range", "input-duplicate", "class-imbalance"))
+@fault(
+    language,
+    "input-drift",
+    step=49,
+    then=("overfit", "overtraining", "metric-range", "input-duplicate", "class-imbalance"),
+)
 def validated_on_rare_words(t: Training) -> None:
     """Validation is read by a tokeniser whose words are sorted by another corpus: all its tokens are from the first five of the
     vocabulary. Humbatova: preprocessing that differs."""

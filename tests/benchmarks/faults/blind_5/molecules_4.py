@@ -272,11 +272,18 @@ def scaler_for_training_only(t: Training) -> None:
     changed(t, lambda batch, step: (15 + 6 * batch[0], *batch[1:]), ("val",))
 
 
-@fault(molecules, "optimizer-duplicate-parameters", modules=("", "readout", "head"), then=("update-ratio-high", "loss-spike"))
+@fault(
+    molecules,
+    "optimizer-duplicate-parameters",
+    modules=("", "readout", "head"),
+    then=("update-ratio-high", "loss-spike"),
+)
 def readout_listed_twice(t: Training) -> None:
     """The list of parameters is that of the model, with those of readout and head behind it, as once these were apart: they are
     stepped twice. TrainCheck: optimizer and parameters."""
-    t.optimizers = [torch.optim.Adam([*t.model.parameters(), *t.model.readout.parameters(), *t.model.head.parameters()], 3e-3)]
+    t.optimizers = [
+        torch.optim.Adam([*t.model.parameters(), *t.model.readout.parameters(), *t.model.head.parameters()], 3e-3)
+    ]
 
 
 @fault(molecules, "output-constant", "loss-plateau", "stalled-optimisation", "prediction-collapse", "feature-constant", step=30, then=(*STUCK, *FLAT, "overtraining", "output-collapse", "update-ratio-low", "weight-norm-drift", "dead-units"))  # fmt: skip
@@ -295,3 +302,86 @@ def column_against_row(t: Training) -> None:
 def rate_in_thousandths(t: Training) -> None:
     """`lr: 3`, in thousandths for the old script, is read as it is. Humbatova: learning rate; TheDeepChecker: diverging loss."""
     t.optimize = lambda p: torch.optim.Adam(p, 3.0)
+
+
+@fault(molecules, "input-range", "nonfinite-buffer", "activation-exploding", "nonfinite-activation", modules=("", "numbers", "layers", "layers.0", *(f"layers.{i}.update.1" for i in range(3))), step=100, then=(*NONFINITE, *DIVERGES, *STUCK, *FLAT, "dtype-headroom", "gradient-zero", "activation-saturated", "input-drift", "gradient-imbalance", "metric-range", "overfit", "overtraining"))  # fmt: skip
+def sentinel_of_missing_charges(t: Training) -> None:
+    """From step 100 on some atoms of a new file have a charge of 1e30, which stands for "not computed" there: variances of BatchNorm
+    overflow. Humbatova: missing preprocessing; TheDeepChecker: wrong data scale."""
+
+    def change(batch: Batch, step: int) -> Batch:
+        numbers, *rest = batch
+        if step >= 100:
+            numbers[torch.rand(len(numbers), generator=seeded(148, step)) < 0.01, 0] = 1e30
+        return numbers, *rest
+
+    changed(t, change, ("train",))
+
+
+@fault(molecules, "parameter-unchanged", "precision-loss", "update-ratio-low", "loss-plateau", "stalled-optimisation", then=(*STUCK, "overtraining"))  # fmt: skip
+def weights_of_eight_bits(t: Training) -> None:
+    """The whole model is cast to bfloat16, optimizer and all, with the rate of 3e-5 of a fine-tuning: most steps are rounded away.
+    TrainCheck: precision; Humbatova: wrong type."""
+    t.model = t.model.bfloat16()
+    t.optimize, t.schedule = (lambda p: torch.optim.SGD(p, 3e-5)), None
+
+    def forward(model: nn.Module, batch: Batch) -> Tensors:
+        outputs = model(batch[0].bfloat16(), *batch[1:5], len(batch[5])).float()
+        return {"loss": F.mse_loss(outputs, batch[5]), "outputs": outputs, "targets": batch[5]}
+
+    t.forward = forward
+
+
+@fault(molecules, "loss-spike", "gradient-exploding", step=24, then=(*DIVERGES, *STUCK, "input-range", "gradient-clipping", "overtraining", "overfit"))  # fmt: skip
+def one_file_in_millielectronvolts(t: Training) -> None:
+    """Each 25th batch comes from the file of another laboratory, whose values are in meV: a thousand times as large. Humbatova: wrong
+    labels; TheDeepChecker: corrupt data."""
+    changed(t, lambda batch, step: (*batch[:5], batch[5] * (1000 if step % 25 == 24 else 1)), ("train",))
+
+
+@fault(molecules, "validation-in-train-mode", step=49, then=("metric-range", "input-drift"))
+def normalised_by_validation(t: Training) -> None:
+    """`no_grad()` is taken for `eval()`: BatchNorm normalises by batches of validation, and keeps their statistics. TrainCheck: wrong
+    mode."""
+    t.model.eval = lambda: t.model
+
+
+@fault(
+    molecules,
+    "model-in-eval",
+    then=("overfit", "overtraining", "watch-starved", "probe-read-nothing", "activation-exploding"),
+)
+def prepared_for_inference(t: Training) -> None:
+    """The function that loads the model returns it in eval mode, and nobody calls `train()`: BatchNorm never sees the data. TrainCheck:
+    wrong mode; Humbatova."""
+    plain = t.update
+
+    def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
+        training.model.eval()
+        return plain(training, step, observer)
+
+    t.update = update
+
+
+@fault(molecules, "metric-always-none", "metric-type", step=49, then=("metric-phase-mismatch", "metric-missing"))
+def correlation_without_scipy(t: Training) -> None:
+    """The rank correlation is None where scipy is not installed, in each validation. Humbatova: wrong validation metric; speech: metrics
+    that a model has not."""
+    measured = t.measure
+    t.measure = lambda tensors, batch: {**measured(tensors, batch), "spearman": None}
+
+
+@fault(
+    molecules,
+    "input-constant",
+    "gradient-zero",
+    "feature-constant",
+    "parameter-unchanged",
+    modules=("numbers",),
+    then=("module-unused", "gradient-vanishing", "dead-units", "input-duplicate"),
+)
+def numbers_replaced_by_zeros(t: Training) -> None:
+    """The columns of numbers are dropped by a filter that keeps integers, and filled with zeros: the weights that read them get gradients of
+    zero. TheDeepChecker: constant inputs; SageMaker AllZero."""
+    t.model.numbers = nn.Linear(molecules.NUMBERS, molecules.WIDTH, bias=False)
+    changed(t, lambda batch, step: (torch.zeros_like(batch[0]), *batch[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -65,7 +66,11 @@ def tags_of_another_file(t: Training) -> None:
     validation as well. Humbatova: wrong labels."""
 
     def change(words, shapes, tags, step):
-        return words, shapes, tags[torch.randperm(len(tags), generator=seeded(151, step))].where(words > 0, tagger.NOTHING)
+        return (
+            words,
+            shapes,
+            tags[torch.randperm(len(tags), generator=seeded(151, step))].where(words > 0, tagger.NOTHING),
+        )
 
     changed(t, change)
 
@@ -146,7 +151,10 @@ def scores_without_average(t: Training) -> None:
 
     def measure(tensors: Tensors, batch: Batch) -> dict[str, object]:
         said = tensors["logits"].argmax(-1)
-        each = [2 * ((said == tag) & (batch[2] == tag)).sum() / ((said == tag).sum() + (batch[2] == tag).sum()) for tag in range(4)]
+        each = [
+            2 * ((said == tag) & (batch[2] == tag)).sum() / ((said == tag).sum() + (batch[2] == tag).sum())
+            for tag in range(4)
+        ]
         return {**measured(tensors, batch), "f1": torch.stack(each)}
 
     t.measure = measure
@@ -216,7 +224,13 @@ def states_through_numpy(t: Training) -> None:
     t.model.hidden.register_forward_pre_hook(lambda module, args: (torch.from_numpy(args[0].detach().numpy()),))
 
 
-@fault(tagger, "overfit", "overtraining", step=99, then=("input-duplicate", "loss-plateau", "input-drift", "class-imbalance"))
+@fault(
+    tagger,
+    "overfit",
+    "overtraining",
+    step=99,
+    then=("input-duplicate", "loss-plateau", "input-drift", "class-imbalance"),
+)
 def sample_of_the_annotators(t: Training) -> None:
     """The path is that of the sample for annotators, 32 sentences. SageMaker Overfit; Humbatova: too little data."""
     few = tagger.sentences(32, seeded(153))
@@ -306,7 +320,9 @@ def clipped_by_the_tolerance(t: Training) -> None:
 def annotations_end(t: Training) -> None:
     """The file of annotations is shorter than the corpus, and what is missing is `other`: from step 120 on nothing else is. Humbatova:
     wrong labels."""
-    changed(t, lambda words, shapes, tags, step: (words, shapes, tags.clamp(max=0) if step >= 120 else tags), ("train",))
+    changed(
+        t, lambda words, shapes, tags, step: (words, shapes, tags.clamp(max=0) if step >= 120 else tags), ("train",)
+    )
 
 
 @fault(tagger, "dead-units", "feature-constant", modules=("hidden", "hidden.1", "hidden.0"), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "class-imbalance", "metric-constant", "output-constant", "poor-initialisation", "update-ratio-low", "overtraining"))  # fmt: skip
@@ -315,3 +331,32 @@ def hidden_layer_without_a_unit(t: Training) -> None:
     SageMaker DeadRelu; TheDeepChecker: biases."""
     t.model = tagger.Tagger(activation=nn.ReLU)
     nn.init.constant_(t.model.hidden[0].bias, -5.0)
+
+
+@fault(tagger, "optimizer-owns-others", "optimizer-misses-parameters", "parameter-unchanged", then=(*STUCK, "update-ratio-low", "class-imbalance"))  # fmt: skip
+def copied_for_the_average(t: Training) -> None:
+    """The model is copied for an average, and the two names change places: the optimizer has the average's weights. TrainCheck: optimizer and
+    parameters."""
+    t.optimizers = [t.optimize(t.model.parameters())]
+    t.model = copy.deepcopy(t.model)
+
+
+@fault(tagger, "input-drift", step=49, then=("metric-constant", "overfit", "overtraining", "prediction-collapse", "class-imbalance", "input-duplicate", "input-constant"))  # fmt: skip
+def validation_in_capitals(t: Training) -> None:
+    """The validation file is in capitals, and all its words are the unknown one. Humbatova: preprocessing that differs."""
+    changed(t, lambda words, shapes, tags, step: (words.clamp(max=1), shapes, tags), ("val",))
+
+
+@fault(tagger, "weight-norm-drift", "activation-vanishing", "prediction-collapse", "output-constant", "feature-constant", "loss-plateau", "stalled-optimisation", step=20, then=(*STUCK, *FLAT, "class-imbalance", "gradient-zero", "overtraining"))  # fmt: skip
+def decay_inside_the_gradient(t: Training) -> None:
+    """`weight_decay=1` from AdamW, in Adam, where it is a part of the gradient and overrules the loss. Humbatova: regularisation;
+    TheDeepChecker: weights that vanish."""
+    t.optimize = lambda p: torch.optim.Adam(p, 1e-2, weight_decay=1.0)
+
+
+@fault(tagger, "activation-saturated", "poor-initialisation", modules=("lstm", "words", "shapes", ""), then=(*STUCK, *FLAT, "class-imbalance", "gradient-imbalance", "overfit", "overtraining", "activation-exploding", "input-range", "gradient-exploding", "update-ratio-low"))  # fmt: skip
+def vectors_in_another_scale(t: Training) -> None:
+    """Word vectors are from a file whose numbers are hundredths, without the division: a deviation of 100, and all gates are at their ends.
+    SageMaker PoorWeightInitialization and SaturatedActivation."""
+    with torch.no_grad():
+        t.model.words.weight.mul_(100)

@@ -112,6 +112,7 @@ def projections_of_one_number(t: Training) -> None:
         if isinstance(module, translator.Attention):
             for layer in (module.query, module.key, module.value, module.out):
                 nn.init.constant_(layer.weight, translator.WIDTH**-0.5)
+                nn.init.zeros_(layer.bias)
 
 
 @fault(translator, "loss-diverged", "loss-spike", "update-ratio-high", "gradient-exploding", "schedule-restarted", step=150, then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "activation-saturated", "gradient-clipping", "prediction-collapse", "class-imbalance", "overfit", "overtraining", "gradient-zero", "scheduler-ends-early"))  # fmt: skip
@@ -143,7 +144,7 @@ def frozen_table_with_momentum(t: Training) -> None:
     t.before.append(lambda training, step: training.model.target.table.requires_grad_(step < 60))
 
 
-@fault(translator, "prediction-collapse", "class-imbalance", "input-constant", "input-duplicate", "output-constant", step=110, then=(*STUCK, "input-drift", "overfit", "overtraining", "loss-diverged", "gradient-vanishing", "gradient-zero", "metric-constant", "loss-spike", "activation-saturated", "feature-constant"))  # fmt: skip
+@fault(translator, "prediction-collapse", "class-imbalance", "input-constant", "input-duplicate", "output-constant", step=100, then=(*STUCK, "input-drift", "overfit", "overtraining", "loss-diverged", "gradient-vanishing", "gradient-zero", "metric-constant", "loss-spike", "activation-saturated", "feature-constant"))  # fmt: skip
 def targets_end_early(t: Training) -> None:
     """The file of the target language is shorter, and `zip_longest` fills it with empty lines: from step 100 on each sentence ends at
     once. Humbatova: wrong labels."""
