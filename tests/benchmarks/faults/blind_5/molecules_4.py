@@ -304,7 +304,7 @@ def rate_in_thousandths(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 3.0)
 
 
-@fault(molecules, "input-range", "nonfinite-buffer", "activation-exploding", "nonfinite-activation", modules=("", "numbers", "layers", "layers.0", *(f"layers.{i}.update.1" for i in range(3))), step=100, then=(*NONFINITE, *DIVERGES, *STUCK, *FLAT, "dtype-headroom", "gradient-zero", "activation-saturated", "input-drift", "gradient-imbalance", "metric-range", "overfit", "overtraining"))  # fmt: skip
+@fault(molecules, "input-range", "nonfinite-buffer", "activation-exploding", "gradient-exploding", modules=("", "numbers", "layers", "layers.0", *(f"layers.{i}.update.1" for i in range(3))), step=100, then=(*NONFINITE, *DIVERGES, *STUCK, *FLAT, "dtype-headroom", "gradient-zero", "activation-saturated", "input-drift", "gradient-imbalance", "metric-range", "overfit", "overtraining"))  # fmt: skip
 def sentinel_of_missing_charges(t: Training) -> None:
     """From step 100 on some atoms of a new file have a charge of 1e30, which stands for "not computed" there: variances of BatchNorm
     overflow. Humbatova: missing preprocessing; TheDeepChecker: wrong data scale."""
@@ -332,7 +332,7 @@ def weights_of_eight_bits(t: Training) -> None:
     t.forward = forward
 
 
-@fault(molecules, "loss-spike", "gradient-exploding", step=24, then=(*DIVERGES, *STUCK, "input-range", "gradient-clipping", "overtraining", "overfit"))  # fmt: skip
+@fault(molecules, "loss-spike", "gradient-exploding", step=24, then=(*DIVERGES, *STUCK, "input-range", "gradient-clipping", "overtraining", "overfit", "metric-range"))  # fmt: skip
 def one_file_in_millielectronvolts(t: Training) -> None:
     """Each 25th batch comes from the file of another laboratory, whose values are in meV: a thousand times as large. Humbatova: wrong
     labels; TheDeepChecker: corrupt data."""
