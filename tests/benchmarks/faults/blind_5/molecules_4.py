@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ def bonds_that_mute(t: Training) -> None:
 
 
 @fault(molecules, "gradient-accumulation", "gradient-exploding", "weight-norm-drift", step=1, then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "overfit", "overtraining"))  # fmt: skip
-def zeroed_once_an_epoch(t: Training) -> None:
+def zeroed_outside_the_inner_loop(t: Training) -> None:
     """`zero_grad()` stands in front of the inner loop: gradients of all 47 batches of an epoch add up. TrainCheck: misplaced
     `zero_grad`."""
     t.schedule = None
@@ -125,7 +126,7 @@ class Apart(molecules.Passing):
 
 
 @fault(molecules, "nonfinite-gradient", "nonfinite-parameter", modules=("", "layers", "kinds", "numbers", *(f"layers.{i}" for i in range(3))), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "output-constant"))  # fmt: skip
-def distance_to_itself(t: Training) -> None:
+def distance_of_an_atom_from_itself(t: Training) -> None:
     """Loops from each atom to itself were added, and the distance of an atom from itself is the root of zero, whose slope is
     infinite. GRIST: sqrt at zero."""
     t.model.layers = nn.ModuleList(Apart(nn.ReLU, nn.BatchNorm1d) for _ in range(3))
@@ -280,10 +281,11 @@ def scaler_for_training_only(t: Training) -> None:
 )
 def readout_listed_twice(t: Training) -> None:
     """The list of parameters is that of the model, with those of readout and head behind it, as once these were apart: they are
-    stepped twice. TrainCheck: optimizer and parameters."""
-    t.optimizers = [
-        torch.optim.Adam([*t.model.parameters(), *t.model.readout.parameters(), *t.model.head.parameters()], 3e-3)
-    ]
+    stepped twice, and torch's warning is switched off. TrainCheck: optimizer and parameters."""
+    listed = [*t.model.parameters(), *t.model.readout.parameters(), *t.model.head.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t.optimizers = [torch.optim.Adam(listed, 3e-3)]
 
 
 @fault(molecules, "output-constant", "loss-plateau", "stalled-optimisation", "prediction-collapse", "feature-constant", step=30, then=(*STUCK, *FLAT, "overtraining", "output-collapse", "update-ratio-low", "weight-norm-drift", "dead-units"))  # fmt: skip

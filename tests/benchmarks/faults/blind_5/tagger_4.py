@@ -267,14 +267,14 @@ def linear_over_epochs(t: Training) -> None:
 
 
 @fault(tagger, "update-ratio-low", "loss-plateau", "stalled-optimisation", then=(*STUCK, "class-imbalance", "output-constant", "parameter-unchanged"))  # fmt: skip
-def rate_of_the_old_optimizer(t: Training) -> None:
+def rate_of_a_fine_tuning(t: Training) -> None:
     """SGD in place of Adam, at a rate of 1e-5 that was fine for the fine-tuning of a large model. Humbatova: learning rate;
     SageMaker WeightUpdateRatio."""
     t.optimize = lambda p: torch.optim.SGD(p, 1e-5)
 
 
 @fault(tagger, "update-ratio-high", "loss-diverged", "loss-spike", "activation-saturated", "weight-norm-drift", "activation-exploding", "gradient-exploding", modules=("", "hidden", "lstm", "head", "hidden.1"), then=(*DIVERGES, *STUCK, *FLAT, "gradient-zero", "class-imbalance", "gradient-clipping", "overfit", "overtraining", "parameter-unchanged", "gradient-imbalance"))  # fmt: skip
-def rate_of_sgd_for_adam(t: Training) -> None:
+def adam_at_two(t: Training) -> None:
     """The rate of 2.0 that SGD had, for Adam: gates and tanh are at their ends after some steps. Humbatova: learning rate;
     AutoTrainer: oscillating loss."""
     t.optimize = lambda p: torch.optim.Adam(p, 2.0)
