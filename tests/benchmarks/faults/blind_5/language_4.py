@@ -104,7 +104,7 @@ def residuals_lost(t: Training) -> None:
     t.steps, t.val_every = 120, 40
 
 
-@fault(language, "optimizer-misses-parameters", "parameter-unchanged", modules=("head",))
+@fault(language, "optimizer-misses-parameters", "parameter-unchanged", modules=("head",), then=("gradient-accumulation", "gradient-exploding", "gradient-clipping", "optimizer-owns-others",))  # fmt: skip
 def untied_behind_the_optimizer(t: Training) -> None:
     """The head is untied from the table for a test, with a copy of its weights, when the optimizer is built already: it has nobody who
     trains it. TrainCheck: parameters that are not in the optimizer; tied weights under FSDP."""
@@ -128,7 +128,7 @@ def norms_filled_with_zeros(t: Training) -> None:
             nn.init.zeros_(parameter)
 
 
-@fault(language, "input-duplicate", then=("overfit", "overtraining", "loss-plateau"))
+@fault(language, "input-duplicate", then=("feature-constant", "output-constant", "overfit", "overtraining", "loss-plateau"))  # fmt: skip
 def collated_by_expand(t: Training) -> None:
     """The loader has one sentence per item, already with a batch axis, and `expand` to the batch size makes sixteen of it. TrainCheck:
     duplicated data; Humbatova: wrong tensor shape."""
@@ -217,7 +217,7 @@ def lower_block_in_no_grad(t: Training) -> None:
     t.model.blocks[0].forward = torch.no_grad()(t.model.blocks[0].forward)
 
 
-@fault(language, "attention-head-dead", "gradient-zero", modules=("blocks.0.attention", "blocks.0.attention.out", "blocks.0.attention.qkv", "blocks.0"), then=("parameter-unchanged", "module-unused", "feature-constant", "gradient-imbalance", "dead-units"))  # fmt: skip
+@fault(language, "attention-head-dead", "gradient-zero", modules=("blocks.0.attention", "blocks.0.attention.out", "blocks.0.attention.qkv", "blocks.0"), then=("units-symmetric", "poor-initialisation", "parameter-unchanged", "module-unused", "feature-constant", "gradient-imbalance", "dead-units"))  # fmt: skip
 def heads_of_the_smaller_model(t: Training) -> None:
     """Weights of a model with one head are loaded into one with four: the other three of the first block stay the zeros that were allocated,
     in values and in their part of the output. TrainCheck: a partly loaded checkpoint; SageMaker AllZero."""

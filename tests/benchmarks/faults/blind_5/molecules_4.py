@@ -81,7 +81,7 @@ def zeroed_outside_the_inner_loop(t: Training) -> None:
     t.update = update
 
 
-@fault(molecules, "optimizer-misses-parameters", "parameter-unchanged", modules=("kinds", "numbers", "layers"), then=("optimizer-owns-others", "update-ratio-low", "loss-plateau", "stalled-optimisation", "overtraining"))  # fmt: skip
+@fault(molecules, "optimizer-misses-parameters", "parameter-unchanged", modules=("kinds", "numbers", "layers"), then=("gradient-accumulation", "gradient-exploding", "optimizer-owns-others", "update-ratio-low", "loss-plateau", "stalled-optimisation", "overtraining"))  # fmt: skip
 def rates_by_a_name_that_changed(t: Training) -> None:
     """Groups are made by a search for "conv" and for "readout" or "head" in names; layers are not called "conv" any more.
     TrainCheck: parameters that are not in the optimizer."""
@@ -202,7 +202,7 @@ def values_from_pandas(t: Training) -> None:
     changed(t, lambda batch, step: (*batch[:5], batch[5].double()))
 
 
-@fault(molecules, "feature-constant", modules=("kinds",), then=("gradient-zero", "loss-plateau", "stalled-optimisation", "overfit", "overtraining", "prediction-collapse", "input-constant", "class-imbalance", "input-duplicate"))  # fmt: skip
+@fault(molecules, "feature-constant", "input-constant", modules=("kinds",), then=("gradient-zero", "loss-plateau", "stalled-optimisation", "overfit", "overtraining", "prediction-collapse", "class-imbalance", "input-duplicate"))  # fmt: skip
 def all_elements_unknown(t: Training) -> None:
     """Symbols of elements have a blank behind them in the new file, so that each atom is of the kind `unknown`. SageMaker
     TensorVariance; Humbatova: wrong preprocessing."""

@@ -190,7 +190,7 @@ def zeroed_for_the_teacher(t: Training) -> None:
     t.update = update
 
 
-@fault(tagger, "model-in-eval", step=51, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"))
+@fault(tagger, "model-in-eval", step=50, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"))  # fmt: skip
 def train_called_once(t: Training) -> None:
     """`model.train()` stands in front of the loop, and each validation calls `eval()`: from the first one on no dropout acts.
     TrainCheck: wrong mode."""
@@ -332,7 +332,7 @@ def hidden_layer_without_a_unit(t: Training) -> None:
     nn.init.constant_(t.model.hidden[0].bias, -5.0)
 
 
-@fault(tagger, "optimizer-owns-others", "optimizer-misses-parameters", "parameter-unchanged", then=(*STUCK, "update-ratio-low", "class-imbalance"))  # fmt: skip
+@fault(tagger, "optimizer-owns-others", "optimizer-misses-parameters", "parameter-unchanged", then=("gradient-accumulation", "gradient-exploding", "gradient-clipping", *STUCK, "update-ratio-low", "class-imbalance"))  # fmt: skip
 def copied_for_the_average(t: Training) -> None:
     """The model is copied for an average, and the two names change places: the optimizer has the average's weights. TrainCheck: optimizer and
     parameters."""

@@ -160,14 +160,14 @@ def targets_end_early(t: Training) -> None:
     t.sample = sample
 
 
-@fault(translator, "optimizer-misses-parameters", "parameter-unchanged", modules=("decoder", "decoder.0", "decoder.1"), then=("optimizer-owns-others", "update-ratio-low"))  # fmt: skip
+@fault(translator, "optimizer-misses-parameters", "parameter-unchanged", modules=("decoder", "decoder.0", "decoder.1"), then=("gradient-accumulation", "gradient-exploding", "gradient-clipping", "optimizer-owns-others", "update-ratio-low"))  # fmt: skip
 def decoder_added_last(t: Training) -> None:
     """The optimizer is built in `__init__`, two lines above the decoder's blocks. TrainCheck: parameters that are not in the optimizer;
     Humbatova."""
     t.optimizers = [t.optimize([p for name, p in t.model.named_parameters() if not name.startswith("decoder.")])]
 
 
-@fault(translator, "metric-nonfinite", step=49, then=("metric-constant",))
+@fault(translator, "metric-nonfinite", step=49, then=("metric-range", "metric-constant",))  # fmt: skip
 def score_with_a_logarithm(t: Training) -> None:
     """BLEU by hand takes the logarithm of the share of exact sentences without smoothing, which is zero in the first validations: minus
     infinity. GRIST: log of zero; Humbatova: wrong validation metric."""
@@ -180,7 +180,7 @@ def score_with_a_logarithm(t: Training) -> None:
     t.measure = measure
 
 
-@fault(translator, "input-constant", "input-duplicate", "feature-constant", "prediction-collapse", "loss-plateau", modules=("source", "encoder", "source.table"), then=(*STUCK, "overfit", "overtraining", "attention-head-dead", "class-imbalance", "gradient-zero", "stalled-optimisation"))  # fmt: skip
+@fault(translator, "input-constant", "input-duplicate", "feature-constant", "prediction-collapse", "loss-plateau", modules=("source", "encoder", "source.table"), then=("dead-units", *STUCK, "overfit", "overtraining", "attention-head-dead", "class-imbalance", "gradient-zero", "stalled-optimisation"))  # fmt: skip
 def path_of_the_source_empty(t: Training) -> None:
     """The variable of the path to sources is empty, and its loader returns `unknown` for each word: all sentences are alike.
     TheDeepChecker: constant inputs; SageMaker TensorVariance."""
