@@ -104,7 +104,7 @@ def residuals_lost(t: Training) -> None:
     t.steps, t.val_every = 120, 40
 
 
-@fault(language, "optimizer-misses-parameters", "parameter-unchanged", modules=("head",), then=("gradient-accumulation", "gradient-exploding", "gradient-clipping", "optimizer-owns-others",))  # fmt: skip
+@fault(language, "optimizer-misses-parameters", "parameter-unchanged", modules=("head",), then=("gradient-accumulation", "gradient-exploding", "gradient-clipping", "optimizer-owns-others"))  # fmt: skip
 def untied_behind_the_optimizer(t: Training) -> None:
     """The head is untied from the table for a test, with a copy of its weights, when the optimizer is built already: it has nobody who
     trains it. TrainCheck: parameters that are not in the optimizer; tied weights under FSDP."""

@@ -167,7 +167,7 @@ def decoder_added_last(t: Training) -> None:
     t.optimizers = [t.optimize([p for name, p in t.model.named_parameters() if not name.startswith("decoder.")])]
 
 
-@fault(translator, "metric-nonfinite", step=49, then=("metric-range", "metric-constant",))  # fmt: skip
+@fault(translator, "metric-nonfinite", step=49, then=("metric-range", "metric-constant"))  # fmt: skip
 def score_with_a_logarithm(t: Training) -> None:
     """BLEU by hand takes the logarithm of the share of exact sentences without smoothing, which is zero in the first validations: minus
     infinity. GRIST: log of zero; Humbatova: wrong validation metric."""
