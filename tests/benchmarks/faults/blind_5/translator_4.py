@@ -128,7 +128,13 @@ def rate_multiplied_twice(t: Training) -> None:
     t.before.append(second_corpus)
 
 
-@fault(translator, "parameter-changed", modules=("target", "target.table"), step=60, then=("optimizer-frozen-parameters", "gradient-zero"))
+@fault(
+    translator,
+    "parameter-changed",
+    modules=("target", "target.table"),
+    step=60,
+    then=("optimizer-frozen-parameters", "gradient-zero"),
+)
 def frozen_table_with_momentum(t: Training) -> None:
     """The table of the target is frozen at step 60, and `set_to_none=False` leaves it a gradient of zeros: its moments and the decay move
     it on. TrainCheck: frozen parameters that change."""
