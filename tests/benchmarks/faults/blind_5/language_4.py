@@ -67,7 +67,7 @@ def encoder_attention(t: Training) -> None:
         block.attention = Open()
 
 
-@fault(language, "loss-input-mismatch", "activation-saturated", modules=("head", "head.1"), then=(*STUCK, "gradient-vanishing", "weight-norm-drift", "overtraining", "gradient-zero", "gradient-imbalance"))  # fmt: skip
+@fault(language, "loss-input-mismatch", modules=("head", "head.1"), then=(*STUCK, "gradient-vanishing", "weight-norm-drift", "overtraining", "gradient-zero", "gradient-imbalance", "activation-saturated"))  # fmt: skip
 def cap_of_one(t: Training) -> None:
     """Logits are capped by a tanh, and the factor of 30 in front of it is missing: all scores lie within 1 of zero. Humbatova: wrong
     activation of the last layer; UMLAUT."""

@@ -31,7 +31,7 @@ def with_loss(t: Training, loss) -> None:
     t.forward = forward
 
 
-@fault(tagger, "class-imbalance", "prediction-collapse", "metric-constant", step=49, then=(*STUCK, "overtraining", "overfit", "output-constant", "input-constant", "input-duplicate"))  # fmt: skip
+@fault(tagger, "class-imbalance", "prediction-collapse", step=49, then=(*STUCK, "overtraining", "overfit", "output-constant", "input-constant", "input-duplicate"))  # fmt: skip
 def padding_is_tagged_as_other(t: Training) -> None:
     """Sentences are padded to 400 words, and the padding has the tag `other`, which counts: 99.6 % of all tags. SageMaker
     NLPSequenceRatio and ClassImbalance."""
@@ -59,7 +59,7 @@ def all_words_unknown(t: Training) -> None:
     changed(t, lambda words, shapes, tags, step: (words.clamp(max=1), shapes, tags))
 
 
-@fault(tagger, "prediction-collapse", "loss-plateau", "class-imbalance", "stalled-optimisation", "metric-constant", step=60, then=(*STUCK, *FLAT, "overfit", "overtraining", "output-constant"))  # fmt: skip
+@fault(tagger, "prediction-collapse", "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, *FLAT, "overfit", "overtraining", "output-constant", "class-imbalance"))  # fmt: skip
 def tags_of_another_file(t: Training) -> None:
     """Words come from one file and tags from another one, whose order is not the same: each sentence has the tags of another, in
     validation as well. Humbatova: wrong labels."""
@@ -97,7 +97,7 @@ def softmax_in_front_of_the_loss(t: Training) -> None:
     t.model.head = nn.Sequential(t.model.head, nn.Softmax(-1))
 
 
-@fault(tagger, "loss-input-mismatch", "activation-exploding", "prediction-collapse", modules=("head", ""), then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "gradient-clipping", "class-imbalance", "gradient-imbalance", "loss-sign", "metric-range", "gradient-zero"))  # fmt: skip
+@fault(tagger, "loss-input-mismatch", modules=("head", ""), then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "gradient-clipping", "class-imbalance", "gradient-imbalance", "loss-sign", "metric-range", "gradient-zero"))  # fmt: skip
 def likelihood_of_scores(t: Training) -> None:
     """`nll_loss` of the head's scores, without the logarithm of a softmax: the loss falls below zero and has no end. Humbatova:
     wrong loss; UMLAUT."""

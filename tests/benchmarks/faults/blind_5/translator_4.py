@@ -41,7 +41,7 @@ class Hard(translator.Attention):
         return self.out((weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
 
 
-@fault(translator, "nonfinite-activation", "nonfinite-gradient", "nonfinite-loss", "output-nonfinite", modules=(*(f"{p}.attention" for p in PARTS), *PARTS), then=(*NONFINITE, *DIVERGES, "prediction-collapse", "metric-constant", "activation-saturated", "class-imbalance"))  # fmt: skip
+@fault(translator, "nonfinite-activation", modules=(*(f"{p}.attention" for p in PARTS), *PARTS), then=(*NONFINITE, *DIVERGES, "prediction-collapse", "metric-constant", "activation-saturated", "class-imbalance"))  # fmt: skip
 def softmax_of_large_scores(t: Training) -> None:
     """A softmax by hand that does not subtract the largest score, and a scale of 25 where one over the root of eight belongs. GRIST: overflow
     of exp, division by zero."""
