@@ -216,7 +216,7 @@ def dropout_in_percent(t: Training) -> None:
     t.model.dropout.p = 0.95
 
 
-@fault(tagger, "gradient-zero", "parameter-unchanged", modules=("words", "shapes", "lstm"), then=("gradient-vanishing", "module-unused", "loss-plateau", "stalled-optimisation", "overtraining", "update-ratio-low"))  # fmt: skip
+@fault(tagger, "gradient-zero", "parameter-unchanged", modules=("words", "shapes", "lstm"), then=("gradient-vanishing", "module-unused", "loss-plateau", "stalled-optimisation", "overtraining", "update-ratio-low", "class-imbalance"))  # fmt: skip
 def states_through_numpy(t: Training) -> None:
     """Outputs of the recurrent layer go through numpy to be sorted, and come back without a graph. TrainCheck: a part without
     gradients; SageMaker UnchangedTensor."""
@@ -231,7 +231,7 @@ def sample_of_the_annotators(t: Training) -> None:
     changed(t, lambda words, shapes, tags, step: tuple(part[order(step)] for part in few), ("train",))
 
 
-@fault(tagger, "input-duplicate", then=("overfit", "overtraining", "loss-plateau", "loss-spike"))
+@fault(tagger, "input-duplicate", then=("overfit", "overtraining", "loss-plateau", "loss-spike", "class-imbalance"))  # fmt: skip
 def rare_sentences_copied(t: Training) -> None:
     """A sampler that should draw sentences with persons more often multiplies by the wrong count: each batch is three sentences, ten
     times and more. TrainCheck: duplicated data."""
@@ -294,7 +294,7 @@ def vector_that_was_not_parsed(t: Training) -> None:
         t.model.words.weight[113, 7] = math.nan
 
 
-@fault(tagger, "optimizer-frozen-parameters", "parameter-unchanged", "gradient-zero", modules=("lstm",), then=("module-unused", "update-ratio-low", "loss-plateau", "overtraining"))  # fmt: skip
+@fault(tagger, "optimizer-frozen-parameters", "parameter-unchanged", "gradient-zero", modules=("lstm",), then=("module-unused", "update-ratio-low", "loss-plateau", "overtraining", "class-imbalance"))  # fmt: skip
 def recurrent_layer_still_frozen(t: Training) -> None:
     """A line that freezes the pretrained recurrent layer was kept when its weights were not loaded any more. TrainCheck: frozen
     parameters; SageMaker UnchangedTensor."""
@@ -340,7 +340,7 @@ def validation_in_capitals(t: Training) -> None:
     changed(t, lambda words, shapes, tags, step: (words.clamp(max=1), shapes, tags), ("val",))
 
 
-@fault(tagger, "weight-norm-drift", "activation-vanishing", "feature-constant", "output-constant", step=20, then=(*STUCK, *FLAT, "class-imbalance", "gradient-zero", "overtraining"))  # fmt: skip
+@fault(tagger, "weight-norm-drift", "activation-vanishing", "feature-constant", "output-constant", step=20, then=(*STUCK, *FLAT, "class-imbalance", "gradient-zero", "overtraining", "update-ratio-high", "gradient-imbalance"))  # fmt: skip
 def decay_inside_the_gradient(t: Training) -> None:
     """`weight_decay=1` from AdamW, in Adam, where it is a part of the gradient and overrules the loss. Humbatova: regularisation;
     TheDeepChecker: weights that vanish."""
