@@ -74,7 +74,7 @@ def cap_of_one(t: Training) -> None:
     t.model.head = nn.Sequential(t.model.head, nn.Tanh())
 
 
-@fault(language, "nonfinite-loss", "nonfinite-gradient", modules=("",), then=(*NONFINITE, *DIVERGES, "output-constant", "prediction-collapse", "activation-saturated", "step-skipped"))  # fmt: skip
+@fault(language, "nonfinite-loss", modules=("",), then=(*NONFINITE, *DIVERGES, "output-constant", "prediction-collapse", "activation-saturated", "step-skipped"))  # fmt: skip
 def partition_by_hand(t: Training) -> None:
     """A penalty of the log partition, as in PaLM, whose sum of exponentials is taken by hand, of logits over a temperature of 0.02:
     Inf as soon as one exceeds 1.77. GRIST: overflow of exp."""

@@ -267,7 +267,7 @@ def rate_of_a_fine_tuning(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 1e-5)
 
 
-@fault(tagger, "update-ratio-high", "loss-diverged", "loss-spike", "activation-saturated", "weight-norm-drift", "activation-exploding", "gradient-exploding", modules=("", "hidden", "lstm", "head", "hidden.1"), then=(*DIVERGES, *STUCK, *FLAT, "gradient-zero", "class-imbalance", "gradient-clipping", "overfit", "overtraining", "parameter-unchanged", "gradient-imbalance"))  # fmt: skip
+@fault(tagger, "update-ratio-high", "loss-diverged", "loss-spike", "activation-saturated", "weight-norm-drift", modules=("", "hidden", "lstm", "head", "hidden.1"), then=(*DIVERGES, *STUCK, *FLAT, "gradient-zero", "class-imbalance", "gradient-clipping", "overfit", "overtraining", "parameter-unchanged", "gradient-imbalance"))  # fmt: skip
 def adam_at_two(t: Training) -> None:
     """The rate of 2.0 that SGD had, for Adam: gates and tanh are at their ends after some steps. Humbatova: learning rate;
     AutoTrainer: oscillating loss."""
@@ -318,7 +318,7 @@ def annotations_end(t: Training) -> None:
     )
 
 
-@fault(tagger, "dead-units", "feature-constant", modules=("hidden", "hidden.1", "hidden.0"), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "class-imbalance", "metric-constant", "output-constant", "poor-initialisation", "update-ratio-low", "overtraining"))  # fmt: skip
+@fault(tagger, "dead-units", "feature-constant", modules=("hidden", "hidden.1", "hidden.0"), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "class-imbalance", "metric-constant", "output-constant", "poor-initialisation", "update-ratio-low", "overtraining", "module-unused"))  # fmt: skip
 def hidden_layer_without_a_unit(t: Training) -> None:
     """A ReLU in the hidden layer, whose biases begin at -5, the logarithm of the rare tags' share, as those of the head should.
     SageMaker DeadRelu; TheDeepChecker: biases."""

@@ -199,7 +199,7 @@ def path_of_the_source_empty(t: Training) -> None:
     t.sample = sample
 
 
-@fault(translator, "loss-diverged", "update-ratio-high", "loss-spike", "gradient-exploding", "weight-norm-drift", step=1, then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "dead-units", "activation-saturated", "gradient-clipping", "gradient-zero", "class-imbalance", "attention-head-dead", "overtraining"))  # fmt: skip
+@fault(translator, "update-ratio-high", "loss-diverged", "gradient-exploding", "loss-spike", "weight-norm-drift", then=(*DIVERGES, *STUCK, *FLAT, *NONFINITE, "dead-units", "activation-saturated", "gradient-clipping", "gradient-zero", "class-imbalance", "attention-head-dead", "overtraining"))  # fmt: skip
 def loss_of_all_words(t: Training) -> None:
     """`reduction="sum"`, with SGD at the rate of a mean and without a bound: each step is two hundred times too long. Humbatova: wrong
     loss; TheDeepChecker: wrong reduction."""
