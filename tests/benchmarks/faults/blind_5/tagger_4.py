@@ -347,7 +347,7 @@ def decay_inside_the_gradient(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 1e-2, weight_decay=1.0)
 
 
-@fault(tagger, "poor-initialisation", "activation-saturated", "activation-exploding", modules=("lstm", "words", ""), then=(*STUCK, *FLAT, "class-imbalance", "gradient-imbalance", "overfit", "overtraining", "input-range", "gradient-exploding", "update-ratio-low"))  # fmt: skip
+@fault(tagger, "poor-initialisation", "activation-saturated", "activation-exploding", modules=("lstm", "words", "", "dropout"), then=(*STUCK, *FLAT, "class-imbalance", "gradient-imbalance", "overfit", "overtraining", "input-range", "gradient-exploding", "update-ratio-low"))  # fmt: skip
 def vectors_in_another_scale(t: Training) -> None:
     """Word vectors are from a file whose numbers are hundredths, without the division: a deviation of 100, and all gates are at their ends.
     SageMaker PoorWeightInitialization and SaturatedActivation."""
