@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from faults import surrogate
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
-from faults._training import Batch, Tensors, Training
+
+if TYPE_CHECKING:
+    from faults._training import Batch, Tensors, Training
 
 
 def compared(t: Training, loss_of) -> None:
