@@ -102,7 +102,7 @@ def bfloat16_and_two_parts() -> Training:
 
 @healthy
 def probe_of_a_pretrained_encoder() -> Training:
-    """An encoder that was pre-trained for 150 steps is frozen, and a linear layer tells from its mean state whether a track is fast."""
+    """An encoder that was pre-trained for 150 steps is frozen, and a norm and a linear layer tell from how its states change whether a track is fast."""
     pretrained = masked.build(605)
     pretrained.prepare()
     for step in range(150):
@@ -111,13 +111,14 @@ def probe_of_a_pretrained_encoder() -> Training:
     t.optimizers, t.clip, t.schedule, t.steps = [], None, None, 200
     t.model.requires_grad_(False)
     t.model.mask_token.grad = None
-    t.model.probe = nn.Linear(masked.WIDTH, 2)
-    t.optimize = lambda p: torch.optim.AdamW(p, 2e-2)
+    t.model.probe = nn.Sequential(nn.BatchNorm1d(masked.WIDTH, affine=False), nn.Linear(masked.WIDTH, 2))
+    t.optimize = lambda p: torch.optim.AdamW(p, 1e-2)
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
         frames = batch[0]
-        logits = model.probe(model.encode(frames, torch.zeros_like(batch[1])).std(1))
-        fast = (frames.diff(dim=1).square().mean((1, 2)) / frames.square().mean((1, 2)) > 0.1).long()
+        states = model.encode(frames, torch.zeros_like(batch[1]))
+        logits = model.probe(states.diff(dim=1).abs().mean(1))
+        fast = (frames.diff(dim=1).square().mean((1, 2)) / frames.square().mean((1, 2)) > 0.11).long()
         return {"loss": F.cross_entropy(logits, fast), "logits": logits, "targets": fast}
 
     t.forward = forward
@@ -207,13 +208,13 @@ def another_channel() -> Training:
 
 @healthy
 def huber_and_one_cycle() -> Training:
-    """Huber's loss, AdamW, one cycle, dropout of 0.1, and differences to the last value as the target."""
+    """Huber's loss, AdamW, one cycle, and dropout of 0.1."""
     t = forecaster.build(621, dropout=0.1)
     t.optimize = lambda p: torch.optim.AdamW(p, 5e-3, weight_decay=1e-2)
     t.schedule = lambda o: OneCycleLR(o, 1e-2, total_steps=300)
 
     def forward(model: nn.Module, batch: Batch) -> Tensors:
-        outputs = batch[0][:, -1:, 0] + model(batch[0])
+        outputs = model(batch[0])
         return {"loss": F.huber_loss(outputs, batch[1]), "outputs": outputs, "targets": batch[1]}
 
     t.forward = forward
