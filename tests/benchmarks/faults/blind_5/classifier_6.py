@@ -40,7 +40,7 @@ def smoothed_completely(t: Training) -> None:
     modules=("",),
     then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "metric-constant"),
 )
-def weight_of_an_absent_class(t: Training) -> None:
+def weight_of_a_sixth_class(t: Training) -> None:
     """Classes are weighed by one over their number, scaled to a sum of one; a sixth class has no picture: Inf / Inf. GRIST: division by
     zero."""
     weight = 1 / torch.tensor([800.0, 790.0, 812.0, 798.0, 800.0, 0.0])
@@ -49,7 +49,7 @@ def weight_of_an_absent_class(t: Training) -> None:
 
 
 @fault(classifier, "nonfinite-loss", "nonfinite-gradient", modules=("", "head"), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "activation-exploding"))  # fmt: skip
-def softmax_by_hand(t: Training) -> None:
+def hot_softmax_by_hand(t: Training) -> None:
     """`exp(logits * 100)` divided by its sum, without the maximum taken away: exp overflows at a logit of 0.9. GRIST: overflow of
     exp."""
 
@@ -163,7 +163,7 @@ def scales_of_zero_without_a_skip(t: Training) -> None:
 
 
 @fault(classifier, "dropout-high", modules=("dropout",), then=(*STUCK, "overtraining", "loss-spike"))
-def dropout_in_percent(t: Training) -> None:
+def picture_dropout_in_percent(t: Training) -> None:
     """`dropout=0.97`: of 3 percent the rest was taken. TheDeepChecker: dropout; Humbatova: layer properties."""
     t.model = classifier.Classifier(dropout=0.97)
 
@@ -233,7 +233,7 @@ def random_labels_by_heart(t: Training) -> None:
 
 
 @fault(classifier, "metric-range", step=49)
-def accuracy_in_percent(t: Training) -> None:
+def accuracy_percent_twice(t: Training) -> None:
     """The accuracy is multiplied by 100 twice, by the metric and by who logs it. Humbatova: wrong metrics."""
     plain = t.measure
     t.measure = lambda tensors, batch: {"accuracy": 100 * 100 * plain(tensors, batch)["accuracy"]}

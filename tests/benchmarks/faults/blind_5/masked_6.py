@@ -29,7 +29,7 @@ def token_in_no_group(t: Training) -> None:
 
 
 @fault(masked, "optimizer-owns-others", "parameter-unchanged", "optimizer-misses-parameters", then=("gradient-exploding", *STUCK, "update-ratio-low"))  # fmt: skip
-def optimizer_of_the_average(t: Training) -> None:
+def optimizer_of_the_slow_copy(t: Training) -> None:
     """`ema = deepcopy(model)`, and by a slip it is `ema.parameters()` that the optimizer is given. TrainCheck: optimizer with the
     parameters of another model."""
     average = copy.deepcopy(t.model)
@@ -90,7 +90,7 @@ def zeroed_before_the_step(t: Training) -> None:
     step=3,
     then=(*DIVERGES, *STUCK, "overtraining"),
 )
-def zeroed_once_an_epoch(t: Training) -> None:
+def zeroed_every_seventy_five(t: Training) -> None:
     """`zero_grad()` stands in the loop over epochs, one level too far out: gradients of 75 batches add up. TrainCheck: missing
     `zero_grad`; Humbatova: training process."""
 
@@ -124,7 +124,7 @@ def decay_divided_by_the_rate(t: Training) -> None:
 
 
 @fault(masked, "update-ratio-low", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "parameter-unchanged"))  # fmt: skip
-def epsilon_of_one(t: Training) -> None:
+def epsilon_as_for_inception(t: Training) -> None:
     """`eps=1.0`, as an old hint for Inception says: the gradient is far below, and the step is the rate times it. Humbatova:
     parameters of the optimiser; SageMaker WeightUpdateRatio."""
     t.optimize = lambda p: torch.optim.AdamW(p, 3e-4, betas=(0.9, 0.98), eps=1.0)
@@ -167,7 +167,7 @@ def features_drawn_in_between(t: Training) -> None:
 
 
 @fault(masked, "validation-in-train-mode", step=49, then=("overtraining",))
-def validated_with_dropout(t: Training) -> None:
+def tracks_validated_with_dropout(t: Training) -> None:
     """The validation loop was copied from training, and `model.eval()` is not in it: a dropout of 0.3 goes on. TrainCheck: wrong
     mode; Humbatova: training process."""
     t.model = masked.Pretrained(dropout=0.3)
@@ -197,7 +197,7 @@ class WithoutGradients(masked.Pretrained):
 
 
 @fault(masked, "parameter-unchanged", "gradient-zero", "module-unused", modules=("project", "positions", "norm", "blocks", "final", ""), then=(*STUCK, "update-ratio-low"))  # fmt: skip
-def encoder_under_no_grad(t: Training) -> None:
+def pretraining_under_no_grad(t: Training) -> None:
     """The encoder runs under `no_grad()`, which was right for drawing features: only the head learns. TrainCheck: a part without
     gradients; SageMaker UnchangedTensor."""
     t.model = WithoutGradients()

@@ -200,7 +200,7 @@ def dropout_of_nine_tenths(t: Training) -> None:
 
 
 @fault(surrogate, "validation-in-train-mode", step=49, then=("overtraining",))
-def evaluated_without_eval(t: Training) -> None:
+def fields_without_eval(t: Training) -> None:
     """Validation was written for a model without dropout, and has no `model.eval()`; now there is a dropout of 0.2. TrainCheck: wrong
     mode."""
     t.model = surrogate.Surrogate(dropout=0.2)
