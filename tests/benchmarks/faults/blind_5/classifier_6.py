@@ -89,7 +89,7 @@ def best_weights_loaded_back(t: Training) -> None:
     t.after_step.append(lambda training, step: training.model.load_state_dict(best))
 
 
-@fault(classifier, "step-skipped", "parameter-unchanged", "nonfinite-gradient", then=(*STUCK, "update-ratio-low", "stalled-from-start", "dtype-headroom", "gradient-exploding", "gradient-clipping"))  # fmt: skip
+@fault(classifier, "step-skipped", "parameter-unchanged", "nonfinite-gradient", then=(*NONFINITE, *STUCK, "update-ratio-low", "stalled-from-start", "dtype-headroom", "gradient-exploding", "gradient-clipping"))  # fmt: skip
 def scale_that_never_backs_off(t: Training) -> None:
     """A scaler for float16 that starts at 2**40, and `backoff_factor` is so near to 1 that it stays there: gradients overflow, and all
     steps are skipped. TrainCheck: scaler misuse; GRIST: overflow."""

@@ -187,7 +187,7 @@ def views_of_one_buffer(t: Training) -> None:
     )
 
 
-@fault(forecaster, "input-constant", "feature-constant", "output-constant", "prediction-collapse", then=(*STUCK, *FLAT, "input-duplicate", "gradient-zero", "norm-input-variance"))  # fmt: skip
+@fault(forecaster, "input-constant", "feature-constant", "output-constant", "input-duplicate", "prediction-collapse", then=(*STUCK, *FLAT, "gradient-zero", "norm-input-variance"))  # fmt: skip
 def clipped_to_a_point(t: Training) -> None:
     """Outliers are clipped to quantiles 0.5 and 0.5, where 0.005 and 0.995 were meant, in all columns: each window holds nothing but
     medians. TheDeepChecker: constant inputs."""

@@ -16,7 +16,7 @@ from faults._training import Batch, Observer, Tensors, Training, plain_validatio
 # -- what the optimizer holds ----------------------------------------------------------------------------------------
 
 
-@fault(masked, "optimizer-misses-parameters", "parameter-unchanged", modules=("",), then=("weight-decay-on-norms", "overtraining"))  # fmt: skip
+@fault(masked, "optimizer-misses-parameters", "parameter-unchanged", modules=("",), then=("gradient-accumulation", "gradient-imbalance", "gradient-exploding", "weight-decay-on-norms", "overtraining"))  # fmt: skip
 def token_in_no_group(t: Training) -> None:
     """Groups with and without decay are made of names that end in `weight` or `bias`: the token of hidden frames, a bare parameter,
     is in none. TrainCheck: parameters not in the optimizer."""
@@ -28,7 +28,7 @@ def token_in_no_group(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(groups, 3e-3, betas=(0.9, 0.98))
 
 
-@fault(masked, "optimizer-owns-others", "parameter-unchanged", "optimizer-misses-parameters", then=("gradient-exploding", *STUCK, "update-ratio-low"))  # fmt: skip
+@fault(masked, "optimizer-owns-others", "parameter-unchanged", "optimizer-misses-parameters", then=("gradient-accumulation", "gradient-clipping", "gradient-exploding", *STUCK, "update-ratio-low"))  # fmt: skip
 def optimizer_of_the_slow_copy(t: Training) -> None:
     """`ema = deepcopy(model)`, and by a slip it is `ema.parameters()` that the optimizer is given. TrainCheck: optimizer with the
     parameters of another model."""

@@ -194,7 +194,7 @@ def validation_not_standardised(t: Training) -> None:
     changed(t, lambda frames, step, phase: 4 * frames + 12 if phase == "val" else frames)
 
 
-@fault(masked, "input-duplicate", then=("overfit", "overtraining", "loss-plateau", "input-drift"))
+@fault(masked, "input-duplicate", then=("feature-constant", "overfit", "overtraining", "loss-plateau", "input-drift"))
 def batch_of_one_track(t: Training) -> None:
     """`index // BATCH` where `index % len(data)` is meant: all items of a batch are one and the same track. TrainCheck: duplicated
     data; TheDeepChecker: duplicated inputs."""
