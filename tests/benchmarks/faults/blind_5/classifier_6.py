@@ -145,8 +145,8 @@ def zeroed_before_validation_only(t: Training) -> None:
 
 @fault(classifier, "weight-norm-drift", "weight-decay-on-norms", "activation-vanishing", "norm-input-variance", step=30, then=(*STUCK, *FLAT, "update-ratio-high", "update-ratio-low", "dead-units", "loss-diverged"))  # fmt: skip
 def decay_of_the_penalty(t: Training) -> None:
-    """`weight_decay=20` for AdamW, from a search over penalties that were divided by the number of pictures: weights and scales of norms shrink to nothing.
-    TheDeepChecker: wrong regularisation."""
+    """`weight_decay=20` for AdamW, from a search over penalties that were divided by the number of pictures: weights and
+    scales of norms shrink to nothing. TheDeepChecker: wrong regularisation."""
     t.optimize = lambda p: torch.optim.AdamW(p, 2e-3, weight_decay=20.0)
 
 

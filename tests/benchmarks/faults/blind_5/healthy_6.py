@@ -102,7 +102,8 @@ def bfloat16_and_two_parts() -> Training:
 
 @healthy
 def probe_of_a_pretrained_encoder() -> Training:
-    """An encoder that was pre-trained for 150 steps is frozen, and a norm and a linear layer tell from how its states change whether a track is fast."""
+    """An encoder that was pre-trained for 150 steps is frozen, and a norm and a linear layer tell from how
+    its states change whether a track is fast."""
     pretrained = masked.build(605)
     pretrained.prepare()
     for step in range(150):

@@ -172,8 +172,8 @@ def biases_of_minus_eight(t: Training) -> None:
 
 @fault(masked, "poor-initialisation", "activation-exploding", "gradient-exploding", "gradient-clipping", modules=("head",), then=(*DIVERGES, *STUCK, "update-ratio-low", "gradient-imbalance"))  # fmt: skip
 def head_of_deviation_fifty(t: Training) -> None:
-    """`init_std: 50` of a configuration that counts in thousandths is taken as it is for the head: outputs of hundreds where frames are about 1.
-    SageMaker PoorWeightInitialization and ExplodingTensor."""
+    """`init_std: 50` of a configuration that counts in thousandths is taken as it is for the head: outputs of hundreds where frames
+    are about 1. SageMaker PoorWeightInitialization and ExplodingTensor."""
     nn.init.normal_(t.model.head.weight, std=50.0)
 
 

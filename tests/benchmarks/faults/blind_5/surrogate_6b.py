@@ -39,8 +39,8 @@ def cosine_of_the_first_mesh(t: Training) -> None:
 
 @fault(surrogate, "weight-norm-drift", step=30, then=("activation-vanishing", *STUCK, *FLAT, "update-ratio-low", "update-ratio-high", "loss-diverged", "weight-decay-on-norms", "overtraining"))  # fmt: skip
 def decay_with_the_rate(t: Training) -> None:
-    """`weight_decay=20` for AdamW, a value that belongs to a penalty divided by the number of points: weights shrink in each step. TheDeepChecker: wrong
-    regularisation."""
+    """`weight_decay=20` for AdamW, a value that belongs to a penalty divided by the number of points: weights shrink in each step.
+    TheDeepChecker: wrong regularisation."""
     t.optimize = lambda p: torch.optim.AdamW(p, 5e-3, weight_decay=20.0)
     t.schedule = None
 
