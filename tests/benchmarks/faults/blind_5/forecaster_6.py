@@ -252,7 +252,9 @@ def skill_of_training_only(t: Training) -> None:
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
         batch, tensors = plain_update(training, step, observer)
         observer.log(
-            {"loss": float(tensors["loss"]), **measured({"outputs": tensors["outputs"].detach()}, batch)}, "train", step
+            {"loss": float(tensors["loss"].detach()), **measured({"outputs": tensors["outputs"].detach()}, batch)},
+            "train",
+            step,
         )
         return batch, tensors
 

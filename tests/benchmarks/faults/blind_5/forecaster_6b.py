@@ -146,7 +146,7 @@ def accuracy_with_another_name(t: Training) -> None:
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
         batch, tensors = plain_update(training, step, observer)
         accuracy = classifier.measure({"logits": tensors["logits"].detach()}, batch)["accuracy"]
-        observer.log({"loss": float(tensors["loss"]), "acc": accuracy}, "train", step)
+        observer.log({"loss": float(tensors["loss"].detach()), "acc": accuracy}, "train", step)
         return batch, tensors
 
     t.update = update

@@ -59,7 +59,7 @@ def energy_told_as_well(t: Training) -> None:
 def powers_in_half_precision(t: Training) -> None:
     """Frames are powers of 16-bit samples, tens of thousands, and go through float16 autocast as they are. GRIST: overflow; TrainCheck:
     mixed precision."""
-    t.precision, t.scaled, t.steps = torch.float16, True, 80
+    t.precision, t.scaled, t.steps, t.schedule = torch.float16, True, 80, None
     changed(t, lambda frames, hidden, step, phase: (20_000 * (frames + 3.5).clamp(min=0), hidden))
 
 
