@@ -63,7 +63,7 @@ def powers_in_half_precision(t: Training) -> None:
     changed(t, lambda frames, hidden, step, phase: (20_000 * (frames + 3.5).clamp(min=0), hidden))
 
 
-@fault(masked, "overfit", "overtraining", step=100, then=("loss-plateau", "stalled-optimisation", "input-duplicate"))
+@fault(masked, "overfit", "overtraining", "input-duplicate", step=1, then=("loss-plateau", "stalled-optimisation"))
 def twenty_tracks(t: Training) -> None:
     """`tracks[:20]` from debugging, and what is hidden is drawn once for each track and kept: learnt by heart. SageMaker Overfit."""
     frames, hidden = t.sample(0, "train")
@@ -114,7 +114,7 @@ def solver_that_diverged(t: Training) -> None:
     changed(t, outliers)
 
 
-@fault(surrogate, "nonfinite-loss", modules=("",), step=90, then=NONFINITE)
+@fault(surrogate, "nonfinite-loss", "input-nonfinite", modules=("",), step=90, then=NONFINITE)
 def fields_inside_of_the_heater(t: Training) -> None:
     """Inside of the heater the solver writes NaN; from step 90 on points of there are drawn. GRIST; Humbatova: missing preprocessing."""
 

@@ -16,7 +16,7 @@ from faults._training import Batch, Observer, Tensors, Training, plain_update, p
 # -- rates and decay -------------------------------------------------------------------------------------------------
 
 
-@fault(surrogate, "update-ratio-low", "loss-plateau", "stalled-optimisation", "parameter-unchanged", "scheduler-ends-early", step=40, then=STUCK)  # fmt: skip
+@fault(surrogate, "update-ratio-low", "stalled-optimisation", "parameter-unchanged", "scheduler-ends-early", step=40, then=STUCK)  # fmt: skip
 def decay_of_a_thousand_epochs(t: Training) -> None:
     """`ExponentialLR(0.75)`, for a paper's thousand epochs, is stepped with each batch: after 80 of them nothing moves. Humbatova:
     learning rate; SageMaker WeightUpdateRatio."""
@@ -45,14 +45,14 @@ def decay_with_the_rate(t: Training) -> None:
     t.schedule = None
 
 
-@fault(surrogate, "gradient-clipping", "update-ratio-low", "loss-plateau", "stalled-optimisation", then=(*STUCK, "parameter-unchanged"))  # fmt: skip
+@fault(surrogate, "gradient-clipping", "update-ratio-low", "stalled-optimisation", then=(*STUCK, "parameter-unchanged"))
 def clipped_to_the_tolerance(t: Training) -> None:
     """`clip=1e-5` is the solver's tolerance, one line below in the configuration, with SGD. TrainCheck: wrong clip; Humbatova:
     parameters of the optimiser."""
     t.clip, t.optimize = 1e-5, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)
 
 
-@fault(surrogate, "gradient-accumulation", "gradient-exploding", "weight-norm-drift", step=3, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated"))  # fmt: skip
+@fault(surrogate, "gradient-accumulation", "gradient-exploding", "weight-norm-drift", step=1, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated"))  # fmt: skip
 def zeroed_in_the_old_loop(t: Training) -> None:
     """The loop was moved to a function, and `zero_grad()` stayed behind; SGD. TrainCheck: missing `zero_grad`."""
     t.optimize = lambda p: torch.optim.SGD(p, 0.05)
@@ -119,7 +119,7 @@ class Sine(nn.Module):
         return torch.sin(30 * x)
 
 
-@fault(surrogate, "gradient-exploding", "gradient-imbalance", "poor-initialisation", "loss-plateau", "stalled-optimisation", modules=("layers", "case", "layers.0", ""), then=(*STUCK, *DIVERGES, "overfit", "overtraining"))  # fmt: skip
+@fault(surrogate, "gradient-exploding", "gradient-imbalance", "poor-initialisation", modules=("layers", "case", "layers.0", ""), then=(*STUCK, *DIVERGES, "overfit", "overtraining"))  # fmt: skip
 def sines_with_usual_weights(t: Training) -> None:
     """`sin(30 x)`, as in SIREN, in five layers, without SIREN's weights, which are 30 times smaller: gradients grow tenfold with each
     layer. AutoTrainer: exploding gradient; SageMaker PoorWeightInitialization."""
@@ -252,7 +252,7 @@ def errors_as_one_tensor(t: Training) -> None:
     t.measure = measure
 
 
-@fault(surrogate, "metric-grad", step=0)
+@fault(surrogate, "metric-grad", step=0, then=("metric-phase-mismatch",))
 def temperature_with_its_graph(t: Training) -> None:
     """The part of the loss that is the temperature's is logged as a tensor with its graph, in each step. PyTorch FAQ; TrainCheck:
     memory."""
