@@ -143,7 +143,7 @@ def zeroed_before_validation_only(t: Training) -> None:
     t.update = update
 
 
-@fault(classifier, "weight-norm-drift", "weight-decay-on-norms", "activation-vanishing", "norm-input-variance", step=30, then=(*STUCK, *FLAT, "update-ratio-high", "update-ratio-low", "dead-units", "loss-diverged"))  # fmt: skip
+@fault(classifier, "weight-norm-drift", "weight-decay-on-norms", "activation-vanishing", "norm-input-variance", step=0, then=(*STUCK, *FLAT, "update-ratio-high", "update-ratio-low", "dead-units", "loss-diverged"))  # fmt: skip
 def decay_of_the_penalty(t: Training) -> None:
     """`weight_decay=20` for AdamW, from a search over penalties that were divided by the number of pictures: weights and
     scales of norms shrink to nothing. TheDeepChecker: wrong regularisation."""

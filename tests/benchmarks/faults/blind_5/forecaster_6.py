@@ -40,7 +40,7 @@ def rate_in_millionths(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 5e-8)
 
 
-@fault(forecaster, "weight-norm-drift", step=30, then=("activation-vanishing", *STUCK, *FLAT, "update-ratio-low", "update-ratio-high", "weight-decay-on-norms", "loss-diverged", "overtraining"))  # fmt: skip
+@fault(forecaster, "weight-norm-drift", step=10, then=("activation-vanishing", *STUCK, *FLAT, "update-ratio-low", "update-ratio-high", "weight-decay-on-norms", "loss-diverged", "overtraining"))  # fmt: skip
 def decay_for_sgd_in_adamw(t: Training) -> None:
     """`AdamW(weight_decay=10)`: the search ran over powers of ten of a decay that SGD multiplies by its momentum buffer, and its largest
     value is taken. TheDeepChecker: wrong regularisation."""

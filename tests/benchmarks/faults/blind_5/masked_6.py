@@ -104,7 +104,7 @@ def three_without_the_minus(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 3e-1, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-@fault(masked, "weight-norm-drift", step=25, then=("activation-vanishing", *STUCK, *FLAT, "update-ratio-low", "update-ratio-high", "overtraining", "loss-diverged", "weight-decay-on-norms"))  # fmt: skip
+@fault(masked, "weight-norm-drift", step=10, then=("activation-vanishing", *STUCK, *FLAT, "update-ratio-low", "update-ratio-high", "overtraining", "loss-diverged", "weight-decay-on-norms"))  # fmt: skip
 def decay_divided_by_the_rate(t: Training) -> None:
     """The decay of SGD's recipes, 1e-4, is divided by the rate once and again, for AdamW multiplies by it: 11 in the end. All
     weights shrink. TheDeepChecker: wrong regularisation; Humbatova: parameters of the optimiser."""
@@ -118,7 +118,7 @@ def epsilon_as_for_inception(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 3e-4, betas=(0.9, 0.98), eps=1.0)
 
 
-@fault(masked, "gradient-clipping", "update-ratio-low", "stalled-optimisation", then=STUCK)
+@fault(masked, "gradient-clipping", "update-ratio-low", then=STUCK)
 def clipped_to_the_epsilon(t: Training) -> None:
     """Arguments exchanged in the configuration: the norm is clipped to 1e-8, what was meant for AdamW's eps. TrainCheck: wrong clip;
     Humbatova: parameters of the optimiser."""
@@ -217,7 +217,7 @@ def each_block_from_the_input(t: Training) -> None:
     t.model = LastBlockOnly()
 
 
-@fault(masked, "output-constant", "feature-constant", "gradient-zero", "parameter-unchanged", modules=("project", ""), then=(*STUCK, "module-unused", "units-symmetric", "norm-input-variance", "prediction-collapse", "input-constant", *FLAT))  # fmt: skip
+@fault(masked, "output-constant", "feature-constant", "gradient-zero", modules=("project", ""), then=(*STUCK, "module-unused", "units-symmetric", "norm-input-variance", "prediction-collapse", "input-constant", *FLAT))  # fmt: skip
 def all_frames_hidden(t: Training) -> None:
     """The mask is turned round twice, and `~hidden` is combined with `hidden`: all frames are hidden, and all tracks look alike to
     the model. Humbatova: wrong preprocessing; TheDeepChecker: constant inputs."""
@@ -230,7 +230,7 @@ def all_frames_hidden(t: Training) -> None:
     t.sample = sample
 
 
-@fault(masked, "feature-constant", "output-constant", modules=("head", "final", "blocks", "blocks.0", "blocks.1", ""), step=20, then=(*STUCK, *FLAT, "weight-norm-drift", "metric-range", "update-ratio-low", "overtraining", "output-collapse"))  # fmt: skip
+@fault(masked, "feature-constant", "output-constant", modules=("head", "final", "blocks", "blocks.0", "blocks.1", ""), step=20, then=(*STUCK, *FLAT, "weight-norm-drift", "metric-range", "update-ratio-low", "overtraining", "output-collapse", "gradient-zero", "parameter-unchanged"))  # fmt: skip
 def target_of_its_own(t: Training) -> None:
     """The model predicts its own output for whole frames, as in data2vec, but there is neither an average of weights nor a
     `detach()`: a constant is a perfect answer. The literature on self-supervision: collapse; Humbatova: wrong loss."""

@@ -37,7 +37,7 @@ def cosine_of_the_first_mesh(t: Training) -> None:
     t.schedule = lambda optimizer: CosineAnnealingLR(optimizer, 100)
 
 
-@fault(surrogate, "weight-norm-drift", step=30, then=("activation-vanishing", *STUCK, *FLAT, "update-ratio-low", "update-ratio-high", "loss-diverged", "weight-decay-on-norms", "overtraining"))  # fmt: skip
+@fault(surrogate, "weight-norm-drift", step=5, then=("activation-vanishing", *STUCK, *FLAT, "update-ratio-low", "update-ratio-high", "loss-diverged", "weight-decay-on-norms", "overtraining"))  # fmt: skip
 def decay_with_the_rate(t: Training) -> None:
     """`weight_decay=20` for AdamW, a value that belongs to a penalty divided by the number of points: weights shrink in each step.
     TheDeepChecker: wrong regularisation."""
@@ -52,7 +52,7 @@ def clipped_to_the_tolerance(t: Training) -> None:
     t.clip, t.optimize = 1e-5, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)
 
 
-@fault(surrogate, "gradient-accumulation", "gradient-exploding", "weight-norm-drift", step=1, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated"))  # fmt: skip
+@fault(surrogate, "gradient-accumulation", step=1, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "activation-saturated"))  # fmt: skip
 def zeroed_in_the_old_loop(t: Training) -> None:
     """The loop was moved to a function, and `zero_grad()` stayed behind; SGD. TrainCheck: missing `zero_grad`."""
     t.optimize = lambda p: torch.optim.SGD(p, 0.05)
