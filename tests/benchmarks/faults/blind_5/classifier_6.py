@@ -26,7 +26,7 @@ def compared(t: Training, loss_of) -> None:
 # -- losses ----------------------------------------------------------------------------------------------------------
 
 
-@fault(classifier, "loss-plateau", "stalled-optimisation", "output-constant", "feature-constant", step=60, then=(*STUCK, *FLAT, "weight-norm-drift", "update-ratio-low"))  # fmt: skip
+@fault(classifier, "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, *FLAT, "weight-norm-drift", "update-ratio-low"))  # fmt: skip
 def smoothed_completely(t: Training) -> None:
     """`label_smoothing=1.0`, where the share that is kept was meant: all classes are the target of each picture. Humbatova: wrong loss;
     TheDeepChecker: wrong regularisation."""
@@ -70,7 +70,7 @@ def weight_annealed_to_nothing(t: Training) -> None:
     compared(t, lambda logits, y: max(0.0, 1 - now[0] / 80) * F.cross_entropy(logits, y))
 
 
-@fault(classifier, "loss-input-mismatch", "activation-saturated", "loss-plateau", modules=("head", ""), then=(*STUCK, "gradient-vanishing", "weight-norm-drift", "stalled-optimisation"))  # fmt: skip
+@fault(classifier, "loss-input-mismatch", "activation-saturated", modules=("head", ""), then=(*STUCK, "gradient-vanishing", "weight-norm-drift", "stalled-optimisation"))  # fmt: skip
 def scores_through_a_tanh(t: Training) -> None:
     """The head ends in a tanh, as that of a critic did, and its values go to the cross entropy: none is beyond 1. Humbatova: wrong
     activation of the last layer; UMLAUT."""
@@ -210,14 +210,7 @@ def pictures_of_doubles(t: Training) -> None:
     t.sample = sample
 
 
-@fault(
-    classifier,
-    "overfit",
-    "overtraining",
-    "input-duplicate",
-    step=60,
-    then=("input-drift", "loss-plateau", "stalled-optimisation"),
-)
+@fault(classifier, "overfit", "overtraining", "input-duplicate", step=1, then=("input-drift", "loss-plateau", "stalled-optimisation"))  # fmt: skip
 def random_labels_by_heart(t: Training) -> None:
     """A file of 64 pictures whose labels belong to another file, in each epoch again: the training set is learnt by heart, and
     validation gets worse. SageMaker Overfit; Humbatova: wrong labels."""

@@ -175,7 +175,7 @@ def angles_in_degrees(t: Training) -> None:
     changed(t, degrees)
 
 
-@fault(forecaster, "input-duplicate", then=("overfit", "overtraining", "loss-spike", "input-drift", "feature-constant"))
+@fault(forecaster, "input-duplicate", then=("overfit", "overtraining", "loss-spike", "input-drift", "feature-constant", "output-constant"))  # fmt: skip
 def views_of_one_buffer(t: Training) -> None:
     """The collate function fills one buffer in a loop and appends it each time: all items of a batch are the last window. TrainCheck:
     duplicated data."""

@@ -23,7 +23,7 @@ def decay_of_a_thousand_epochs(t: Training) -> None:
     t.schedule = lambda optimizer: ExponentialLR(optimizer, 0.75)
 
 
-@fault(surrogate, "update-ratio-high", "loss-spike", "loss-diverged", "gradient-exploding", "weight-norm-drift", step=60, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "activation-saturated", "dead-units", "gradient-zero"))  # fmt: skip
+@fault(surrogate, "update-ratio-high", "loss-diverged", "gradient-exploding", "weight-norm-drift", step=60, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "activation-saturated", "dead-units", "gradient-zero"))  # fmt: skip
 def decay_upside_down(t: Training) -> None:
     """`gamma = 1 / 0.97` where 0.97 is meant: the rate grows with each step. Humbatova: learning rate; AutoTrainer: oscillating
     loss."""
@@ -134,7 +134,7 @@ def all_begin_at_a_tenth(t: Training) -> None:
         nn.init.constant_(parameter, 0.1)
 
 
-@fault(surrogate, "update-ratio-high", "loss-diverged", "activation-exploding", "gradient-exploding", "weight-norm-drift", "loss-spike", modules=("layers", "layers.0", "layers.1", "layers.2", "case", "head", ""), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-zero", "parameter-unchanged", "update-ratio-low", "metric-range"))  # fmt: skip
+@fault(surrogate, "update-ratio-high", "loss-diverged", "activation-exploding", "gradient-exploding", "weight-norm-drift", modules=("layers", "layers.0", "layers.1", "layers.2", "case", "head", ""), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-zero", "parameter-unchanged", "update-ratio-low", "metric-range"))  # fmt: skip
 def rate_of_one(t: Training) -> None:
     """ReLUs, and Adam at a rate of 1.0, the default of another optimizer: the second loss is 1e20. TheDeepChecker: unstable updates;
     Humbatova: learning rate."""
@@ -174,7 +174,7 @@ def case_as_numbers(t: Training) -> None:
     t.model.case.register_forward_hook(lambda module, args, output: output.data)
 
 
-@fault(surrogate, "norm-input-variance", "feature-constant", "output-constant", modules=("head",), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged"))  # fmt: skip
+@fault(surrogate, "norm-input-variance", "feature-constant", "output-constant", modules=("head",), then=(*STUCK, *FLAT))
 def norm_behind_the_head(t: Training) -> None:
     """Each field has a head of its own, all with the recipe of a hidden layer: a linear layer, then a LayerNorm, here of one number.
     What comes out is the norm's bias. Humbatova: layer properties; SageMaker TensorVariance."""
