@@ -126,7 +126,7 @@ def values_clipped_to_a_millionth(t: Training) -> None:
     t.after_backward.append(lambda training, step: nn.utils.clip_grad_value_(training.model.parameters(), 1e-6))
 
 
-@fault(classifier, "gradient-accumulation", "gradient-exploding", step=1, then=(*DIVERGES, *STUCK, "weight-norm-drift"))
+@fault(classifier, "gradient-accumulation", step=1, then=(*DIVERGES, *STUCK, "weight-norm-drift"))
 def zeroed_before_validation_only(t: Training) -> None:
     """`zero_grad()` is called in front of each validation, every 50 steps, and nowhere else. TrainCheck: missing `zero_grad`."""
     t.optimize = lambda p: torch.optim.SGD(p, 0.01)
@@ -143,7 +143,7 @@ def zeroed_before_validation_only(t: Training) -> None:
     t.update = update
 
 
-@fault(classifier, "weight-norm-drift", "weight-decay-on-norms", "activation-vanishing", "norm-input-variance", step=0, then=(*STUCK, *FLAT, "update-ratio-high", "update-ratio-low", "dead-units", "loss-diverged"))  # fmt: skip
+@fault(classifier, "weight-norm-drift", "weight-decay-on-norms", step=0, then=(*STUCK, *FLAT, "update-ratio-high", "update-ratio-low", "dead-units", "loss-diverged"))  # fmt: skip
 def decay_of_the_penalty(t: Training) -> None:
     """`weight_decay=20` for AdamW, from a search over penalties that were divided by the number of pictures: weights and
     scales of norms shrink to nothing. TheDeepChecker: wrong regularisation."""

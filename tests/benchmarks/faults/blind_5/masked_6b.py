@@ -209,7 +209,7 @@ def iterator_made_anew(t: Training) -> None:
     t.sample = lambda step, phase: plain(0 if phase == "train" else step, phase)
 
 
-@fault(masked, "input-constant", "feature-constant", "output-constant", step=80, then=(*STUCK, *FLAT, "input-duplicate", "gradient-zero", "loss-spike", "input-drift", "overfit", "overtraining", "loss-diverged", "metric-range"))  # fmt: skip
+@fault(masked, "input-constant", "input-duplicate", step=80, then=(*STUCK, *FLAT, "gradient-zero", "loss-spike", "input-drift", "overfit", "overtraining", "loss-diverged", "metric-range"))  # fmt: skip
 def shards_of_zeros(t: Training) -> None:
     """From step 80 on shards are read that a full disk has left as zeros. TheDeepChecker: constant inputs; SageMaker AllZero."""
     changed(t, lambda frames, step, phase: frames * (phase == "val" or step < 80))

@@ -55,7 +55,7 @@ def energy_told_as_well(t: Training) -> None:
     t.forward = forward
 
 
-@fault(masked, "nonfinite-activation", "dtype-headroom", "input-range", "precision-headroom", "activation-exploding", modules=("project", "positions", ""), then=(*NONFINITE, *DIVERGES, *STUCK, "step-skipped", "gradient-clipping", "parameter-unchanged", "metric-constant"))  # fmt: skip
+@fault(masked, "nonfinite-activation", "dtype-headroom", "input-range", modules=("project", "positions", ""), then=(*NONFINITE, *DIVERGES, *STUCK, "step-skipped", "gradient-clipping", "parameter-unchanged", "metric-constant", "precision-headroom"))  # fmt: skip
 def powers_in_half_precision(t: Training) -> None:
     """Frames are powers of 16-bit samples, tens of thousands, and go through float16 autocast as they are. GRIST: overflow; TrainCheck:
     mixed precision."""
