@@ -39,7 +39,7 @@ def cosine_without_its_minus(t: Training) -> None:
     t.forward = forward
 
 
-@fault(masked, "gradient-imbalance", "gradient-exploding", "gradient-clipping", "activation-exploding", modules=("energy", ""), then=(*DIVERGES, *STUCK, "input-range", "update-ratio-low"))  # fmt: skip
+@fault(masked, "gradient-imbalance", "gradient-exploding", "gradient-clipping", "activation-exploding", modules=("energy", ""), then=(*DIVERGES, *STUCK, "input-range", "update-ratio-low", "feature-constant"))  # fmt: skip
 def energy_told_as_well(t: Training) -> None:
     """A second head tells the energy of each frame, of 16-bit samples and neither in decibels nor standardised: its error is a million
     times that of the first, and clipping cuts the rest away. Humbatova: wrong loss; TheDeepChecker: unscaled targets."""
@@ -134,7 +134,7 @@ def mesh_of_zeros(t: Training) -> None:
     changed(t, lambda x, y, step, phase: (torch.zeros_like(x), y) if phase == "train" and step >= 120 else (x, y))
 
 
-@fault(surrogate, "poor-initialisation", "activation-vanishing", "gradient-vanishing", modules=("layers", "case", "head", "layers.0", "layers.1", "layers.2", ""), then=(*STUCK, *FLAT, "update-ratio-low", "gradient-zero", "parameter-unchanged"))  # fmt: skip
+@fault(surrogate, "poor-initialisation", "activation-vanishing", "gradient-vanishing", modules=("layers", "case", "head", "layers.0", "layers.1", "layers.2", ""), then=(*STUCK, *FLAT, "update-ratio-low", "gradient-zero", "parameter-unchanged", "update-ratio-high", "gradient-imbalance", "weight-norm-drift"))  # fmt: skip
 def weights_of_a_ten_thousandth(t: Training) -> None:
     """`nn.init.normal_(weight, std=1e-4)` for all layers, and SGD: next to nothing comes to the head, and nothing back. SageMaker
     PoorWeightInitialization; TheDeepChecker."""
