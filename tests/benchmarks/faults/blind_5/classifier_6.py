@@ -48,7 +48,7 @@ def weight_of_a_sixth_class(t: Training) -> None:
     compared(t, lambda logits, y: F.cross_entropy(logits, y, weight / weight.sum()))
 
 
-@fault(classifier, "nonfinite-loss", "nonfinite-gradient", modules=("", "head"), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "activation-exploding"))  # fmt: skip
+@fault(classifier, "nonfinite-loss", modules=("", "head"), then=(*NONFINITE, "nonfinite-buffer", "prediction-collapse", "activation-exploding"))  # fmt: skip
 def hot_softmax_by_hand(t: Training) -> None:
     """`exp(logits * 100)` divided by its sum, without the maximum taken away: exp overflows at a logit of 0.9. GRIST: overflow of
     exp."""
