@@ -13,7 +13,7 @@ from stethoscope.watches import _parameter_roles as roles
 from stethoscope.watches import _weight_size as weight_size
 from stethoscope.watches._never_trained import is_late, never_trained, planned_steps
 from stethoscope.watches._parameter_roles import TRAINED, Values
-from stethoscope.watches._set_back import rates_apart, set_back
+from stethoscope.watches._rates_apart import rates_apart
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
 if TYPE_CHECKING:
@@ -131,7 +131,6 @@ class ParameterHealth:
             "length": 0.0,
             "fresh": None,
             "new": False,
-            "way": None,
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -211,7 +210,6 @@ class ParameterHealth:
             )
             roles.rounded_away(judging, found, look.state.get("matrices", []), rising=rising)
             rates_apart(judging, rates, fresh=look.state.get("new", False) and not late)
-            look.state["way"] = set_back(judging, found, state.get("way"))
             roles.duplicates(judging, found["parameter/optimizers"], found["parameter/role"])
         else:
             roles.unstepped(judging, found)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -10,21 +8,18 @@ from stethoscope import Monitor
 from stethoscope.watches import ParameterHealth
 
 
-def train(*, back=(), rates=(3e-3,), steps=120, trained=False):
+def train(rates, *, trained):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     if trained:
         with torch.no_grad():
             for weight in net.parameters():
                 weight.add_(0.3 * weight.abs().mean() * torch.randn_like(weight))
-    first = copy.deepcopy(net.state_dict())
-    groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip((net[0], net[2:]), rates, strict=False)]
-    optimizer = torch.optim.Adam(groups if len(groups) > 1 else net.parameters(), rates[0])
+    groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip((net[0], net[2:]), rates, strict=True)]
+    optimizer = torch.optim.Adam(groups)
     generator = torch.Generator().manual_seed(0)
-    with Monitor(net, optimizer, watches=[ParameterHealth()], every=5, planned_steps=steps, strict=True) as monitor:
-        for step in range(steps):
-            if step in back:
-                net.load_state_dict(first)
+    with Monitor(net, optimizer, watches=[ParameterHealth()], every=5, planned_steps=120, strict=True) as monitor:
+        for _ in range(120):
             x = torch.randn(16, 8, generator=generator)
             loss = nn.functional.cross_entropy(net(x), x[:, :4].argmax(1))
             optimizer.zero_grad()
@@ -34,14 +29,9 @@ def train(*, back=(), rates=(3e-3,), steps=120, trained=False):
     return [f.code for f in monitor.findings]
 
 
-@pytest.mark.parametrize(("back", "found"), [((40, 80), ["update-ratio-high"]), ((40,), []), ((), [])])
-def test_weights_that_are_put_back_again_and_again_are_told(back, found):
-    assert train(back=back) == found
-
-
 @pytest.mark.parametrize(
     ("rates", "trained", "found"),
     [((3e-6, 3e-3), False, ["update-ratio-low"]), ((3e-6, 3e-3), True, []), ((3e-5, 3e-3), False, [])],
 )
 def test_rates_of_fresh_groups_a_thousand_times_apart_are_told(rates, trained, found):
-    assert train(rates=rates, trained=trained) == found
+    assert train(rates, trained=trained) == found
