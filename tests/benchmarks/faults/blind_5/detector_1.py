@@ -42,7 +42,7 @@ def roots_of_raw_sides(t: Training) -> None:
     with_boxes(t, term)
 
 
-@fault(detector, "nonfinite-loss", "nonfinite-input", "input-nonfinite", step=90, then=(*NONFINITE, *STUCK, "nonfinite-buffer", "nonfinite-gradient", "input-range"))  # fmt: skip
+@fault(detector, "nonfinite-loss", "nonfinite-gradient", step=90, then=(*NONFINITE, *STUCK, "nonfinite-buffer", "input-range", "loss-spike"))  # fmt: skip
 def box_without_width(t: Training) -> None:
     """From step 90 on some annotations are clicks without a drag, boxes of width zero, and the target is the logarithm of the width.
     GRIST: logarithm of zero."""
@@ -58,7 +58,7 @@ def box_without_width(t: Training) -> None:
     with_boxes(t, lambda told, wanted: F.mse_loss(told, wanted))
 
 
-@fault(detector, "gradient-exploding", "loss-diverged", "update-ratio-high", "gradient-imbalance", "activation-exploding", modules=("boxes", ""), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "nonfinite-buffer", "gradient-clipping", "dtype-headroom", "dead-units", "prediction-collapse"))  # fmt: skip
+@fault(detector, "gradient-exploding", "loss-diverged", "update-ratio-high", "gradient-imbalance", "activation-exploding", "nonfinite-loss", "nonfinite-gradient", modules=("boxes", ""), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "nonfinite-buffer", "gradient-clipping", "dtype-headroom", "dead-units", "prediction-collapse"))  # fmt: skip
 def squared_pixels_behind_exp(t: Training) -> None:
     """Sides are compared in pixels behind their exponential, by a squared error and without the clipping of gradients: one step too far,
     and the next error is astronomic. GRIST: overflow of exp; Humbatova: wrong loss."""
@@ -103,7 +103,7 @@ def boxes_behind_a_relu(t: Training) -> None:
         t.model.boxes[0].bias.fill_(-0.5)
 
 
-@fault(detector, "loss-spike", "gradient-exploding", "input-range", step=30, then=(*DIVERGES, "gradient-clipping", "gradient-imbalance"))  # fmt: skip
+@fault(detector, "loss-spike", "input-range", step=30, then=(*DIVERGES, "gradient-clipping", "gradient-imbalance"))  # fmt: skip
 def one_annotation_in_micrometres(t: Training) -> None:
     """One annotation file in thirty has coordinates in another unit, a thousand times the pixels. Humbatova: wrong labels;
     TheDeepChecker: outliers."""
@@ -159,7 +159,7 @@ def kinds_cut_to_zero(t: Training) -> None:
     t.sample = sample
 
 
-@fault(detector, "nonfinite-loss", "nonfinite-gradient", step=1, then=(*NONFINITE, *STUCK, "nonfinite-buffer", "activation-saturated", "loss-spike", "output-nonfinite"))  # fmt: skip
+@fault(detector, "nonfinite-loss", "nonfinite-gradient", step=3, then=(*NONFINITE, *STUCK, "nonfinite-buffer", "activation-saturated", "loss-spike", "output-nonfinite"))  # fmt: skip
 def focal_by_hand(t: Training) -> None:
     """A focal loss by hand of the sigmoid: where it is 1 to all digits, the logarithm of the rest is -Inf. Scores are sharpened by a
     temperature of 0.1. GRIST: logarithm of zero."""
