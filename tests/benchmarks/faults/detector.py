@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 
 import torch
@@ -78,7 +77,11 @@ def scenes(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def assigned(things: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each cell: whether the centre of a thing is in it, which kind, and the four numbers of the box."""
     n = len(things)
-    has, kind, box = torch.zeros(n, GRID, GRID), torch.zeros(n, GRID, GRID, dtype=torch.long), torch.zeros(n, 4, GRID, GRID)
+    has, kind, box = (
+        torch.zeros(n, GRID, GRID),
+        torch.zeros(n, GRID, GRID, dtype=torch.long),
+        torch.zeros(n, 4, GRID, GRID),
+    )
     item, i = (things[..., 0] >= 0).nonzero().unbind(1)
     thing = things[item, i]
     column, row = (thing[:, 1:3] / STRIDE).long().clamp(0, GRID - 1).unbind(1)
@@ -117,7 +120,7 @@ def forward(model: nn.Module, batch: Batch) -> Tensors:
 
 def measure(tensors: Tensors, batch: Batch) -> dict[str, object]:
     """Of cells with a score above a half: how many are right, how many things they find; and how well boxes lie."""
-    has, kind, box = assigned(batch[1])
+    has, _, box = assigned(batch[1])
     told, some = tensors["scores"] > 0, has > 0
     lies = overlap(corners(tensors["boxes"]), corners(box))
     hit = float((told & some & (lies > 0.5)).sum())

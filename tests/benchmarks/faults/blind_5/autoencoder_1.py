@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,7 +11,9 @@ from torch.optim.lr_scheduler import PolynomialLR
 
 from faults import autoencoder
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
-from faults._training import Batch, Observer, Tensors, Training
+
+if TYPE_CHECKING:
+    from faults._training import Batch, Observer, Tensors, Training
 
 
 def changed(t: Training, change) -> None:
@@ -101,7 +105,11 @@ def rate_left_at_one(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 1.0)
 
 
-@fault(autoencoder, "input-constant", then=("overfit", "overtraining", "loss-plateau", "input-drift", "metric-range", "feature-constant"))
+@fault(
+    autoencoder,
+    "input-constant",
+    then=("overfit", "overtraining", "loss-plateau", "input-drift", "metric-range", "feature-constant"),
+)
 def filled_along_the_wrong_axis(t: Training) -> None:
     """Gaps are filled forward along axis 1 in place of time, behind a column that is always there: each row repeats one number. Humbatova:
     wrong axis; TheDeepChecker: constant inputs."""

@@ -55,7 +55,7 @@ def box_without_width(t: Training) -> None:
         return x, things
 
     t.sample = sample
-    with_boxes(t, lambda told, wanted: F.mse_loss(told, wanted))
+    with_boxes(t, F.mse_loss)
 
 
 @fault(detector, "gradient-exploding", "loss-diverged", "update-ratio-high", "gradient-imbalance", "activation-exploding", "nonfinite-loss", "nonfinite-gradient", modules=("boxes", ""), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "nonfinite-buffer", "gradient-clipping", "dtype-headroom", "dead-units", "prediction-collapse"))  # fmt: skip
@@ -66,7 +66,7 @@ def squared_pixels_behind_exp(t: Training) -> None:
     with_boxes(t, lambda told, wanted: (detector.ANCHOR * (told.exp() - wanted.exp())).square().sum(1).mean())
 
 
-@fault(detector, "gradient-imbalance", "gradient-clipping", "gradient-exploding", modules=("boxes",), then=(*DIVERGES, *STUCK, "class-imbalance", "prediction-collapse", "metric-constant", "update-ratio-low", "overtraining"))  # fmt: skip
+@fault(detector, "gradient-exploding", "gradient-clipping", "gradient-imbalance", modules=("boxes", "neck", "backbone", ""), then=(*DIVERGES, *STUCK, "class-imbalance", "prediction-collapse", "metric-constant", "update-ratio-low", "overtraining"))  # fmt: skip
 def corners_in_pixels_as_targets(t: Training) -> None:
     """Targets are corners of the picture in pixels, 0 to 32, with a squared error: this term is a hundred times the others, and all
     are clipped together. Humbatova: wrong loss; TheDeepChecker: unscaled targets."""
@@ -94,13 +94,12 @@ def boxes_decoded_for_display(t: Training) -> None:
     with_boxes(t, term)
 
 
-@fault(detector, "dead-units", "gradient-zero", "feature-constant", modules=("boxes",), then=("loss-plateau", "parameter-unchanged", "overtraining", "loss-input-mismatch", "stalled-optimisation"))  # fmt: skip
-def boxes_behind_a_relu(t: Training) -> None:
-    """Boxes end in a ReLU, since sides are positive; these are logarithms and offsets around zero. Humbatova: wrong activation of the
-    last layer; SageMaker DeadRelu."""
-    t.model.boxes = nn.Sequential(t.model.boxes, nn.ReLU())
-    with torch.no_grad():
-        t.model.boxes[0].bias.fill_(-0.5)
+@fault(detector, "dead-units", "poor-initialisation", "gradient-zero", "feature-constant", "output-constant", modules=("neck", ""), then=(*STUCK, *FLAT, "parameter-unchanged", "module-unused", "metric-constant", "class-imbalance", "update-ratio-low"))  # fmt: skip
+def prior_in_the_norm_of_the_neck(t: Training) -> None:
+    """The logarithm of the prior, -11.5, is written into the last bias that is found by its name, that of the neck's norm: its ReLU never
+    opens. SageMaker DeadRelu; Humbatova: wrong weights initialisation."""
+    t.model = detector.Detector(activation=nn.ReLU)
+    nn.init.constant_(t.model.neck.norm.bias, -11.5)
 
 
 @fault(detector, "loss-spike", "input-range", step=30, then=(*DIVERGES, "gradient-clipping", "gradient-imbalance"))  # fmt: skip
@@ -128,7 +127,12 @@ def sigmoid_of_objectness_twice(t: Training) -> None:
     t.model.objectness = nn.Sequential(t.model.objectness, nn.Sigmoid())
 
 
-@fault(detector, "class-imbalance", step=100, then=("overfit", "overtraining", "prediction-collapse", "input-drift", "loss-plateau"))
+@fault(
+    detector,
+    "class-imbalance",
+    step=100,
+    then=("overfit", "overtraining", "prediction-collapse", "input-drift", "loss-plateau"),
+)
 def crosses_hardly_annotated(t: Training) -> None:
     """The annotators of the training set were told of discs and squares; one cross in fifty has been marked, and the kinds are not
     weighed. SageMaker ClassImbalance; Humbatova: unbalanced data."""
@@ -216,7 +220,12 @@ def mean_of_another_unit(t: Training) -> None:
     t.sample = sample
 
 
-@fault(detector, "input-drift", step=49, then=("overfit", "overtraining", "loss-diverged", "metric-constant", "input-range"))
+@fault(
+    detector,
+    "input-drift",
+    step=49,
+    then=("overfit", "overtraining", "loss-diverged", "metric-constant", "input-range"),
+)
 def night_in_validation(t: Training) -> None:
     """Validation has pictures of the infra-red camera, dark and of a fifth of the contrast, and training has none. Humbatova: wrong
     selection of data; SageMaker CheckInputImages."""
@@ -257,7 +266,12 @@ def frozen_like_a_pretrained_one(t: Training) -> None:
     t.optimizers = [torch.optim.SGD(t.model.parameters(), 0.01, momentum=0.9)]
 
 
-@fault(detector, "gradient-accumulation", step=1, then=(*DIVERGES, *STUCK, *FLAT, "gradient-clipping", "dead-units", *NONFINITE))
+@fault(
+    detector,
+    "gradient-accumulation",
+    step=1,
+    then=(*DIVERGES, *STUCK, *FLAT, "gradient-clipping", "dead-units", *NONFINITE),
+)
 def stepped_at_each_of_four(t: Training) -> None:
     """Gradients of four batches are accumulated and zeroed every fourth, as planned, but the optimizer steps at each. TrainCheck:
     misplaced `zero_grad`."""
@@ -288,7 +302,7 @@ def rate_for_a_batch_of_4096(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 0.01 * 4096 / 16, momentum=0.9)
 
 
-@fault(detector, "update-ratio-low", "loss-plateau", "stalled-optimisation", "scheduler-ends-early", step=60, then=(*STUCK, "parameter-unchanged", "overtraining"))  # fmt: skip
+@fault(detector, "update-ratio-low", "loss-plateau", "stalled-optimisation", step=60, then=(*STUCK, "scheduler-ends-early", "parameter-unchanged", "overtraining"))  # fmt: skip
 def milestones_in_batches(t: Training) -> None:
     """`StepLR(8)`, eight epochs, is stepped at each batch: a tenth every eight batches. Humbatova: learning rate; SageMaker
     WeightUpdateRatio."""
@@ -307,8 +321,8 @@ def decay_of_adamw_in_sgd(t: Training) -> None:
 
 @fault(detector, "metric-range", "metric-constant", step=49)
 def recall_of_absent_sizes(t: Training) -> None:
-    """The evaluation writes -1 for sizes that the set does not have, here large ones, and the mean over sizes takes it in. Humbatova:
-    wrong metrics; COCO's own convention."""
+    """The evaluation writes -1 for sizes that the set does not have, here large ones, and it is logged as their recall.
+    Humbatova: wrong metrics; COCO's own convention."""
     plain = t.measure
 
     def measure(tensors: Tensors, batch: Batch) -> dict[str, object]:

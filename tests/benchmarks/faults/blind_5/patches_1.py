@@ -149,7 +149,12 @@ def positions_resized_too_late(t: Training) -> None:
     t.model.positions = nn.Parameter(0.02 * torch.randn_like(t.model.positions))
 
 
-@fault(patches, "optimizer-misses-parameters", "parameter-unchanged", then=("gradient-accumulation", "optimizer-owns-others"))
+@fault(
+    patches,
+    "optimizer-misses-parameters",
+    "parameter-unchanged",
+    then=("gradient-accumulation", "optimizer-owns-others"),
+)
 def group_without_decay_forgotten(t: Training) -> None:
     """Matrices are one group, norms and biases another without decay, and only the first is given to AdamW. TrainCheck: parameters
     not in the optimizer."""
@@ -218,7 +223,13 @@ def repeats_without_augmentation(t: Training) -> None:
     t.sample = sample
 
 
-@fault(patches, "input-drift", "input-range", step=49, then=(*STUCK, "overfit", "overtraining", "class-imbalance", "loss-diverged"))
+@fault(
+    patches,
+    "input-drift",
+    "input-range",
+    step=49,
+    then=(*STUCK, "overfit", "overtraining", "class-imbalance", "loss-diverged"),
+)
 def to_tensor_without_normalise(t: Training) -> None:
     """The transform of the validation set ends with `ToTensor`, pixels from 0 to 1; that of the training set standardises. SageMaker
     CheckInputImages; Humbatova: wrong preprocessing."""
@@ -308,4 +319,6 @@ def attention_drawn_in_eval(t: Training) -> None:
 def accuracy_cut_to_an_integer(t: Training) -> None:
     """`int(right.float().mean())` where the float was meant: 0 until the last picture is right. Humbatova: wrong metrics."""
     t.steps, t.val_every = 110, 20
-    t.measure = lambda tensors, batch: {"accuracy": float(int((tensors["logits"].argmax(1) == batch[1]).float().mean()))}
+    t.measure = lambda tensors, batch: {
+        "accuracy": float(int((tensors["logits"].argmax(1) == batch[1]).float().mean()))
+    }
