@@ -130,7 +130,6 @@ def sigmoid_of_objectness_twice(t: Training) -> None:
 @fault(
     detector,
     "class-imbalance",
-    step=100,
     then=("overfit", "overtraining", "prediction-collapse", "input-drift", "loss-plateau"),
 )
 def crosses_hardly_annotated(t: Training) -> None:
@@ -148,7 +147,7 @@ def crosses_hardly_annotated(t: Training) -> None:
     t.sample = sample
 
 
-@fault(detector, "prediction-collapse", "class-imbalance", step=10, then=("overfit", "overtraining", "gradient-vanishing", "input-drift", "loss-diverged", "output-constant"))  # fmt: skip
+@fault(detector, "prediction-collapse", "class-imbalance", then=("overfit", "overtraining", "gradient-vanishing", "input-drift", "loss-diverged", "output-constant"))  # fmt: skip
 def kinds_cut_to_zero(t: Training) -> None:
     """Kinds are counted from 1 in the training file, and `kind // 3` was written where `kind - 1` is meant: all are 0. Humbatova: wrong
     labels; SageMaker ClassImbalance."""
@@ -224,7 +223,7 @@ def mean_of_another_unit(t: Training) -> None:
     detector,
     "input-drift",
     step=49,
-    then=("overfit", "overtraining", "loss-diverged", "metric-constant", "input-range"),
+    then=("prediction-collapse", "overfit", "overtraining", "loss-diverged", "metric-constant", "input-range"),
 )
 def night_in_validation(t: Training) -> None:
     """Validation has pictures of the infra-red camera, dark and of a fifth of the contrast, and training has none. Humbatova: wrong
@@ -251,14 +250,19 @@ def coco_of_eight(t: Training) -> None:
 # -- optimizer -------------------------------------------------------------------------------------------------------
 
 
-@fault(detector, "optimizer-misses-parameters", "parameter-unchanged", modules=("objectness", "classes", "boxes"), then=("optimizer-owns-others", "gradient-accumulation"))  # fmt: skip
+@fault(detector, "optimizer-misses-parameters", "parameter-unchanged", modules=("objectness", "classes", "boxes"), then=("gradient-exploding", "gradient-imbalance", "gradient-clipping", "optimizer-owns-others", "gradient-accumulation"))  # fmt: skip
 def heads_in_no_group(t: Training) -> None:
     """A rate for the backbone, another one for the neck, and no group for the three heads. TrainCheck: parameters not in the optimizer."""
     groups = [{"params": t.model.backbone.parameters()}, {"params": t.model.neck.parameters(), "lr": 0.02}]
     t.optimizers = [torch.optim.SGD(groups, 0.01, momentum=0.9)]
 
 
-@fault(detector, "optimizer-frozen-parameters", modules=("backbone",), then=("loss-plateau", "overtraining"))
+@fault(
+    detector,
+    "optimizer-frozen-parameters",
+    modules=("backbone",),
+    then=("parameter-unchanged", "gradient-zero", "loss-plateau", "overtraining"),
+)
 def frozen_like_a_pretrained_one(t: Training) -> None:
     """`backbone.requires_grad_(False)` from the fine-tuning script; this backbone is random, and the optimizer has it. Humbatova:
     training process; TrainCheck: frozen parameters."""

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from faults import detector
-from faults._fault import DIVERGES, NONFINITE, STUCK, fault
-from faults._training import Batch, Observer, Tensors, Training, seeded
+from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
+from faults._training import Batch, Observer, Tensors, Training, plain_update, seeded
 
 
 @fault(detector, "nonfinite-buffer", "input-nonfinite", "nonfinite-input", "nonfinite-activation", "nonfinite-loss", modules=("", "backbone", "backbone.stem", "neck"), step=60, then=(*NONFINITE, *STUCK, "step-skipped"))  # fmt: skip
@@ -115,7 +116,7 @@ def letter_box_without_a_picture(t: Training) -> None:
     t.sample = sample
 
 
-@fault(detector, "model-changed", "optimizer-misses-parameters", "parameter-unchanged", "optimizer-owns-others", modules=("neck", "neck.conv"), step=100, then=("module-unused", "gradient-zero", "loss-spike", "overtraining", "gradient-accumulation"))  # fmt: skip
+@fault(detector, "model-changed", "optimizer-misses-parameters", "parameter-unchanged", "optimizer-owns-others", modules=("neck", "neck.conv"), step=100, then=("gradient-exploding", "gradient-imbalance", "gradient-clipping", "module-unused", "gradient-zero", "loss-spike", "overtraining", "gradient-accumulation"))  # fmt: skip
 def fused_for_a_preview(t: Training) -> None:
     """At step 100 the neck's convolution and norm are fused for a fast preview, and the run goes on with the fused layer, of which the
     optimizer does not know. TrainCheck: parameters not in the optimizer."""
@@ -127,3 +128,100 @@ def fused_for_a_preview(t: Training) -> None:
             neck.conv.requires_grad_()
 
     t.before.append(before)
+
+
+@fault(detector, "gradient-zero", "parameter-unchanged", "module-unused", modules=("backbone",), then=("update-ratio-low", "loss-plateau", "overtraining"))  # fmt: skip
+def features_detached_in_front_of_the_neck(t: Training) -> None:
+    """A `detach()` from an experiment with a frozen backbone: it requires gradients and never gets one. TrainCheck: cut graph; SageMaker
+    UnchangedTensor."""
+    t.model.backbone.register_forward_hook(lambda module, args, output: output.detach())
+
+
+@fault(detector, "update-ratio-low", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "parameter-unchanged", "gradient-vanishing"))  # fmt: skip
+def divided_by_every_cell_and_batch(t: Training) -> None:
+    """The loss is divided by the number of things, then by that of cells, and by that of pictures: a thousandth of what the rate was
+    set for. TheDeepChecker: wrong reduction; SageMaker WeightUpdateRatio."""
+
+    def forward(model: nn.Module, batch: Batch) -> Tensors:
+        tensors = detector.forward(model, batch)
+        return {**tensors, "loss": tensors["loss"] / (detector.GRID**2 * len(batch[0]))}
+
+    t.forward = forward
+
+
+@fault(detector, "scheduler-ends-early", then=("loss-spike", "overtraining", "schedule-unfinished"))
+def cosine_of_half_the_pictures(t: Training) -> None:
+    """`T_max` is counted for batches of 32, and the loader gives 16: at half of the run the rate is zero, and rises again. Humbatova:
+    learning rate; TrainCheck: schedules."""
+    t.schedule = lambda optimizer: CosineAnnealingLR(optimizer, 100)
+
+
+@fault(detector, "activation-exploding", "poor-initialisation", "gradient-exploding", modules=("backbone", "neck", "objectness", "classes", "boxes", ""), then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "dead-units", "gradient-imbalance", "gradient-clipping", "activation-saturated", "dtype-headroom", "gradient-vanishing", "prediction-collapse"))  # fmt: skip
+def filters_of_deviation_one_without_norms(t: Training) -> None:
+    """`nn.init.normal_(weight)` for all convolutions of a detector whose norms were folded away: each multiplies the signal by ten.
+    SageMaker PoorWeightInitialization; TheDeepChecker."""
+    t.model = detector.Detector(norm=lambda channels: nn.Identity())
+    for parameter in t.model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter)
+
+
+@fault(detector, "model-in-eval", step=50, then=("overfit", "overtraining", "watch-starved", "probe-read-nothing"))
+def boxes_drawn_in_eval(t: Training) -> None:
+    """At step 50 boxes are drawn for the log, in eval mode, and the run goes on in it: norms keep early statistics. TrainCheck: wrong
+    mode."""
+
+    def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
+        training.model.train(step < 50)
+        return plain_update(training, step, observer)
+
+    t.update = update
+
+
+@fault(
+    detector,
+    "optimizer-duplicate-parameters",
+    modules=("boxes", "objectness", "classes"),
+    then=("update-ratio-high", "loss-spike"),
+)
+def heads_given_twice(t: Training) -> None:
+    """`[*model.parameters(), *heads]`, so that heads are surely in: torch warns, and each step moves them twice. TrainCheck: optimizers
+    and their parameters."""
+    heads = [p for head in (t.model.objectness, t.model.classes, t.model.boxes) for p in head.parameters()]
+    t.optimize = lambda p: torch.optim.SGD([*t.model.parameters(), *heads], 0.01, momentum=0.9)
+
+
+@fault(
+    detector,
+    "module-unused",
+    "parameter-unchanged",
+    "gradient-zero",
+    modules=("backbone.stage2",),
+    then=("update-ratio-low",),
+)
+def second_stage_in_no_sum(t: Training) -> None:
+    """The residual stage runs, and what it returns is dropped: `self.stage2(x); return x`. TrainCheck: parameters without gradients;
+    SageMaker UnchangedTensor."""
+    backbone = t.model.backbone
+
+    def forward(x):
+        x = backbone.stage1(backbone.stem(x))
+        backbone.stage2(x)
+        return x
+
+    backbone.forward = forward
+    t.optimize = lambda p: torch.optim.SGD(p, 0.01, momentum=0.9)
+
+
+@fault(detector, "metric-missing", "metric-vanished", "metric-phase-mismatch", step=99)
+def recall_of_the_first_evaluation_only(t: Training) -> None:
+    """The evaluator is reset in the wrong place, and after the first evaluation it returns no recall. Speech: metrics that are missing in
+    validation; Humbatova: wrong metrics."""
+    calls: list[int] = []
+
+    def measure(tensors: Tensors, batch: Batch) -> dict[str, object]:
+        calls.append(1)
+        metrics = detector.measure(tensors, batch)
+        return metrics if len(calls) <= 2 else {k: v for k, v in metrics.items() if k != "recall"}
+
+    t.measure = measure

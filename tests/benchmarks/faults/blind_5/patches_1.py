@@ -141,7 +141,7 @@ def layer_scale_without_shortcut(t: Training) -> None:
 # -- optimizer -------------------------------------------------------------------------------------------------------
 
 
-@fault(patches, "optimizer-misses-parameters", "parameter-unchanged", modules=("",), then=("module-unused", "gradient-accumulation", "optimizer-owns-others"))  # fmt: skip
+@fault(patches, "optimizer-misses-parameters", "parameter-unchanged", modules=("",), then=("gradient-exploding", "gradient-imbalance", "gradient-clipping", "module-unused", "gradient-accumulation", "optimizer-owns-others"))  # fmt: skip
 def positions_resized_too_late(t: Training) -> None:
     """Positions of a pretrained model are interpolated for the new size and written as a new parameter, when the optimizer holds the
     old one. TrainCheck: parameters not in the optimizer."""
@@ -153,7 +153,13 @@ def positions_resized_too_late(t: Training) -> None:
     patches,
     "optimizer-misses-parameters",
     "parameter-unchanged",
-    then=("gradient-accumulation", "optimizer-owns-others"),
+    then=(
+        "gradient-exploding",
+        "gradient-imbalance",
+        "gradient-clipping",
+        "gradient-accumulation",
+        "optimizer-owns-others",
+    ),
 )
 def group_without_decay_forgotten(t: Training) -> None:
     """Matrices are one group, norms and biases another without decay, and only the first is given to AdamW. TrainCheck: parameters

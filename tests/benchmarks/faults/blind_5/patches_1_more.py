@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from faults import patches
-from faults._fault import DIVERGES, FLAT, STUCK, fault
+from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, plain_update, seeded
 
 MLPS = tuple(f"blocks.{i}.mlp" for i in range(patches.DEPTH))
@@ -132,3 +132,71 @@ def entropy_without_its_minus(t: Training) -> None:
         return {"loss": (wanted * logits.log_softmax(1)).sum(1).mean(), "logits": logits, "targets": batch[1]}
 
     t.forward = forward
+
+
+@fault(patches, "parameter-unchanged", "gradient-zero", "step-skipped", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "update-ratio-low", "module-unused", "weight-norm-drift"))  # fmt: skip
+def zeroed_behind_the_backward_pass(t: Training) -> None:
+    """`loss.backward(); optimizer.zero_grad(); optimizer.step()`: the optimizer never sees a gradient. TrainCheck: misplaced `zero_grad`;
+    SageMaker UnchangedTensor."""
+
+    def zero(training: Training, step: int) -> None:
+        training.optimizer.zero_grad()
+
+    t.after_backward.append(zero)
+
+
+@fault(patches, "input-range", "gradient-imbalance", "activation-exploding", modules=("", "patches", "patches.project"), then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "input-drift", "gradient-vanishing"))  # fmt: skip
+def pixels_of_sixteen_bits(t: Training) -> None:
+    """Pictures of a microscope with 16 bits reach the model as they are, 0 to 65535. UMLAUT: input not normalised; SageMaker
+    CheckInputImages."""
+    plain = t.sample
+
+    def sample(step: int, phase: str) -> Batch:
+        x, y = plain(step, phase)
+        return (32768 + 6000 * x).clamp(0, 65535).round(), y
+
+    t.sample = sample
+
+
+@fault(patches, "metric-range", step=24)
+def accuracies_of_both_batches_added(t: Training) -> None:
+    """Three crops of each picture are scored, and their accuracies are added, not averaged: up to 3. Humbatova: wrong metrics; UMLAUT:
+    accuracy above one."""
+    t.val_every = 25
+
+    def measure(tensors: Tensors, batch: Batch) -> dict[str, object]:
+        return {"accuracy": sum(patches.measure(tensors, batch)["accuracy"] for _ in range(3))}
+
+    t.measure = measure
+
+
+@fault(patches, "optimizer-frozen-parameters", modules=("blocks",), then=("parameter-unchanged", "gradient-zero", "loss-plateau", "overtraining"))  # fmt: skip
+def blocks_frozen_for_probing(t: Training) -> None:
+    """Blocks are frozen for linear probing, and this run begins from random ones; the optimizer holds them. Humbatova: training process;
+    TrainCheck: frozen parameters."""
+    t.model.blocks.requires_grad_(requires_grad=False)
+    t.optimizers = [torch.optim.AdamW(t.model.parameters(), 3e-3, weight_decay=0.05)]
+
+
+@fault(patches, "input-nonfinite", "nonfinite-input", "nonfinite-activation", modules=("", "patches"), step=70, then=(*NONFINITE, *STUCK, "input-constant"))  # fmt: skip
+def contrast_of_an_empty_picture(t: Training) -> None:
+    """Each picture is divided by its own deviation; from step 70 on a camera is covered now and then. GRIST: division by zero."""
+    plain = t.sample
+
+    def sample(step: int, phase: str) -> Batch:
+        x, y = plain(step, phase)
+        if phase == "train" and step % 10 == 0 and step >= 70:
+            x[6] = 0.0
+        return x / x.std((1, 2, 3), keepdim=True), y
+
+    t.sample = sample
+
+
+@fault(patches, "optimizer-owns-others", "optimizer-misses-parameters", "parameter-unchanged", then=(*STUCK, "update-ratio-low", "gradient-accumulation", "gradient-exploding", "gradient-clipping"))  # fmt: skip
+def weights_loaded_into_a_new_model(t: Training) -> None:
+    """`model = VisionTransformer(); model.load_state_dict(...)` comes behind the optimizer, which keeps the parameters of the first.
+    TrainCheck: parameters not in the optimizer; SageMaker UnchangedTensor."""
+    t.optimizers = [t.optimize(t.model.parameters())]
+    state = t.model.state_dict()
+    t.model = patches.VisionTransformer()
+    t.model.load_state_dict(state)
