@@ -40,7 +40,7 @@ def every_weight_a_twentieth(t: Training) -> None:
         nn.init.constant_(parameter, 0.05 if parameter.ndim > 1 else 0.0)
 
 
-@fault(autoencoder, "input-range", "activation-vanishing", "gradient-vanishing", modules=("", "encoder", "encoder.0"), then=(*STUCK, *FLAT, "overtraining", "update-ratio-low", "gradient-zero", "norm-input-variance", "output-silent", "precision-headroom", "metric-range"))  # fmt: skip
+@fault(autoencoder, "input-range", "activation-vanishing", "gradient-vanishing", "feature-constant", modules=("", "encoder", "encoder.0"), then=(*STUCK, *FLAT, "overtraining", "update-ratio-low", "gradient-zero", "norm-input-variance", "output-silent", "precision-headroom", "metric-range"))  # fmt: skip
 def volts_for_microvolts(t: Training) -> None:
     """Signals of electrodes are in volts: all values are some millionths, and so is the gradient of their weights. TheDeepChecker:
     unscaled data; UMLAUT: input scale."""

@@ -10,7 +10,7 @@ from faults._fault import FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, plain_update, seeded
 
 
-@fault(autoencoder, "dead-units", "gradient-zero", "feature-constant", "output-constant", "activation-vanishing", modules=("encoder", "encoder.1", "encoder.3", "decoder", "decoder.1", "decoder.3"), then=(*STUCK, *FLAT, "parameter-unchanged", "module-unused", "update-ratio-low", "overtraining"))  # fmt: skip
+@fault(autoencoder, "dead-units", "gradient-zero", "feature-constant", "output-constant", "activation-vanishing", modules=("", "encoder", "encoder.1", "encoder.3", "decoder", "decoder.1", "decoder.3"), then=(*STUCK, *FLAT, "parameter-unchanged", "module-unused", "update-ratio-low", "overtraining"))  # fmt: skip
 def threshold_of_five(t: Training) -> None:
     """`Softshrink(5)` for a sparse code, a threshold for data in raw units: all units are zero, and so are gradients. SageMaker DeadRelu;
     Humbatova: wrong layer argument."""

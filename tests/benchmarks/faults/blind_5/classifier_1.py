@@ -57,7 +57,6 @@ def deviation_of_a_dropped_channel(t: Training) -> None:
 @fault(
     classifier,
     "class-imbalance",
-    step=49,
     then=("overfit", "overtraining", "loss-diverged", "prediction-collapse", "input-drift"),
 )
 def split_of_a_sorted_list(t: Training) -> None:
@@ -124,7 +123,7 @@ def scaler_grows_at_every_step(t: Training) -> None:
     t.before.append(before)
 
 
-@fault(classifier, "metric-range", step=99)
+@fault(classifier, "metric-range", step=49)
 def accuracy_over_another_batch_size(t: Training) -> None:
     """Right answers are divided by the batch size of the configuration, 16; the loader of the validation set has 32. Humbatova: wrong
     metrics; UMLAUT: accuracy above one."""
@@ -142,7 +141,7 @@ class Slow(OneCycleLR):
             super().step(epoch)
 
 
-@fault(classifier, "schedule-unfinished", "update-ratio-low", then=("loss-plateau", "stalled-optimisation"))
+@fault(classifier, "schedule-unfinished", "update-ratio-low", then=(*STUCK, "loss-plateau", "stalled-optimisation"))
 def one_cycle_in_epochs(t: Training) -> None:
     """A one-cycle schedule of as many steps as there are batches is stepped at the end of each epoch: it never leaves its start.
     Humbatova: learning rate; TrainCheck: schedules."""

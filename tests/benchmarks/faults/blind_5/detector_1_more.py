@@ -66,14 +66,18 @@ def recall_of_each_kind_in_a_list(t: Training) -> None:
     t.measure = measure
 
 
-@fault(detector, "metric-always-none", step=99)
+@fault(detector, "metric-always-none", step=49)
 def average_precision_is_none(t: Training) -> None:
     """The average precision comes from a package that is not installed, and its wrapper returns None. Humbatova: missing metric."""
     t.measure = lambda tensors, batch: {**detector.measure(tensors, batch), "average_precision": None}
 
 
 @fault(
-    detector, "parameter-changed", modules=("backbone",), step=80, then=("gradient-zero", "optimizer-frozen-parameters")
+    detector,
+    "parameter-changed",
+    modules=("backbone",),
+    step=80,
+    then=("loss-plateau", "overtraining", "overfit", "loss-diverged", "gradient-zero", "optimizer-frozen-parameters"),
 )
 def frozen_with_velocity(t: Training) -> None:
     """The backbone is frozen at step 80, and `zero_grad(set_to_none=False)` leaves zeros: momentum and decay move it on. TrainCheck:
@@ -149,7 +153,11 @@ def divided_by_every_cell_and_batch(t: Training) -> None:
     t.forward = forward
 
 
-@fault(detector, "scheduler-ends-early", then=("loss-spike", "overtraining", "schedule-unfinished"))
+@fault(
+    detector,
+    "scheduler-ends-early",
+    then=("update-ratio-low", "loss-plateau", "loss-spike", "overtraining", "schedule-unfinished"),
+)
 def cosine_of_half_the_pictures(t: Training) -> None:
     """`T_max` is counted for batches of 32, and the loader gives 16: at half of the run the rate is zero, and rises again. Humbatova:
     learning rate; TrainCheck: schedules."""

@@ -47,7 +47,7 @@ class Blind(patches.Attention):
         return self.project((self.softmax(scores) @ v).transpose(1, 2).reshape(batch, length, width))
 
 
-@fault(patches, "output-constant", "prediction-collapse", "feature-constant", "activation-saturated", modules=("", *ATTENTIONS, *SOFTMAXES, "blocks", "norm", "head"), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "module-unused", "overtraining", "class-imbalance"))  # fmt: skip
+@fault(patches, "output-constant", "prediction-collapse", "feature-constant", "activation-saturated", "gradient-zero", modules=("", "patches", *ATTENTIONS, *SOFTMAXES, "blocks", "norm", "head"), then=(*STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "module-unused", "overtraining", "class-imbalance"))  # fmt: skip
 def mask_of_allowed_as_forbidden(t: Training) -> None:
     """True means allowed in one library and forbidden in another: each token sees only itself, and all pictures have the same class
     token. Humbatova: wrong layer argument."""
@@ -188,7 +188,11 @@ def maximum_of_ramp_and_cosine(t: Training) -> None:
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: max((4 * step + 1) / patches.WARM_UP, 0.01))
 
 
-@fault(patches, "scheduler-ends-early", then=("loss-spike", "overtraining", "schedule-unfinished", "loss-diverged"))
+@fault(
+    patches,
+    "scheduler-ends-early",
+    then=("update-ratio-low", "loss-plateau", "loss-spike", "overtraining", "schedule-unfinished", "loss-diverged"),
+)
 def cosine_of_the_first_phase(t: Training) -> None:
     """`T_max` is the length of the first phase at low resolution, 80 steps, and the scheduler goes on into the second: the rate
     rises and falls again. TrainCheck: schedules."""

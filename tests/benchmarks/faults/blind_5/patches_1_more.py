@@ -38,7 +38,7 @@ def scores_between_minus_one_and_one(t: Training) -> None:
     t.model.head = nn.Sequential(t.model.head, nn.Tanh())
 
 
-@fault(patches, "metric-phase-mismatch", "metric-missing", step=49, then=("metric-unexpected",))
+@fault(patches, "metric-phase-mismatch", "metric-missing", step=24, then=("metric-unexpected",))
 def accuracy_in_training_only(t: Training) -> None:
     """The accuracy is logged at each training step, and the evaluation logs its loss alone. Humbatova: missing validation metric;
     speech: metrics that are missing in validation."""
@@ -102,8 +102,7 @@ def head_in_both_groups(t: Training) -> None:
     patches,
     "class-imbalance",
     "prediction-collapse",
-    step=49,
-    then=("overfit", "overtraining", "input-drift", "metric-constant"),
+    then=("gradient-vanishing", "overfit", "overtraining", "input-drift", "metric-constant"),
 )
 def weeks_of_one_texture(t: Training) -> None:
     """The camera stood in front of one texture for weeks: 49 of 50 pictures show it, validation is balanced, and nothing is weighed.
@@ -145,7 +144,7 @@ def zeroed_behind_the_backward_pass(t: Training) -> None:
     t.after_backward.append(zero)
 
 
-@fault(patches, "input-range", "gradient-imbalance", "activation-exploding", modules=("", "patches", "patches.project"), then=(*DIVERGES, *STUCK, *FLAT, "norm-input-variance", "input-drift", "gradient-vanishing"))  # fmt: skip
+@fault(patches, "input-range", "activation-exploding", modules=("", "patches", "patches.project"), then=("gradient-imbalance", "dtype-headroom", *DIVERGES, *STUCK, *FLAT, "norm-input-variance", "input-drift", "gradient-vanishing"))  # fmt: skip
 def pixels_of_sixteen_bits(t: Training) -> None:
     """Pictures of a microscope with 16 bits reach the model as they are, 0 to 65535. UMLAUT: input not normalised; SageMaker
     CheckInputImages."""
@@ -158,8 +157,8 @@ def pixels_of_sixteen_bits(t: Training) -> None:
     t.sample = sample
 
 
-@fault(patches, "metric-range", step=24)
-def accuracies_of_both_batches_added(t: Training) -> None:
+@fault(patches, "metric-range", step=49)
+def accuracies_of_crops_added(t: Training) -> None:
     """Three crops of each picture are scored, and their accuracies are added, not averaged: up to 3. Humbatova: wrong metrics; UMLAUT:
     accuracy above one."""
     t.val_every = 25
