@@ -17,7 +17,7 @@ def threshold_of_five(t: Training) -> None:
     t.model = autoencoder.Autoencoder(activation=lambda: nn.Softshrink(5.0))
 
 
-@fault(autoencoder, "metric-nonfinite", step=49)
+@fault(autoencoder, "metric-nonfinite", step=49, then=("input-drift",))
 def correlation_of_a_constant_column(t: Training) -> None:
     """The mean correlation over columns, one of which is zero throughout validation: 0 / 0. GRIST: division by zero; Humbatova: wrong
     metrics."""
@@ -66,7 +66,7 @@ def codes_plotted_in_eval(t: Training) -> None:
     t.update = update
 
 
-@fault(autoencoder, "input-nonfinite", "nonfinite-input", "nonfinite-activation", "nonfinite-loss", modules=("", "encoder", "encoder.0"), step=0, then=(*NONFINITE, *STUCK))  # fmt: skip
+@fault(autoencoder, "input-nonfinite", "nonfinite-input", "nonfinite-activation", modules=("", "encoder", "encoder.0"), step=0, then=(*NONFINITE, *STUCK))  # fmt: skip
 def logarithm_of_zero_counts(t: Training) -> None:
     """Columns are counts and are given as their logarithms; some counts are zero. GRIST: logarithm of zero; Humbatova: wrong
     preprocessing."""

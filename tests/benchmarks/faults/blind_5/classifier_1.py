@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from faults._training import Batch, Tensors, Training
 
 
-@fault(classifier, "dead-units", "gradient-zero", "feature-constant", "poor-initialisation", "output-constant", modules=("block3", ""), then=(*STUCK, *FLAT, "parameter-unchanged", "module-unused", "class-imbalance", "update-ratio-low"))  # fmt: skip
+@fault(classifier, "dead-units", "gradient-zero", "feature-constant", "poor-initialisation", "output-constant", modules=("block3", ""), then=(*STUCK, *FLAT, "parameter-unchanged", "module-unused", "update-ratio-low"))  # fmt: skip
 def zero_gains_of_resnets(t: Training) -> None:
     """The gain of the last norm begins at zero, good for residual blocks; here is no shortcut, and a ReLU behind it: no gradient comes
     through. SageMaker AllZero; Humbatova: wrong weights initialisation."""
     nn.init.zeros_(t.model.block3.norm.weight)
 
 
-@fault(classifier, "dropout-high", modules=("dropout",), then=(*STUCK, *FLAT, "overtraining", "class-imbalance", "loss-spike", "gradient-exploding"))  # fmt: skip
+@fault(classifier, "dropout-high", modules=("dropout",), then=(*STUCK, *FLAT, "overtraining", "loss-spike", "gradient-exploding"))  # fmt: skip
 def dropout_of_97_percent(t: Training) -> None:
     """`Dropout(0.97)` in front of the head, where the configuration has the share that is kept. TheDeepChecker: dropout."""
     t.model = classifier.Classifier(dropout=0.97)
@@ -54,11 +54,7 @@ def deviation_of_a_dropped_channel(t: Training) -> None:
     t.model.head = nn.Linear(32, classifier.CLASSES)
 
 
-@fault(
-    classifier,
-    "class-imbalance",
-    then=("overfit", "overtraining", "loss-diverged", "prediction-collapse", "input-drift"),
-)
+@fault(classifier, "class-imbalance", then=("overfit", "overtraining", "loss-diverged", "input-drift"))
 def split_of_a_sorted_list(t: Training) -> None:
     """The list of files is sorted by class and cut at eighty percent: training has the first four classes, validation has all since it
     was drawn before. Humbatova: wrong split; SageMaker ClassImbalance."""
@@ -72,7 +68,7 @@ def split_of_a_sorted_list(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "input-constant", "input-duplicate", "feature-constant", then=(*STUCK, *FLAT, "output-constant", "dead-units", "class-imbalance", "gradient-zero", "gradient-vanishing", "input-range"))  # fmt: skip
+@fault(classifier, "input-constant", "input-duplicate", "feature-constant", then=(*STUCK, *FLAT, "output-constant", "dead-units", "gradient-zero", "gradient-vanishing", "input-range", "gradient-exploding", "gradient-imbalance", "prediction-collapse"))  # fmt: skip
 def floor_division_by_255(t: Training) -> None:
     """`x // 255` of integers: only a pixel of 255 is more than zero. TheDeepChecker: constant inputs; Humbatova: wrong
     preprocessing."""
@@ -85,7 +81,7 @@ def floor_division_by_255(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "input-dtype", then=("checkpoint-dtype",))
+@fault(classifier, "input-dtype")
 def doubled_for_numpy(t: Training) -> None:
     """NumPy makes float64 of the pictures, and the error about types was answered by `model.double()`: twice the memory. TrainCheck:
     dtype; Humbatova: wrong type of data."""
@@ -98,7 +94,7 @@ def doubled_for_numpy(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "loss-input-mismatch", "activation-saturated", modules=("head", ""), then=(*STUCK, "gradient-vanishing", "gradient-zero", "overfit", "class-imbalance", "loss-sign"))  # fmt: skip
+@fault(classifier, "loss-input-mismatch", "activation-saturated", modules=("head", ""), then=(*STUCK, "gradient-vanishing", "gradient-zero", "overfit"))  # fmt: skip
 def probabilities_into_nll(t: Training) -> None:
     """`Softmax` at the end where `nll_loss` asks for `LogSoftmax`: the loss lies between -1 and 0. Humbatova: wrong loss for the last
     layer; UMLAUT."""
@@ -152,7 +148,7 @@ def one_cycle_in_epochs(t: Training) -> None:
     t.schedule = schedule
 
 
-@fault(classifier, "update-ratio-low", "gradient-vanishing", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "parameter-unchanged", "gradient-zero"))  # fmt: skip
+@fault(classifier, "update-ratio-low", "stalled-optimisation", then=(*STUCK, "parameter-unchanged", "gradient-zero", "gradient-vanishing"))  # fmt: skip
 def weight_of_the_only_term(t: Training) -> None:
     """The weight of a side task, 1e-5, has moved to the only term that is left. Humbatova: wrong loss; SageMaker WeightUpdateRatio."""
 
@@ -185,7 +181,7 @@ def helper_not_in_the_loss(t: Training) -> None:
     t.model = Helped()
 
 
-@fault(classifier, "nonfinite-optimizer", "nonfinite-parameter", "update-ratio-high", step=150, then=(*DIVERGES, *NONFINITE, *STUCK, "dead-units", "nonfinite-buffer", "class-imbalance"))  # fmt: skip
+@fault(classifier, "nonfinite-optimizer", "nonfinite-parameter", "update-ratio-high", step=150, then=(*DIVERGES, *NONFINITE, *STUCK, "dead-units", "nonfinite-buffer"))  # fmt: skip
 def rate_over_the_steps_left(t: Training) -> None:
     """The rate is divided by the share of steps that are left, where it should be multiplied: at the end of the schedule it is
     infinite. GRIST: division by zero; Humbatova: learning rate."""

@@ -11,7 +11,7 @@ from faults._fault import FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, plain_update
 
 
-@fault(classifier, "activation-vanishing", "poor-initialisation", "gradient-vanishing", "feature-constant", modules=("block1", "block2", "block3", ""), then=(*STUCK, *FLAT, "output-constant", "gradient-imbalance", "update-ratio-low", "class-imbalance"))  # fmt: skip
+@fault(classifier, "activation-vanishing", "poor-initialisation", "gradient-vanishing", "feature-constant", modules=("block1", "block2", "block3", ""), then=(*STUCK, *FLAT, "output-constant", "gradient-imbalance", "update-ratio-low"))  # fmt: skip
 def filters_of_a_thousandth(t: Training) -> None:
     """`normal_(std=0.001)`, from the last layer of a detector, for all filters, without norms: the head sees its biases only. SageMaker
     PoorWeightInitialization; AutoTrainer: vanishing gradient."""
@@ -35,7 +35,7 @@ def accuracy_with_one_c(t: Training) -> None:
     t.measure = lambda tensors, batch: {"acuracy": classifier.measure(tensors, batch)["accuracy"]}
 
 
-@fault(classifier, "feature-constant", "activation-vanishing", "output-constant", "gradient-zero", modules=("block3", "block3.pool", "head", ""), then=(*STUCK, *FLAT, "gradient-vanishing", "parameter-unchanged", "module-unused", "class-imbalance", "dead-units"))  # fmt: skip
+@fault(classifier, "feature-constant", "activation-vanishing", "output-constant", "gradient-zero", modules=("block3", "block3.pool", "head", ""), then=(*STUCK, *FLAT, "gradient-vanishing", "parameter-unchanged", "module-unused", "dead-units"))  # fmt: skip
 def mean_behind_an_instance_norm(t: Training) -> None:
     """InstanceNorm takes the mean of each channel away, and global average pooling right behind it asks for that mean: zero for all
     pictures. TheDeepChecker: wrong normalisation; Humbatova: order of layers."""

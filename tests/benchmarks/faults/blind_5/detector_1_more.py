@@ -14,7 +14,7 @@ from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, plain_update, seeded
 
 
-@fault(detector, "nonfinite-buffer", "input-nonfinite", "nonfinite-input", "nonfinite-activation", "nonfinite-loss", modules=("", "backbone", "backbone.stem", "neck"), step=60, then=(*NONFINITE, *STUCK, "step-skipped"))  # fmt: skip
+@fault(detector, "nonfinite-buffer", "input-nonfinite", "nonfinite-input", "nonfinite-activation", modules=("", "backbone", "backbone.stem", "neck"), step=60, then=(*NONFINITE, *STUCK, "step-skipped"))  # fmt: skip
 def broken_picture_in_statistics(t: Training) -> None:
     """A picture with an Inf at step 60; the loop leaves out the step of a loss that is not finite, and the running statistics keep it:
     each validation is NaN. TrainCheck: buffers."""
@@ -120,7 +120,7 @@ def letter_box_without_a_picture(t: Training) -> None:
     t.sample = sample
 
 
-@fault(detector, "model-changed", "optimizer-misses-parameters", "parameter-unchanged", "optimizer-owns-others", modules=("neck", "neck.conv"), step=100, then=("gradient-exploding", "gradient-imbalance", "gradient-clipping", "module-unused", "gradient-zero", "loss-spike", "overtraining", "gradient-accumulation"))  # fmt: skip
+@fault(detector, "model-changed", "optimizer-misses-parameters", "parameter-unchanged", modules=("neck", "neck.conv"), step=100, then=("gradient-exploding", "gradient-imbalance", "gradient-clipping", "module-unused", "gradient-zero", "loss-spike", "overtraining", "gradient-accumulation", "optimizer-owns-others"))  # fmt: skip
 def fused_for_a_preview(t: Training) -> None:
     """At step 100 the neck's convolution and norm are fused for a fast preview, and the run goes on with the fused layer, of which the
     optimizer does not know. TrainCheck: parameters not in the optimizer."""
@@ -141,7 +141,7 @@ def features_detached_in_front_of_the_neck(t: Training) -> None:
     t.model.backbone.register_forward_hook(lambda module, args, output: output.detach())
 
 
-@fault(detector, "update-ratio-low", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "parameter-unchanged", "gradient-vanishing"))  # fmt: skip
+@fault(detector, "update-ratio-low", "stalled-optimisation", then=(*STUCK, "parameter-unchanged", "gradient-vanishing"))  # fmt: skip
 def divided_by_every_cell_and_batch(t: Training) -> None:
     """The loss is divided by the number of things, then by that of cells, and by that of pictures: a thousandth of what the rate was
     set for. TheDeepChecker: wrong reduction; SageMaker WeightUpdateRatio."""
@@ -221,7 +221,7 @@ def second_stage_in_no_sum(t: Training) -> None:
     t.optimize = lambda p: torch.optim.SGD(p, 0.01, momentum=0.9)
 
 
-@fault(detector, "metric-missing", "metric-vanished", "metric-phase-mismatch", step=99)
+@fault(detector, "metric-vanished", "metric-missing", step=99)
 def recall_of_the_first_evaluation_only(t: Training) -> None:
     """The evaluator is reset in the wrong place, and after the first evaluation it returns no recall. Speech: metrics that are missing in
     validation; Humbatova: wrong metrics."""
