@@ -94,7 +94,7 @@ def doubled_for_numpy(t: Training) -> None:
     t.sample = sample
 
 
-@fault(classifier, "loss-input-mismatch", "activation-saturated", modules=("head", ""), then=(*STUCK, "gradient-vanishing", "gradient-zero", "overfit"))  # fmt: skip
+@fault(classifier, "loss-input-mismatch", modules=("head", ""), then=(*STUCK, "gradient-vanishing", "gradient-zero", "overfit", "activation-saturated"))  # fmt: skip
 def probabilities_into_nll(t: Training) -> None:
     """`Softmax` at the end where `nll_loss` asks for `LogSoftmax`: the loss lies between -1 and 0. Humbatova: wrong loss for the last
     layer; UMLAUT."""

@@ -35,7 +35,7 @@ def accuracy_with_one_c(t: Training) -> None:
     t.measure = lambda tensors, batch: {"acuracy": classifier.measure(tensors, batch)["accuracy"]}
 
 
-@fault(classifier, "feature-constant", "activation-vanishing", "output-constant", "gradient-zero", modules=("block3", "block3.pool", "head", ""), then=(*STUCK, *FLAT, "gradient-vanishing", "parameter-unchanged", "module-unused", "dead-units"))  # fmt: skip
+@fault(classifier, "feature-constant", "activation-vanishing", "output-constant", "gradient-vanishing", modules=("block3", "block3.pool", "head", ""), then=(*STUCK, *FLAT, "parameter-unchanged", "module-unused", "dead-units", "gradient-zero", "update-ratio-low"))  # fmt: skip
 def mean_behind_an_instance_norm(t: Training) -> None:
     """InstanceNorm takes the mean of each channel away, and global average pooling right behind it asks for that mean: zero for all
     pictures. TheDeepChecker: wrong normalisation; Humbatova: order of layers."""

@@ -82,7 +82,7 @@ def corners_in_pixels_as_targets(t: Training) -> None:
     t.forward = forward
 
 
-@fault(detector, "gradient-zero", "parameter-unchanged", "module-unused", modules=("boxes",), then=("update-ratio-low", "loss-plateau", "overtraining"))  # fmt: skip
+@fault(detector, "gradient-zero", "parameter-unchanged", "module-unused", modules=("boxes",), then=("update-ratio-low", "loss-plateau", "overtraining", "metric-constant"))  # fmt: skip
 def boxes_decoded_for_display(t: Training) -> None:
     """Boxes are decoded by the function that draws them, under `no_grad()`: their loss is a number without a gradient. TrainCheck:
     parameters without gradients; SageMaker UnchangedTensor."""
