@@ -246,7 +246,7 @@ def to_tensor_without_normalise(t: Training) -> None:
     t.sample = sample
 
 
-@fault(patches, "overfit", "overtraining", "input-duplicate", step=1, then=("weight-norm-drift",))
+@fault(patches, "overfit", "overtraining", "input-duplicate", step=1, then=("weight-norm-drift", "loss-plateau"))  # fmt: skip
 def subset_of_thirty_two(t: Training) -> None:
     """`Subset(data, range(32))` from a test of the loop: one batch, shuffled anew each time, is learnt by heart. SageMaker Overfit;
     TheDeepChecker: overfitting."""

@@ -115,7 +115,7 @@ def weeks_of_one_texture(t: Training) -> None:
     t.sample = sample
 
 
-@fault(patches, "loss-sign", "prediction-collapse", "activation-exploding", step=5, then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "overfit", "gradient-vanishing", "dead-units"))  # fmt: skip
+@fault(patches, "loss-sign", "prediction-collapse", "activation-exploding", step=0, then=(*DIVERGES, *STUCK, *FLAT, "activation-saturated", "overfit", "gradient-vanishing", "dead-units"))  # fmt: skip
 def entropy_without_its_minus(t: Training) -> None:
     """Cross entropy by hand, `(wanted * log_softmax).sum(1).mean()`, and the minus is missing: right classes are made unlikely.
     Humbatova: wrong loss; TheDeepChecker."""
