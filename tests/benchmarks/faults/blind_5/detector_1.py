@@ -309,7 +309,7 @@ def milestones_in_batches(t: Training) -> None:
     t.schedule = lambda optimizer: StepLR(optimizer, 8)
 
 
-@fault(detector, "weight-norm-drift", step=20, then=("loss-spike", *STUCK, *FLAT, "update-ratio-low", "weight-decay-on-norms", "dead-units", "update-ratio-high", "metric-constant", "loss-diverged"))  # fmt: skip
+@fault(detector, "weight-norm-drift", step=5, then=("loss-spike", *STUCK, *FLAT, "update-ratio-low", "weight-decay-on-norms", "dead-units", "update-ratio-high", "metric-constant", "loss-diverged"))  # fmt: skip
 def decay_of_adamw_in_sgd(t: Training) -> None:
     """A decay of 2 from another optimizer's sweep, multiplied by no rate of 1e-4 any more: weights, gains of norms too, fall to
     nothing. Humbatova: regularisation; SageMaker TensorVariance."""

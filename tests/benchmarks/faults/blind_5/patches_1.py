@@ -199,7 +199,7 @@ def cosine_of_the_first_phase(t: Training) -> None:
     t.schedule = lambda optimizer: CosineAnnealingLR(optimizer, 80)
 
 
-@fault(patches, "weight-norm-drift", step=20, then=(*STUCK, *FLAT, "activation-vanishing", "update-ratio-low", "weight-decay-on-norms", "loss-diverged", "update-ratio-high"))  # fmt: skip
+@fault(patches, "weight-norm-drift", step=10, then=(*STUCK, *FLAT, "activation-vanishing", "update-ratio-low", "weight-decay-on-norms", "loss-diverged", "update-ratio-high"))  # fmt: skip
 def decay_of_the_rate_free_kind(t: Training) -> None:
     """A decay of 30, made for an AdamW that does not multiply it by the rate: nine percent of each weight at each step. Humbatova:
     regularisation; SageMaker TensorVariance."""
