@@ -206,7 +206,7 @@ def decay_of_the_rate_free_kind(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=30.0)
 
 
-@fault(patches, "gradient-accumulation", step=1, then=(*DIVERGES, "gradient-imbalance", "loss-plateau", "gradient-clipping", "overfit"))  # fmt: skip
+@fault(patches, "gradient-accumulation", step=1, then=(*DIVERGES, *STUCK, *FLAT, "gradient-imbalance", "gradient-clipping", "overfit"))  # fmt: skip
 def only_the_head_is_zeroed(t: Training) -> None:
     """`model.head.zero_grad()`, from the linear probing that came before: gradients of all else add up. TrainCheck: misplaced
     `zero_grad`."""
