@@ -129,7 +129,7 @@ def build(seed: int = 0, **options) -> Training:
 
     def sample(step: int, phase: str) -> Batch:
         made = seeded(seed, step, len(phase))
-        return noised(data[phase][torch.randint(len(data[phase]), (BATCH,), generator=made)], made)
+        return noised(data[phase][torch.randperm(len(data[phase]), generator=made)[:BATCH]], made)
 
     return Training(
         Denoiser(**options), sample, forward, measure, lambda p: torch.optim.AdamW(p, 2e-3, weight_decay=0.01),

@@ -128,7 +128,7 @@ def build(seed: int = 0, **options) -> Training:
 
     def sample(step: int, phase: str) -> Batch:
         made = seeded(seed, step, len(phase))
-        high = data[phase][torch.randint(len(data[phase]), (BATCH,), generator=made)]
+        high = data[phase][torch.randperm(len(data[phase]), generator=made)[:BATCH]]
         high = patches(high, made) if phase == "train" else high
         return reduced(high), high
 
