@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from faults import diffuser
-from faults._fault import DIVERGES, NONFINITE, STUCK, fault
+from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
 from faults._training import Batch, Observer, Tensors, Training, plain_update
 from faults.diffuser import LEVELS, Denoiser, kept, measure, result
 
@@ -116,7 +116,7 @@ def share_to_keep_is_dropped(t: Training) -> None:
             setattr(block, name, nn.Sequential(nn.SiLU(), nn.Dropout(0.95)))
 
 
-@fault(diffuser, "activation-saturated", modules=("out", "out.1", ""), then=(*STUCK, "gradient-vanishing", "loss-input-mismatch", "gradient-zero", "weight-norm-drift"))  # fmt: skip
+@fault(diffuser, "activation-saturated", "loss-plateau", "stalled-optimisation", modules=("out", "out.1", ""), step=60, then=(*STUCK, "gradient-vanishing", "loss-input-mismatch", "gradient-zero", "weight-norm-drift"))  # fmt: skip
 def sigmoid_for_the_noise(t: Training) -> None:
     """The last layer ends in a sigmoid, as a generator of pictures from 0 to 1 does; the noise has both signs. Humbatova: wrong activation
     function; SageMaker SaturatedActivation."""
