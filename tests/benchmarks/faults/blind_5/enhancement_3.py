@@ -133,7 +133,7 @@ def deviation_of_an_empty_bin(t: Training) -> None:
     t.sample = sample
 
 
-@fault(enhancement, "activation-saturated", "output-silent", "gradient-vanishing", "poor-initialisation", modules=("mask", "sigmoid", ""), then=(*STUCK, "gradient-zero", "parameter-unchanged", "update-ratio-low", "feature-constant", "activation-vanishing", "units-symmetric"))  # fmt: skip
+@fault(enhancement, "activation-saturated", "output-silent", "gradient-vanishing", "poor-initialisation", "parameter-unchanged", "update-ratio-low", modules=("mask", "sigmoid", ""), then=(*STUCK, "gradient-zero", "feature-constant", "activation-vanishing", "units-symmetric"))  # fmt: skip
 def mask_shut_by_forty(t: Training) -> None:
     """The bias before the masks' sigmoid is given in dB, -40: no mask opens. SageMaker SaturatedActivation; Humbatova: initial weights."""
     nn.init.constant_(t.model.mask.bias, -40.0)
