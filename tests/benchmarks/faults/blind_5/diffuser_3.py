@@ -90,7 +90,7 @@ def bound_of_a_millionth(t: Training) -> None:
     t.clip = 1e-6
 
 
-@fault(diffuser, "optimizer-misses-parameters", "parameter-unchanged", modules=("stem",), then=("model-changed", "optimizer-owns-others"))  # fmt: skip
+@fault(diffuser, "optimizer-misses-parameters", "parameter-unchanged", modules=("stem",), then=("model-changed", "optimizer-owns-others", "gradient-accumulation", "gradient-exploding", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
 def stem_for_grey_pictures(t: Training) -> None:
     """The first convolution is replaced by one for grey pictures after the optimizer was built. TrainCheck: parameters not in the
     optimizer; SageMaker UnchangedTensor."""
@@ -98,7 +98,7 @@ def stem_for_grey_pictures(t: Training) -> None:
     t.model.stem = nn.Conv2d(1, WIDTH, 3, padding=1)
 
 
-@fault(diffuser, "optimizer-owns-others", "optimizer-misses-parameters", "parameter-unchanged", "stalled-from-start", then=(*STUCK, "update-ratio-low", "gradient-clipping"))  # fmt: skip
+@fault(diffuser, "optimizer-owns-others", "optimizer-misses-parameters", "parameter-unchanged", "stalled-from-start", then=(*STUCK, "update-ratio-low", "gradient-accumulation", "gradient-exploding", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
 def optimizer_of_the_average(t: Training) -> None:
     """The optimizer is given the parameters of the running average, which is never trained. TrainCheck: the optimizer holds other
     parameters."""

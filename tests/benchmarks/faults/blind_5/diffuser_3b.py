@@ -33,7 +33,7 @@ def pictures_as_bytes(t: Training) -> None:
     t.sample = lambda step, phase: again(127.5 * (clean(batch := plain(step, phase)) + 1), batch)
 
 
-@fault(diffuser, "input-drift", step=44, then=("overfit", "overtraining", "input-range", "metric-range", "loss-diverged", "activation-exploding"))  # fmt: skip
+@fault(diffuser, "input-drift", "input-range", step=44, then=("overfit", "overtraining", "metric-range", "loss-diverged", "activation-exploding"))  # fmt: skip
 def validation_in_bytes(t: Training) -> None:
     """Only the loader for training brings pictures from 0 to 255 to -1 to 1. Humbatova: wrong preprocessing; SageMaker
     NotNormalizedData."""
@@ -80,7 +80,7 @@ def divided_as_integers(t: Training) -> None:
     t.sample = sample
 
 
-@fault(diffuser, "validation-in-train-mode", modules=("",), step=44)
+@fault(diffuser, "validation-in-train-mode", modules=("", *BLOCKS, "attention", "norm"), step=44)
 def evaluation_without_eval(t: Training) -> None:
     """With BatchNorm, the validation that the trainer was given has `no_grad` and no `eval`. TrainCheck: modes."""
     t.model = Denoiser(norm=nn.BatchNorm2d)
@@ -94,7 +94,13 @@ def evaluation_without_eval(t: Training) -> None:
     t.validate = validate
 
 
-@fault(diffuser, "model-in-eval", modules=("",), step=45, then=("norm-input-variance", "overfit"))
+@fault(
+    diffuser,
+    "model-in-eval",
+    modules=("", *BLOCKS, "attention", "norm"),
+    step=45,
+    then=("norm-input-variance", "overfit"),
+)
 def sampler_leaves_eval_on(t: Training) -> None:
     """Pictures are drawn after the first validation, in eval mode, in which the model stays; it has BatchNorm and dropout. TrainCheck:
     modes."""
@@ -236,7 +242,7 @@ def gradients_emptied_before_the_step(t: Training) -> None:
     t.after_backward.append(lambda training, step: training.optimizer.zero_grad())
 
 
-@fault(diffuser, "attention-head-dead", "gradient-zero", modules=("attention", "attention.heads"), then=("units-symmetric", "poor-initialisation", "dead-units"))  # fmt: skip
+@fault(diffuser, "attention-head-dead", "units-symmetric", modules=("attention", "attention.heads"), then=("gradient-zero", "poor-initialisation", "dead-units"))  # fmt: skip
 def three_of_four_heads_loaded(t: Training) -> None:
     """A checkpoint of three heads fills four: queries, keys and values of the last one are zero, and so is its part of the output.
     SageMaker AllZero; TheDeepChecker: zero weights."""

@@ -21,7 +21,7 @@ def dropout_keeps_one_in_twenty(t: Training) -> None:
     t.model = Enhancer(activation=lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.95)))
 
 
-@fault(enhancement, "validation-in-train-mode", modules=("",), step=49)
+@fault(enhancement, "validation-in-train-mode", modules=("", *LAYERS), step=49)
 def scored_with_dropout(t: Training) -> None:
     """The scores are computed under `no_grad`, which is taken for `eval`: dropout acts. TrainCheck: modes."""
     t.model = Enhancer(activation=lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.3)))

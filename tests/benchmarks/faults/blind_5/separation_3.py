@@ -118,7 +118,7 @@ def epsilon_taken_off(t: Training) -> None:
     t.forward = forward
 
 
-@fault(separation, "audio-dc", "audio-mixture", "input-range", "batch-order", then=("activation-exploding", "gradient-exploding", "gradient-imbalance", "loss-plateau", "stalled-optimisation", "activation-saturated", "audio-peak", *COLLAPSED))  # fmt: skip
+@fault(separation, "audio-dc", "audio-mixture", "input-range", "batch-order", then=("activation-exploding", "gradient-exploding", "gradient-imbalance", "loss-plateau", "stalled-optimisation", "activation-saturated", "gradient-clipping", "audio-peak", *COLLAPSED))  # fmt: skip
 def offset_of_the_converter(t: Training) -> None:
     """Mixtures come from a converter with an offset, 20 times their level, which the references do not have. Humbatova: wrong preprocessing;
     SageMaker NotNormalizedData."""
@@ -131,7 +131,7 @@ def offset_of_the_converter(t: Training) -> None:
     t.sample = sample
 
 
-@fault(separation, "activation-exploding", "poor-initialisation", modules=("layers", *THREE, "mask", ""), then=(*DIVERGES, *STUCK, *COLLAPSED, "activation-saturated", "gradient-imbalance", "gradient-vanishing", "gradient-zero", "output-silent"))  # fmt: skip
+@fault(separation, "activation-exploding", "poor-initialisation", modules=("layers", *THREE, "mask", ""), then=(*DIVERGES, *STUCK, *COLLAPSED, "activation-saturated", "gradient-clipping", "gradient-imbalance", "gradient-vanishing", "gradient-zero", "output-silent"))  # fmt: skip
 def blocks_without_norms(t: Training) -> None:
     """Normalisations are taken out for streaming, and the weights are left at the deviation that they had beside them, one. SageMaker
     ExplodingTensor and PoorWeightInitialization."""

@@ -142,7 +142,7 @@ def pixels_before_a_sigmoid(t: Training) -> None:
         t.model.tail[0].bias.fill_(127.5)
 
 
-@fault(upscaler, "optimizer-misses-parameters", "parameter-unchanged", modules=("upsample", "upsample.0", "tail"), then=("model-changed", "optimizer-owns-others"))  # fmt: skip
+@fault(upscaler, "optimizer-misses-parameters", "parameter-unchanged", modules=("upsample", "upsample.0", "tail"), then=("model-changed", "optimizer-owns-others", "gradient-accumulation", "gradient-exploding", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
 def end_for_another_scale(t: Training) -> None:
     """The end is built anew for a factor of two when the optimizer already holds that of a factor of four. TrainCheck: parameters not in the
     optimizer."""
@@ -150,7 +150,7 @@ def end_for_another_scale(t: Training) -> None:
     t.model.upsample, t.model.tail = upscaler.Upsampler(), nn.Conv2d(WIDTH, 3, 3, padding=1)
 
 
-@fault(upscaler, "optimizer-owns-others", "optimizer-misses-parameters", "parameter-unchanged", "stalled-from-start", then=(*STUCK, "update-ratio-low"))  # fmt: skip
+@fault(upscaler, "optimizer-owns-others", "optimizer-misses-parameters", "parameter-unchanged", "stalled-from-start", then=(*STUCK, "update-ratio-low", "gradient-accumulation", "gradient-exploding", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
 def optimizer_of_the_teacher(t: Training) -> None:
     """The optimizer is built from `teacher`, two lines below `student`. TrainCheck: the optimizer holds other parameters."""
     t.optimizers = [t.optimize(list(copy.deepcopy(t.model).parameters()))]
@@ -202,7 +202,7 @@ def rate_times_the_ranks(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 3e-3 * 256)
 
 
-@fault(upscaler, "weight-norm-drift", "loss-plateau", "stalled-optimisation", step=20, then=(*STUCK, *FLAT, "gradient-vanishing", "output-constant", "update-ratio-high", "dead-units"))  # fmt: skip
+@fault(upscaler, "weight-norm-drift", "loss-plateau", "stalled-optimisation", step=20, then=(*STUCK, *FLAT, "gradient-vanishing", "output-constant", "update-ratio-high", "dead-units", "weight-decay-on-norms"))  # fmt: skip
 def decay_of_fifteen(t: Training) -> None:
     """AdamW with a weight decay of 15, meant as 1.5e-1 of another scale: 4 % of all weights go in each step. Humbatova: regularisation;
     TheDeepChecker: underfitting."""
@@ -310,7 +310,7 @@ def skip_in_place_of_the_body(t: Training) -> None:
     t.model = Short()
 
 
-@fault(upscaler, "model-in-eval", modules=("",), then=("norm-input-variance",))
+@fault(upscaler, "model-in-eval", modules=("", *BODY), then=("norm-input-variance",))
 def never_trained_in_train_mode(t: Training) -> None:
     """The blocks have BatchNorm, as in SRResNet, and the model is put into eval mode once for a first picture, each epoch. TrainCheck: modes."""
     for block in t.model.body:
