@@ -258,3 +258,47 @@ def pictures_in_float64(t: Training) -> None:
     plain = t.sample
     t.sample = lambda step, phase: tuple(part.double() for part in plain(step, phase))
     t.forward = lambda model, batch: diffuser.forward(model, tuple(part.float() for part in batch))
+
+
+@fault(
+    diffuser,
+    "module-unused",
+    "gradient-zero",
+    "parameter-unchanged",
+    modules=("embed", *(f"{block}.time" for block in BLOCKS)),
+)
+def time_never_added(t: Training) -> None:
+    """Times are embedded and brought to the channels of each block, and the sum of both was lost in a merge. TrainCheck; Humbatova: missing
+    connection."""
+    for block in (t.model.get_submodule(name) for name in BLOCKS):
+        block.time.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+
+
+@fault(diffuser, "nonfinite-optimizer", "nonfinite-parameter", modules=("", *BLOCKS, "embed", "stem", "out"), step=20, then=(*NONFINITE, "scheduler-ends-early"))  # fmt: skip
+def cosine_without_any_steps(t: Training) -> None:
+    """After the warm-up of 20 steps comes a cosine over 20 - 20 steps: its progress is 0 / 0, and the rate NaN. GRIST: division by zero."""
+    warm, total = torch.tensor(20.0), torch.tensor(20.0)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / float(warm)
+        return float(0.5 * (1 + torch.cos(torch.pi * (step - warm) / (total - warm))))
+
+    t.schedule = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@fault(diffuser, "metric-vanished", "metric-missing", step=134, then=("metric-phase-mismatch",))
+def score_of_the_first_half(t: Training) -> None:
+    """A slow score is left out in the second half of the run, in which nobody was to look at it. Humbatova: wrong metric."""
+    plain, now = t.validate, [0]
+
+    def validate(training: Training, step: int, observer: Observer) -> None:
+        now[0] = step
+        plain(training, step, observer)
+
+    def scores(tensors: Tensors, batch: Batch) -> dict[str, object]:
+        known = measure(tensors, batch)
+        return known if now[0] < training_half else {"explained": known["explained"]}
+
+    training_half = t.steps // 2
+    t.validate, t.measure = validate, scores

@@ -178,3 +178,29 @@ def rate_grows_for_ever(t: Training) -> None:
     """`ExponentialLR` is given a factor of 1.05, for 0.95: after 200 steps the rate is 17. Humbatova: learning rate; SageMaker
     WeightUpdateRatio."""
     t.schedule = lambda optimizer: ExponentialLR(optimizer, 1.05)
+
+
+@fault(enhancement, "feature-constant", "activation-vanishing", modules=("layer1", "layer1.conv", ""), then=(*STUCK, *FLAT, "gradient-imbalance", "update-ratio-low", "module-unused", "poor-initialisation"))  # fmt: skip
+def features_scaled_to_nothing(t: Training) -> None:
+    """Features are divided by 2 ** 31 inside of the model, a number for 32-bit samples: the first layer sees its own bias only. Humbatova: wrong
+    preprocessing; SageMaker TensorVariance."""
+    t.model.layer1.register_forward_pre_hook(lambda module, args: (args[0] / 2**31,))
+
+
+@fault(enhancement, "dead-units", "output-silent", "gradient-zero", "poor-initialisation", "feature-constant", modules=("mask", "sigmoid"), then=(*STUCK, *FLAT, "parameter-unchanged", "units-symmetric", "update-ratio-low", "activation-saturated", "module-unused"))  # fmt: skip
+def rectified_mask_never_opens(t: Training) -> None:
+    """The masks' sigmoid is replaced by a ReLU, and the bias of -6 that kept the sigmoid nearly closed at first stays. SageMaker DeadRelu."""
+    t.model.sigmoid = nn.ReLU()
+    nn.init.constant_(t.model.mask.bias, -6.0)
+
+
+@fault(enhancement, "model-changed", "optimizer-misses-parameters", "parameter-unchanged", "optimizer-owns-others", modules=("mask",), step=120, then=(*DIVERGES, *STUCK, "module-unused", "gradient-zero", "gradient-accumulation", "gradient-imbalance"))  # fmt: skip
+def mask_exchanged_in_the_middle(t: Training) -> None:
+    """At step 120 the mask's layer is made anew, for another number of bins, and the optimizer is not told. TrainCheck: parameters not in the
+    optimizer."""
+
+    def exchange(training: Training, step: int) -> None:
+        if step == 120:
+            training.model.mask = nn.Conv1d(enhancement.WIDTH, enhancement.BINS, 1)
+
+    t.before.append(exchange)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from faults import separation
 from faults._fault import DIVERGES, FLAT, NONFINITE, STUCK, fault
@@ -168,3 +170,71 @@ def validation_of_integers(t: Training) -> None:
     wrong preprocessing."""
     plain = t.sample
     t.sample = lambda step, phase: tuple(x * (8000.0 if phase == "val" else 1.0) for x in plain(step, phase))
+
+
+@fault(separation, "input-dtype", then=("precision-loss",))
+def mixtures_in_float64(t: Training) -> None:
+    """Mixtures are added up in numpy, in float64, and converted by the loop. TrainCheck: dtype."""
+    plain = t.sample
+    t.sample = lambda step, phase: tuple(part.double() for part in plain(step, phase))
+    t.forward = lambda model, batch: separation.forward(model, tuple(part.float() for part in batch))
+
+
+@fault(separation, "metric-grad", step=19)
+def progress_with_its_graphs(t: Training) -> None:
+    """The SI-SDR of the last 20 steps is logged as the sum of tensors that keep their graphs. Humbatova: memory; PyTorch: `total_loss += loss`."""
+    kept: list[torch.Tensor] = []
+
+    def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
+        batch, tensors = plain_update(training, step, observer)
+        kept.append(-tensors["loss"])
+        if len(kept) == 20:
+            observer.log({"train_si_sdr_db": sum(kept) / 20}, "train", step)
+            kept.clear()
+        return batch, tensors
+
+    t.update = update
+
+
+@fault(separation, "metric-vanished", "metric-missing", step=199, then=("metric-phase-mismatch",))
+def improvement_while_it_improves(t: Training) -> None:
+    """The gain over the mixture is only put into the results until step 150, where a list of its own names ends. Humbatova: wrong metric."""
+    plain, now = t.validate, [0]
+
+    def validate(training: Training, step: int, observer: Observer) -> None:
+        now[0] = step
+        plain(training, step, observer)
+
+    def scores(tensors: Tensors, batch: Batch) -> dict[str, object]:
+        gain = float(si_sdr(batch[0][:, None].expand_as(batch[1]), batch[1]).mean())
+        known = measure(tensors, batch)
+        return {**known, "si_sdri_db": float(str(known["si_sdr_db"])) - gain} if now[0] < 150 else known
+
+    t.validate, t.measure = validate, scores
+
+
+@fault(separation, "scheduler-ends-early", step=40, then=("schedule-restarted", "loss-spike", "schedule-unfinished", "update-ratio-low", "loss-diverged", "loss-plateau"))  # fmt: skip
+def cosine_of_forty_batches(t: Training) -> None:
+    """A cosine for 40 epochs is stepped after each batch, and goes up and down. TrainCheck: scheduler; Humbatova: learning rate."""
+    t.schedule = lambda optimizer: CosineAnnealingLR(optimizer, 40)
+
+
+@fault(separation, "update-ratio-low", "parameter-unchanged", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, *COLLAPSED))  # fmt: skip
+def average_replaces_the_model(t: Training) -> None:
+    """The running average, at 0.9999, is loaded into the model for each validation and, by a mistake of indentation, after each step. TrainCheck:
+    parameters not updated."""
+    average = copy.deepcopy(t.model.state_dict())
+
+    def back(training: Training, step: int) -> None:
+        for name, value in training.model.state_dict().items():
+            average[name].lerp_(value, 1e-4)
+        training.model.load_state_dict(average)
+
+    t.after_step.append(back)
+
+
+@fault(separation, "update-ratio-low", "stalled-optimisation", "loss-plateau", "stalled-from-start", then=(*STUCK, *COLLAPSED, "parameter-unchanged"))  # fmt: skip
+def epsilon_of_ten_thousand(t: Training) -> None:
+    """Adam's epsilon is 1e4, with its sign lost: gradients are divided by it. Humbatova: optimiser's parameters; AutoTrainer: slow
+    convergence."""
+    t.optimize = lambda p: torch.optim.Adam(p, 2e-3, eps=1e4)
