@@ -1,4 +1,4 @@
-"""A denoising diffusion model of small pictures: a U-Net with a time embedding and attention predicts the noise, AdamW, warm-up, clipping."""
+"""Denoising diffusion of small pictures: a U-Net with a time embedding and attention predicts the noise; AdamW, warm-up, clipping."""
 
 from __future__ import annotations
 

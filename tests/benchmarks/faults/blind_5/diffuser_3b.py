@@ -48,8 +48,8 @@ def validation_in_bytes(t: Training) -> None:
 
 @fault(diffuser, "input-duplicate", then=("overfit", "overtraining"))
 def workers_draw_the_same_noise(t: Training) -> None:
-    """Four workers have one seed: they draw the same three pictures, levels and noises. TrainCheck: workers with one seed, as with numpy's
-    generator in PyTorch's loader."""
+    """Four workers have one seed: they draw the same three pictures, levels and noises. TrainCheck: workers with one seed, as with
+    numpy's generator in PyTorch's loader."""
     plain = t.sample
 
     def sample(step: int, phase: str) -> Batch:
@@ -124,8 +124,8 @@ def share_to_keep_is_dropped(t: Training) -> None:
 
 @fault(diffuser, "activation-saturated", "loss-plateau", "stalled-optimisation", modules=("out", "out.1", ""), step=60, then=(*STUCK, "gradient-vanishing", "loss-input-mismatch", "gradient-zero", "weight-norm-drift"))  # fmt: skip
 def sigmoid_for_the_noise(t: Training) -> None:
-    """The last layer ends in a sigmoid, as a generator of pictures from 0 to 1 does; the noise has both signs. Humbatova: wrong activation
-    function; SageMaker SaturatedActivation."""
+    """The last layer ends in a sigmoid, as a generator of pictures from 0 to 1 does; the noise has both signs. Humbatova: wrong
+    activation function; SageMaker SaturatedActivation."""
     t.model.out = nn.Sequential(t.model.out, nn.Sigmoid())
 
 
@@ -260,23 +260,18 @@ def pictures_in_float64(t: Training) -> None:
     t.forward = lambda model, batch: diffuser.forward(model, tuple(part.float() for part in batch))
 
 
-@fault(
-    diffuser,
-    "module-unused",
-    "gradient-zero",
-    "parameter-unchanged",
-    modules=("embed", *(f"{block}.time" for block in BLOCKS)),
-)
+@fault(diffuser, "module-unused", "gradient-zero", "parameter-unchanged", modules=("embed", *(f"{block}.time" for block in BLOCKS)), then=("feature-constant", "dead-units", "activation-vanishing", "units-symmetric", "gradient-vanishing"))  # fmt: skip
 def time_never_added(t: Training) -> None:
-    """Times are embedded and brought to the channels of each block, and the sum of both was lost in a merge. TrainCheck; Humbatova: missing
-    connection."""
+    """Times are embedded and brought to the channels of each block, and the sum of both was lost in a merge. TrainCheck; Humbatova:
+    missing connection."""
     for block in (t.model.get_submodule(name) for name in BLOCKS):
         block.time.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
 
 
-@fault(diffuser, "nonfinite-optimizer", "nonfinite-parameter", modules=("", *BLOCKS, "embed", "stem", "out"), step=20, then=(*NONFINITE, "scheduler-ends-early"))  # fmt: skip
+@fault(diffuser, "nonfinite-optimizer", "nonfinite-parameter", modules=("", *BLOCKS, "embed", "stem", "smaller", "attention", "larger", "norm", "out"), step=20, then=(*NONFINITE, "scheduler-ends-early"))  # fmt: skip
 def cosine_without_any_steps(t: Training) -> None:
-    """After the warm-up of 20 steps comes a cosine over 20 - 20 steps: its progress is 0 / 0, and the rate NaN. GRIST: division by zero."""
+    """After the warm-up of 20 steps comes a cosine over 20 - 20 steps: its progress is 0 / 0, and the rate NaN. GRIST: division by
+    zero."""
     warm, total = torch.tensor(20.0), torch.tensor(20.0)
 
     def factor(step: int) -> float:

@@ -57,7 +57,8 @@ def ratio_of_empty_bins(t: Training) -> None:
 
 @fault(enhancement, "metric-grad", step=24)
 def mean_loss_with_its_graphs(t: Training) -> None:
-    """The mean of the last 25 losses is logged as a tensor that still has its graphs. Humbatova: memory; PyTorch: `total_loss += loss`."""
+    """The mean of the last 25 losses is logged as a tensor that still has its graphs. Humbatova: memory; PyTorch: `total_loss +=
+    loss`."""
     losses: list[torch.Tensor] = []
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
@@ -84,7 +85,8 @@ def scores_of_all_items(t: Training) -> None:
 
 @fault(enhancement, "optimizer-duplicate-parameters", modules=("mask", ""))
 def mask_in_both_optimizers(t: Training) -> None:
-    """The mask's layer has an optimizer with a higher rate, and stays in the one of all. TrainCheck: optimizer; Humbatova: wrong optimiser."""
+    """The mask's layer has an optimizer with a higher rate, and stays in the one of all. TrainCheck: optimizer; Humbatova: wrong
+    optimiser."""
     t.optimizers = [t.optimize(list(t.model.parameters())), torch.optim.Adam(t.model.mask.parameters(), 3e-3)]
     t.update = update_of_two
 
@@ -105,16 +107,16 @@ def all_gradients_summed(t: Training) -> None:
 
 @fault(enhancement, "gradient-clipping", "update-ratio-low", "stalled-optimisation", "loss-plateau", "stalled-from-start", then=(*STUCK, "parameter-unchanged"))  # fmt: skip
 def clipped_to_ten_to_minus_five(t: Training) -> None:
-    """SGD, and a bound of 1e-5 for gradients whose norm is 0.1: the decay's number in the wrong line. TrainCheck: clipping; AutoTrainer: slow
-    convergence."""
+    """SGD, and a bound of 1e-5 for gradients whose norm is 0.1: the decay's number in the wrong line. TrainCheck: clipping;
+    AutoTrainer: slow convergence."""
     t.optimize = lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)
     t.clip = 1e-5
 
 
 @fault(enhancement, "optimizer-frozen-parameters", "parameter-unchanged", modules=LAYERS, then=(*STUCK, "gradient-zero"))  # fmt: skip
 def frozen_by_a_prefix(t: Training) -> None:
-    """`startswith("layer")` was to freeze the first layer of a trained model; it takes all three, of a new one. TrainCheck: frozen parameters;
-    SageMaker UnchangedTensor."""
+    """`startswith("layer")` was to freeze the first layer of a trained model; it takes all three, of a new one. TrainCheck: frozen
+    parameters; SageMaker UnchangedTensor."""
     t.optimizers = [t.optimize(list(t.model.parameters()))]
     for name, parameter in t.model.named_parameters():
         parameter.requires_grad_(not name.startswith("layer"))
@@ -135,7 +137,8 @@ def deviation_of_an_empty_bin(t: Training) -> None:
 
 @fault(enhancement, "activation-saturated", "output-silent", "gradient-vanishing", "poor-initialisation", "parameter-unchanged", "update-ratio-low", modules=("mask", "sigmoid", ""), then=(*STUCK, "gradient-zero", "feature-constant", "activation-vanishing", "units-symmetric"))  # fmt: skip
 def mask_shut_by_forty(t: Training) -> None:
-    """The bias before the masks' sigmoid is given in dB, -40: no mask opens. SageMaker SaturatedActivation; Humbatova: initial weights."""
+    """The bias before the masks' sigmoid is given in dB, -40: no mask opens. SageMaker SaturatedActivation; Humbatova: initial
+    weights."""
     nn.init.constant_(t.model.mask.bias, -40.0)
 
 
@@ -182,22 +185,23 @@ def rate_grows_for_ever(t: Training) -> None:
 
 @fault(enhancement, "feature-constant", "activation-vanishing", modules=("layer1", "layer1.conv", ""), then=(*STUCK, *FLAT, "gradient-imbalance", "update-ratio-low", "module-unused", "poor-initialisation"))  # fmt: skip
 def features_scaled_to_nothing(t: Training) -> None:
-    """Features are divided by 2 ** 31 inside of the model, a number for 32-bit samples: the first layer sees its own bias only. Humbatova: wrong
-    preprocessing; SageMaker TensorVariance."""
+    """Features are divided by 2 ** 31 inside of the model, a number for 32-bit samples: the first layer sees its own bias only.
+    Humbatova: wrong preprocessing; SageMaker TensorVariance."""
     t.model.layer1.register_forward_pre_hook(lambda module, args: (args[0] / 2**31,))
 
 
-@fault(enhancement, "dead-units", "output-silent", "gradient-zero", "poor-initialisation", "feature-constant", modules=("mask", "sigmoid"), then=(*STUCK, *FLAT, "parameter-unchanged", "units-symmetric", "update-ratio-low", "activation-saturated", "module-unused"))  # fmt: skip
+@fault(enhancement, "dead-units", "output-silent", "gradient-zero", "poor-initialisation", "feature-constant", "parameter-unchanged", modules=("mask", "sigmoid", ""), then=(*STUCK, *FLAT, "units-symmetric", "update-ratio-low", "activation-saturated", "module-unused"))  # fmt: skip
 def rectified_mask_never_opens(t: Training) -> None:
-    """The masks' sigmoid is replaced by a ReLU, and the bias of -6 that kept the sigmoid nearly closed at first stays. SageMaker DeadRelu."""
+    """The masks' sigmoid is replaced by a ReLU, and the bias of -6 that kept the sigmoid nearly closed at first stays. SageMaker
+    DeadRelu."""
     t.model.sigmoid = nn.ReLU()
     nn.init.constant_(t.model.mask.bias, -6.0)
 
 
 @fault(enhancement, "model-changed", "optimizer-misses-parameters", "parameter-unchanged", "optimizer-owns-others", modules=("mask",), step=120, then=(*DIVERGES, *STUCK, "module-unused", "gradient-zero", "gradient-accumulation", "gradient-imbalance"))  # fmt: skip
 def mask_exchanged_in_the_middle(t: Training) -> None:
-    """At step 120 the mask's layer is made anew, for another number of bins, and the optimizer is not told. TrainCheck: parameters not in the
-    optimizer."""
+    """At step 120 the mask's layer is made anew, for another number of bins, and the optimizer is not told. TrainCheck: parameters
+    not in the optimizer."""
 
     def exchange(training: Training, step: int) -> None:
         if step == 120:

@@ -126,7 +126,8 @@ def diffusion_fine_tuned_by_its_norms() -> Training:
 
 @healthy
 def upscaler_with_a_skip() -> Training:
-    """The network adds to an enlargement by the nearest pixel, its last layer begins small; GELU, the Charbonnier loss, AdamW, a cosine."""
+    """The network adds to an enlargement by the nearest pixel, its last layer begins small; GELU, the Charbonnier loss, AdamW, a
+    cosine."""
     t = upscaler.build(31, activation=nn.GELU)
     t.model.tail.weight.data.mul_(0.1)
 

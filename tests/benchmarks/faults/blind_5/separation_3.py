@@ -51,20 +51,22 @@ def separated_items_counted(t: Training) -> None:
 
 @fault(separation, "metric-always-none", "metric-missing", "metric-type", "metric-phase-mismatch", step=49, then=("metric-nonfinite", "metric-constant"))  # fmt: skip
 def intelligibility_is_none(t: Training) -> None:
-    """The package for STOI is not installed; what wraps it returns None, and no one looks. Humbatova: wrong metric; speech: optional metrics."""
+    """The package for STOI is not installed; what wraps it returns None, and no one looks. Humbatova: wrong metric; speech:
+    optional metrics."""
     t.measure = lambda tensors, batch: {**measure(tensors, batch), "stoi": None}
 
 
 @fault(separation, "gradient-zero", "parameter-unchanged", modules=("layers", *THREE), then=(*STUCK, *COLLAPSED, "module-unused", "gradient-vanishing", "optimizer-misses-parameters"))  # fmt: skip
 def blocks_under_no_grad(t: Training) -> None:
-    """The blocks run under `no_grad`, left from a measurement of their speed. TrainCheck: parameters not updated; SageMaker UnchangedTensor."""
+    """The blocks run under `no_grad`, left from a measurement of their speed. TrainCheck: parameters not updated; SageMaker
+    UnchangedTensor."""
     t.model.layers.forward = torch.no_grad()(t.model.layers.forward)
 
 
 @fault(separation, "activation-saturated", "output-collapse", "gradient-zero", "poor-initialisation", "parameter-unchanged", "feature-constant", modules=("mask", "sigmoid", "layers", ""), then=(*STUCK, *COLLAPSED, "gradient-vanishing", "units-symmetric", "gradient-imbalance", "references-alike"))  # fmt: skip
 def both_masks_wide_open(t: Training) -> None:
-    """The bias of the masks begins at 60, so that nothing is lost at first: both sigmoids are 1, both outputs the mixture, and no gradient
-    comes through. SageMaker SaturatedActivation."""
+    """The bias of the masks begins at 60, so that nothing is lost at first: both sigmoids are 1, both outputs the mixture, and no
+    gradient comes through. SageMaker SaturatedActivation."""
     nn.init.constant_(t.model.mask.bias, 60.0)
 
 
@@ -106,8 +108,8 @@ def cut_with_each_batch(t: Training) -> None:
 
 @fault(separation, "nonfinite-loss", "nonfinite-gradient", modules=("",), then=NONFINITE)
 def epsilon_taken_off(t: Training) -> None:
-    """A minus in place of a plus before the epsilon in the logarithm: what is poorly separated at first gives NaN. GRIST: log of a negative
-    number."""
+    """A minus in place of a plus before the epsilon in the logarithm: what is poorly separated at first gives NaN. GRIST: log of a
+    negative number."""
 
     def ratio(estimates: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         return 10 * torch.log10(10 ** (si_sdr(estimates, references) / 10) - 1e-2)
@@ -122,8 +124,8 @@ def epsilon_taken_off(t: Training) -> None:
 
 @fault(separation, "audio-dc", "audio-mixture", "input-range", "batch-order", then=("activation-exploding", "gradient-exploding", "gradient-imbalance", "loss-plateau", "stalled-optimisation", "activation-saturated", "gradient-clipping", "audio-peak", *COLLAPSED))  # fmt: skip
 def offset_of_the_converter(t: Training) -> None:
-    """Mixtures come from a converter with an offset, 20 times their level, which the references do not have. Humbatova: wrong preprocessing;
-    SageMaker NotNormalizedData."""
+    """Mixtures come from a converter with an offset, 20 times their level, which the references do not have. Humbatova: wrong
+    preprocessing; SageMaker NotNormalizedData."""
     plain = t.sample
 
     def sample(step: int, phase: str) -> Batch:
@@ -145,8 +147,8 @@ def blocks_without_norms(t: Training) -> None:
 
 @fault(separation, "output-silent", "loss-at-80-db", "gradient-zero", "poor-initialisation", "parameter-unchanged", modules=("decoder", ""), then=(*STUCK, *COLLAPSED, *FLAT, "units-symmetric", "dead-units", "update-ratio-low", "module-unused"))  # fmt: skip
 def decoder_allocated_not_filled(t: Training) -> None:
-    """A converter allocates the decoder's filters as zeros and does not find their name in the file: silence, and no gradient. SageMaker AllZero;
-    TheDeepChecker: zero weights."""
+    """A converter allocates the decoder's filters as zeros and does not find their name in the file: silence, and no gradient.
+    SageMaker AllZero; TheDeepChecker: zero weights."""
     nn.init.zeros_(t.model.decoder.weight)
 
 
@@ -166,8 +168,8 @@ def counter_of_speakers_not_called(t: Training) -> None:
 
 @fault(separation, "input-drift", "audio-scale", "input-range", step=49, then=("overfit", "overtraining", "output-collapse", "activation-exploding", "activation-saturated", "assignment-ambiguous", "audio-peak"))  # fmt: skip
 def validation_of_integers(t: Training) -> None:
-    """The validation set is read by another function, which leaves samples as integers up to 32767. Speech: integer and float readers; Humbatova:
-    wrong preprocessing."""
+    """The validation set is read by another function, which leaves samples as integers up to 32767. Speech: integer and float
+    readers; Humbatova: wrong preprocessing."""
     plain = t.sample
     t.sample = lambda step, phase: tuple(x * (8000.0 if phase == "val" else 1.0) for x in plain(step, phase))
 
@@ -182,7 +184,8 @@ def mixtures_in_float64(t: Training) -> None:
 
 @fault(separation, "metric-grad", step=19)
 def progress_with_its_graphs(t: Training) -> None:
-    """The SI-SDR of the last 20 steps is logged as the sum of tensors that keep their graphs. Humbatova: memory; PyTorch: `total_loss += loss`."""
+    """The SI-SDR of the last 20 steps is logged as the sum of tensors that keep their graphs. Humbatova: memory; PyTorch:
+    `total_loss += loss`."""
     kept: list[torch.Tensor] = []
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
@@ -198,7 +201,8 @@ def progress_with_its_graphs(t: Training) -> None:
 
 @fault(separation, "metric-vanished", "metric-missing", step=199, then=("metric-phase-mismatch",))
 def improvement_while_it_improves(t: Training) -> None:
-    """The gain over the mixture is only put into the results until step 150, where a list of its own names ends. Humbatova: wrong metric."""
+    """The gain over the mixture is only put into the results until step 150, where a list of its own names ends. Humbatova: wrong
+    metric."""
     plain, now = t.validate, [0]
 
     def validate(training: Training, step: int, observer: Observer) -> None:
@@ -221,8 +225,8 @@ def cosine_of_forty_batches(t: Training) -> None:
 
 @fault(separation, "update-ratio-low", "parameter-unchanged", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, *COLLAPSED))  # fmt: skip
 def average_replaces_the_model(t: Training) -> None:
-    """The running average, at 0.9999, is loaded into the model for each validation and, by a mistake of indentation, after each step. TrainCheck:
-    parameters not updated."""
+    """The running average, at 0.9999, is loaded into the model for each validation and, by a mistake of indentation, after each
+    step. TrainCheck: parameters not updated."""
     average = copy.deepcopy(t.model.state_dict())
 
     def back(training: Training, step: int) -> None:

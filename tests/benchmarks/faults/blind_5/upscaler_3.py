@@ -107,8 +107,8 @@ def body_under_no_grad(t: Training) -> None:
 
 @fault(upscaler, "gradient-zero", "units-symmetric", "poor-initialisation", "parameter-unchanged", "feature-constant", "dead-units", modules=BODY, then=("activation-vanishing", "gradient-vanishing", "module-unused"))  # fmt: skip
 def zeros_in_both_convolutions(t: Training) -> None:
-    """Residual branches are to begin at zero, and the loop over `named_parameters` takes both convolutions of each block. TheDeepChecker: zero
-    weights; SageMaker AllZero."""
+    """Residual branches are to begin at zero, and the loop over `named_parameters` takes both convolutions of each block.
+    TheDeepChecker: zero weights; SageMaker AllZero."""
     for name, parameter in t.model.body.named_parameters():
         if "conv" in name:
             nn.init.zeros_(parameter)
@@ -144,8 +144,8 @@ def pixels_before_a_sigmoid(t: Training) -> None:
 
 @fault(upscaler, "optimizer-misses-parameters", "parameter-unchanged", modules=("upsample", "upsample.0", "tail"), then=("model-changed", "optimizer-owns-others", "gradient-accumulation", "gradient-exploding", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
 def end_for_another_scale(t: Training) -> None:
-    """The end is built anew for a factor of two when the optimizer already holds that of a factor of four. TrainCheck: parameters not in the
-    optimizer."""
+    """The end is built anew for a factor of two when the optimizer already holds that of a factor of four. TrainCheck: parameters
+    not in the optimizer."""
     t.optimizers = [t.optimize(list(t.model.parameters()))]
     t.model.upsample, t.model.tail = upscaler.Upsampler(), nn.Conv2d(WIDTH, 3, 3, padding=1)
 
@@ -190,8 +190,8 @@ def milestones_in_epochs(t: Training) -> None:
 
 @fault(upscaler, "update-ratio-low", "scheduler-ends-early", "schedule-unfinished", "loss-plateau", "stalled-optimisation", "stalled-from-start", then=(*STUCK, "parameter-unchanged"))  # fmt: skip
 def one_cycle_of_a_million(t: Training) -> None:
-    """`OneCycleLR` over a million steps, as in the paper, whose first rate is a ten-thousandth of its highest: in 250 steps it does not rise.
-    Humbatova: learning rate; AutoTrainer: slow convergence."""
+    """`OneCycleLR` over a million steps, as in the paper, whose first rate is a ten-thousandth of its highest: in 250 steps it does
+    not rise. Humbatova: learning rate; AutoTrainer: slow convergence."""
     t.schedule = lambda optimizer: OneCycleLR(optimizer, 3e-3, 1_000_000, div_factor=1e4)
 
 
@@ -224,8 +224,8 @@ def psnr_is_minimised(t: Training) -> None:
 
 @fault(upscaler, "nonfinite-gradient", "nonfinite-parameter", modules=("",), step=100, then=(*NONFINITE, "input-constant"))  # fmt: skip
 def root_of_a_padded_picture(t: Training) -> None:
-    """The loss is a root of mean squares for each picture, without its padding; from step 100 on one is padding only: the root's slope at zero
-    is infinite. GRIST: square root of zero."""
+    """The loss is a root of mean squares for each picture, without its padding; from step 100 on one is padding only: the root's
+    slope at zero is infinite. GRIST: square root of zero."""
     plain = t.sample
 
     def sample(step: int, phase: str) -> Batch:
@@ -244,8 +244,8 @@ def root_of_a_padded_picture(t: Training) -> None:
 
 @fault(upscaler, "nonfinite-loss", "nonfinite-gradient", modules=("",), step=80, then=(*NONFINITE, "input-constant"))
 def contrast_of_a_blank_patch(t: Training) -> None:
-    """Errors are divided by the contrast of their picture, so that flat ones count as well; from step 80 on one is blank: its contrast is zero.
-    GRIST: division by zero."""
+    """Errors are divided by the contrast of their picture, so that flat ones count as well; from step 80 on one is blank: its
+    contrast is zero. GRIST: division by zero."""
     plain = t.sample
 
     def sample(step: int, phase: str) -> Batch:
@@ -312,7 +312,8 @@ def skip_in_place_of_the_body(t: Training) -> None:
 
 @fault(upscaler, "model-in-eval", modules=("", *BODY), then=("norm-input-variance",))
 def never_trained_in_train_mode(t: Training) -> None:
-    """The blocks have BatchNorm, as in SRResNet, and the model is put into eval mode once for a first picture, each epoch. TrainCheck: modes."""
+    """The blocks have BatchNorm, as in SRResNet, and the model is put into eval mode once for a first picture, each epoch.
+    TrainCheck: modes."""
     for block in t.model.body:
         block.activation = nn.Sequential(nn.BatchNorm2d(WIDTH), nn.ReLU())
 

@@ -51,7 +51,8 @@ def psnr_in_words(t: Training) -> None:
 
 @fault(upscaler, "metric-grad", step=9)
 def average_loss_as_a_tensor(t: Training) -> None:
-    """`average += 0.1 * (loss - average)` keeps the graphs of all steps, and is logged. Humbatova: memory; PyTorch: `total_loss += loss`."""
+    """`average += 0.1 * (loss - average)` keeps the graphs of all steps, and is logged. Humbatova: memory; PyTorch: `total_loss +=
+    loss`."""
     average: list[torch.Tensor] = [torch.zeros(())]
 
     def update(training: Training, step: int, observer: Observer) -> tuple[Batch, Tensors]:
@@ -200,8 +201,8 @@ def epsilon_of_ten(t: Training) -> None:
 
 @fault(upscaler, "loss-sign", "loss-diverged", "activation-exploding", "weight-norm-drift", step=5, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "metric-range", "overfit", "overtraining", "dead-units", "gradient-zero"))  # fmt: skip
 def maximised_like_psnr(t: Training) -> None:
-    """`maximize=True` stays in the optimizer when the loss becomes an error again. Humbatova: optimiser's parameters; TheDeepChecker: loss
-    increases."""
+    """`maximize=True` stays in the optimizer when the loss becomes an error again. Humbatova: optimiser's parameters;
+    TheDeepChecker: loss increases."""
     t.optimize = lambda p: torch.optim.Adam(p, 3e-3, maximize=True)
 
 
