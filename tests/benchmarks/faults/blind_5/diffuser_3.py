@@ -52,7 +52,7 @@ def contracting_half_detached(t: Training) -> None:
     t.model.middle1.register_forward_hook(lambda module, args, output: output.detach())
 
 
-@fault(diffuser, "gradient-zero", "parameter-unchanged", "poor-initialisation", "feature-constant", "stalled-from-start", "dead-units", modules=("norm", "out", "activation", ""), then=(*STUCK, *FLAT, "units-symmetric", "module-unused", "gradient-imbalance", "update-ratio-low", "output-silent", "gradient-exploding", "weight-decay-on-norms"))  # fmt: skip
+@fault(diffuser, "gradient-zero", "parameter-unchanged", "poor-initialisation", "feature-constant", "stalled-from-start", "dead-units", "output-constant", modules=("norm", "out", "activation", ""), then=(*STUCK, *FLAT, "units-symmetric", "module-unused", "gradient-imbalance", "update-ratio-low", "output-silent", "gradient-exploding", "weight-decay-on-norms"))  # fmt: skip
 def zeros_on_both_sides(t: Training) -> None:
     """The last convolution begins at zero, as it should, and so does the gain of the normalisation before it: neither gets a gradient.
     TheDeepChecker: zero weights; SageMaker AllZero."""
@@ -75,7 +75,7 @@ def gradients_of_all_steps(t: Training) -> None:
     t.update = update
 
 
-@fault(diffuser, "loss-sign", "gradient-exploding", "activation-exploding", step=10, then=(*DIVERGES, *STUCK, *FLAT, "overfit", "overtraining", "gradient-clipping", "metric-range", "gradient-imbalance"))  # fmt: skip
+@fault(diffuser, "loss-sign", "gradient-exploding", "activation-exploding", then=(*DIVERGES, *STUCK, *FLAT, "overfit", "overtraining", "gradient-clipping", "metric-range", "gradient-imbalance"))  # fmt: skip
 def bound_without_its_minus(t: Training) -> None:
     """The likelihood's lower bound, which is minus the squared error, is handed on as the loss. Humbatova: wrong
     loss; TheDeepChecker: loss increases."""
@@ -90,7 +90,7 @@ def bound_of_a_millionth(t: Training) -> None:
     t.clip = 1e-6
 
 
-@fault(diffuser, "optimizer-misses-parameters", "parameter-unchanged", modules=("stem",), then=("model-changed", "optimizer-owns-others", "gradient-accumulation", "gradient-exploding", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
+@fault(diffuser, "optimizer-misses-parameters", "parameter-unchanged", "optimizer-owns-others", modules=("stem",), then=("model-changed", "gradient-accumulation", "gradient-exploding", "gradient-imbalance", "gradient-clipping"))  # fmt: skip
 def stem_for_grey_pictures(t: Training) -> None:
     """The first convolution is replaced by one for grey pictures after the optimizer was built. TrainCheck: parameters not in the
     optimizer; SageMaker UnchangedTensor."""
@@ -119,7 +119,7 @@ def average_is_trained_on(t: Training) -> None:
     t.after_step.append(back)
 
 
-@fault(diffuser, "update-ratio-low", "parameter-unchanged", "stalled-from-start", "schedule-unfinished", "loss-plateau", "stalled-optimisation", then=(*STUCK, "scheduler-ends-early"))  # fmt: skip
+@fault(diffuser, "update-ratio-low", "parameter-unchanged", "stalled-from-start", "schedule-unfinished", "loss-plateau", "stalled-optimisation", "schedule-unreachable", then=(*STUCK,))  # fmt: skip
 def warm_up_in_whole_numbers(t: Training) -> None:
     """The warm-up's factor is `step // 1000`: zero, until step 1000. Humbatova: learning rate; AutoTrainer: slow convergence."""
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, step // 1000))
@@ -180,7 +180,7 @@ def epsilon_with_the_wrong_sign(t: Training) -> None:
     t.model = Denoiser(norm=lambda channels: nn.GroupNorm(4, channels, eps=1e5))
 
 
-@fault(diffuser, "input-nonfinite", "nonfinite-input", "nonfinite-activation", "nonfinite-loss", modules=("", "stem"), then=NONFINITE)  # fmt: skip
+@fault(diffuser, "input-nonfinite", "nonfinite-input", "nonfinite-activation", modules=("", "stem"), then=(*NONFINITE,))  # fmt: skip
 def root_of_a_negative_share(t: Training) -> None:
     """The share of the picture that is left goes from 1.02 down, and the noise gets the root of one minus it: NaN at the lowest levels.
     GRIST: square root of a negative number."""

@@ -122,7 +122,7 @@ def share_to_keep_is_dropped(t: Training) -> None:
             setattr(block, name, nn.Sequential(nn.SiLU(), nn.Dropout(0.95)))
 
 
-@fault(diffuser, "activation-saturated", "loss-plateau", "stalled-optimisation", modules=("out", "out.1", ""), step=60, then=(*STUCK, "gradient-vanishing", "loss-input-mismatch", "gradient-zero", "weight-norm-drift"))  # fmt: skip
+@fault(diffuser, "loss-input-mismatch", "activation-saturated", "loss-plateau", "stalled-optimisation", modules=("out", "out.1", ""), then=(*STUCK, "gradient-vanishing", "gradient-zero", "weight-norm-drift"))  # fmt: skip
 def sigmoid_for_the_noise(t: Training) -> None:
     """The last layer ends in a sigmoid, as a generator of pictures from 0 to 1 does; the noise has both signs. Humbatova: wrong
     activation function; SageMaker SaturatedActivation."""
@@ -159,7 +159,7 @@ def contrast_of_an_empty_picture(t: Training) -> None:
     t.sample = sample
 
 
-@fault(diffuser, "dead-units", "gradient-zero", "feature-constant", modules=("middle1",), then=("parameter-unchanged", "units-symmetric", "activation-vanishing", "gradient-vanishing", "norm-input-variance"))  # fmt: skip
+@fault(diffuser, "dead-units", "gradient-zero", "feature-constant", "poor-initialisation", modules=("middle1",), then=("parameter-unchanged", "units-symmetric", "activation-vanishing", "gradient-vanishing", "norm-input-variance"))  # fmt: skip
 def shift_of_a_gate(t: Training) -> None:
     """ReLUs in place of SiLUs, and the second normalisation of a block begins with a shift of -9, which was meant for a gate's sigmoid.
     SageMaker DeadRelu."""
@@ -268,7 +268,7 @@ def time_never_added(t: Training) -> None:
         block.time.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
 
 
-@fault(diffuser, "nonfinite-optimizer", "nonfinite-parameter", modules=("", *BLOCKS, "embed", "stem", "smaller", "attention", "larger", "norm", "out"), step=20, then=(*NONFINITE, "scheduler-ends-early"))  # fmt: skip
+@fault(diffuser, "nonfinite-optimizer", "nonfinite-parameter", modules=("", *BLOCKS, "embed", "stem", "smaller", "attention", "larger", "norm", "out"), step=19, then=(*NONFINITE, "scheduler-ends-early"))  # fmt: skip
 def cosine_without_any_steps(t: Training) -> None:
     """After the warm-up of 20 steps comes a cosine over 20 - 20 steps: its progress is 0 / 0, and the rate NaN. GRIST: division by
     zero."""

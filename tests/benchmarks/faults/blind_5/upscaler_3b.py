@@ -65,7 +65,7 @@ def average_loss_as_a_tensor(t: Training) -> None:
     t.update = update
 
 
-@fault(upscaler, "metric-phase-mismatch", "metric-constant", step=49, then=("metric-missing", "metric-unexpected"))
+@fault(upscaler, "metric-phase-mismatch", "metric-constant", "metric-missing", step=49, then=("metric-unexpected",))
 def likeness_by_another_name(t: Training) -> None:
     """Training logs SSIM; validation looks for `ssim_y`, which nobody computes, and shows 0.0. Humbatova: wrong metric."""
 
@@ -82,7 +82,7 @@ def likeness_by_another_name(t: Training) -> None:
     t.update, t.measure = update, scores
 
 
-@fault(upscaler, "input-nonfinite", "nonfinite-input", "nonfinite-activation", "nonfinite-loss", modules=("", "centre", "head"), step=110, then=NONFINITE)  # fmt: skip
+@fault(upscaler, "input-nonfinite", "nonfinite-input", "nonfinite-activation", modules=("", "centre", "head"), step=110, then=(*NONFINITE,))  # fmt: skip
 def brightest_pixel_of_a_night(t: Training) -> None:
     """Pictures are divided by their brightest pixel; from step 110 on one is black: 0 / 0. GRIST: division by zero."""
     plain = t.sample
@@ -199,14 +199,14 @@ def epsilon_of_ten(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 1e-4, eps=10.0)
 
 
-@fault(upscaler, "loss-sign", "loss-diverged", "activation-exploding", "weight-norm-drift", step=5, then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "metric-range", "overfit", "overtraining", "dead-units", "gradient-zero"))  # fmt: skip
+@fault(upscaler, "loss-sign", "loss-diverged", "activation-exploding", "weight-norm-drift", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "metric-range", "overfit", "overtraining", "dead-units", "gradient-zero"))  # fmt: skip
 def maximised_like_psnr(t: Training) -> None:
     """`maximize=True` stays in the optimizer when the loss becomes an error again. Humbatova: optimiser's parameters;
     TheDeepChecker: loss increases."""
     t.optimize = lambda p: torch.optim.Adam(p, 3e-3, maximize=True)
 
 
-@fault(upscaler, "nonfinite-buffer", "nonfinite-input", "input-nonfinite", modules=("", *BODY, *(f"body.{i}.activation.0" for i in range(4))), step=90, then=(*NONFINITE, "step-skipped", "gradient-zero", "overfit"))  # fmt: skip
+@fault(upscaler, "nonfinite-buffer", "nonfinite-input", "input-nonfinite", "nonfinite-activation", modules=("", "centre", "head", *BODY, *(f"body.{i}.activation.0" for i in range(4))), step=90, then=(*NONFINITE, "step-skipped", "gradient-zero", "overfit"))  # fmt: skip
 def broken_file_in_the_statistics(t: Training) -> None:
     """A broken file gives Inf at step 90; the loop takes out its gradients, but BatchNorm has seen it, and validation is NaN. TrainCheck:
     buffers."""
