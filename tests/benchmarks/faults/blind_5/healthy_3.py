@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from faults import diffuser, enhancement, separation, upscaler
 from faults._fault import healthy
@@ -144,27 +144,6 @@ def upscaler_with_a_skip() -> Training:
     t.forward, t.measure = forward, measure
     t.optimize = lambda p: torch.optim.AdamW(p, 2e-3, weight_decay=1e-4, betas=(0.9, 0.99))
     t.schedule = lambda o: CosineAnnealingLR(o, t.steps)
-    return t
-
-
-@healthy
-def upscaler_with_channel_attention() -> Training:
-    """Each block weighs its channels by a sigmoid of their means, as in RCAN; rate warmed up, gradients clipped."""
-
-    class Weighed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.squeeze, self.excite = nn.Conv2d(upscaler.WIDTH, 4, 1), nn.Conv2d(4, upscaler.WIDTH, 1)
-            self.activation, self.gate = nn.ReLU(), nn.Sigmoid()
-
-        def forward(self, x):
-            return x * self.gate(self.excite(self.activation(self.squeeze(x.mean((2, 3), keepdim=True)))))
-
-    t = upscaler.build(32)
-    for block in t.model.body:
-        block.conv2 = nn.Sequential(block.conv2, Weighed())
-    t.schedule = lambda o: LambdaLR(o, lambda step: min(1.0, (step + 1) / 25))
-    t.clip = 0.5
     return t
 
 

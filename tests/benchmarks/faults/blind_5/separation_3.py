@@ -90,7 +90,7 @@ def divided_by_all_samples(t: Training) -> None:
     t.forward = forward
 
 
-@fault(separation, "update-ratio-low", "stalled-optimisation", "loss-plateau", "scheduler-ends-early", step=100, then=(*STUCK, "parameter-unchanged"))  # fmt: skip
+@fault(separation, "update-ratio-low", "stalled-optimisation", "loss-plateau", "scheduler-ends-early", "parameter-unchanged", step=100, then=(*STUCK,))  # fmt: skip
 def cut_with_each_batch(t: Training) -> None:
     """`ReduceLROnPlateau` with a patience of one epoch is stepped with the loss of each batch. Humbatova: learning rate; TrainCheck:
     scheduler."""
@@ -135,7 +135,7 @@ def offset_of_the_converter(t: Training) -> None:
     t.sample = sample
 
 
-@fault(separation, "activation-exploding", "poor-initialisation", modules=("layers", *THREE, "mask", ""), then=(*DIVERGES, *STUCK, *COLLAPSED, "activation-saturated", "gradient-clipping", "gradient-imbalance", "gradient-vanishing", "gradient-zero", "output-silent"))  # fmt: skip
+@fault(separation, "activation-exploding", "poor-initialisation", "activation-saturated", modules=("layers", *THREE, "mask", "sigmoid", ""), then=(*DIVERGES, *STUCK, *COLLAPSED, "gradient-clipping", "gradient-imbalance", "gradient-vanishing", "gradient-zero", "output-silent"))  # fmt: skip
 def blocks_without_norms(t: Training) -> None:
     """Normalisations are taken out for streaming, and the weights are left at the deviation that they had beside them, one. SageMaker
     ExplodingTensor and PoorWeightInitialization."""
