@@ -119,7 +119,7 @@ def average_is_trained_on(t: Training) -> None:
     t.after_step.append(back)
 
 
-@fault(diffuser, "update-ratio-low", "parameter-unchanged", "stalled-from-start", "schedule-unfinished", "loss-plateau", "stalled-optimisation", "schedule-unreachable", then=(*STUCK,))  # fmt: skip
+@fault(diffuser, "update-ratio-low", "parameter-unchanged", "stalled-from-start", "schedule-unfinished", "loss-plateau", "stalled-optimisation", "schedule-unreachable", then=(*STUCK, "scheduler-ends-early"))  # fmt: skip
 def warm_up_in_whole_numbers(t: Training) -> None:
     """The warm-up's factor is `step // 1000`: zero, until step 1000. Humbatova: learning rate; AutoTrainer: slow convergence."""
     t.schedule = lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, step // 1000))

@@ -223,7 +223,7 @@ def accuracy_in_percent(t: Training) -> None:
     t.measure = scores
 
 
-@fault(diffuser, "loss-diverged", "loss-spike", "update-ratio-high", step=90, then=(*DIVERGES, *STUCK, "input-drift", "overfit"))  # fmt: skip
+@fault(diffuser, "loss-diverged", "loss-spike", "update-ratio-high", "activation-exploding", step=90, then=(*FLAT, *DIVERGES, *STUCK, "input-drift", "overfit", "activation-saturated", "attention-head-dead"))  # fmt: skip
 def rate_of_the_state_dict(t: Training) -> None:
     """The run goes on at step 90 with an optimizer whose rate is read from another run: 400 times as large. TrainCheck: resumed runs;
     Humbatova: learning rate."""

@@ -176,14 +176,14 @@ def decoupled_decay_of_fifty(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=50.0)
 
 
-@fault(enhancement, "update-ratio-high", "weight-norm-drift", "loss-diverged", step=100, then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "activation-saturated", "gradient-zero", "parameter-unchanged", "output-silent", "overfit"))  # fmt: skip
+@fault(enhancement, "update-ratio-high", "weight-norm-drift", "loss-diverged", step=60, then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "activation-saturated", "gradient-zero", "parameter-unchanged", "output-silent", "overfit"))  # fmt: skip
 def rate_grows_for_ever(t: Training) -> None:
     """`ExponentialLR` is given a factor of 1.05, for 0.95: after 200 steps the rate is 17. Humbatova: learning rate; SageMaker
     WeightUpdateRatio."""
     t.schedule = lambda optimizer: ExponentialLR(optimizer, 1.05)
 
 
-@fault(enhancement, "feature-constant", "activation-vanishing", modules=("layer1", "layer1.conv", ""), then=(*STUCK, *FLAT, "gradient-imbalance", "update-ratio-low", "module-unused", "poor-initialisation"))  # fmt: skip
+@fault(enhancement, "feature-constant", "activation-vanishing", modules=("layer1", "layer1.conv", ""), then=(*STUCK, *FLAT, "gradient-imbalance", "update-ratio-low", "module-unused", "poor-initialisation", "dead-units"))  # fmt: skip
 def features_scaled_to_nothing(t: Training) -> None:
     """Features are divided by 2 ** 31 inside of the model, a number for 32-bit samples: the first layer sees its own bias only.
     Humbatova: wrong preprocessing; SageMaker TensorVariance."""

@@ -195,7 +195,7 @@ def one_cycle_of_a_million(t: Training) -> None:
     t.schedule = lambda optimizer: OneCycleLR(optimizer, 3e-3, 1_000_000, div_factor=1e4)
 
 
-@fault(upscaler, "update-ratio-high", "dead-units", "weight-norm-drift", then=(*DIVERGES, *STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "activation-saturated", "output-constant"))  # fmt: skip
+@fault(upscaler, "update-ratio-high", "dead-units", "weight-norm-drift", "activation-exploding", "gradient-exploding", then=(*DIVERGES, *STUCK, *FLAT, "gradient-zero", "parameter-unchanged", "activation-saturated", "output-constant"))  # fmt: skip
 def rate_times_the_ranks(t: Training) -> None:
     """The rate is multiplied by 256 ranks, as the launcher says, and there is one. SageMaker WeightUpdateRatio and DeadRelu; Humbatova:
     learning rate."""

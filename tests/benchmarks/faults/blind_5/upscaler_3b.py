@@ -151,7 +151,7 @@ def nine_plain_sigmoid_layers(t: Training) -> None:
     t.model.body = nn.Sequential(*(Plain() for _ in range(9)))
 
 
-@fault(upscaler, "loss-diverged", "update-ratio-high", "loss-spike", step=120, then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "gradient-zero", "overfit", "parameter-unchanged"))  # fmt: skip
+@fault(upscaler, "loss-diverged", "update-ratio-high", "loss-spike", "activation-exploding", "gradient-exploding", step=120, then=(*DIVERGES, *STUCK, *FLAT, "dead-units", "gradient-zero", "overfit", "parameter-unchanged"))  # fmt: skip
 def resumed_with_another_rate(t: Training) -> None:
     """The run goes on at step 120 with a rate of 0.3 from the command line of an SGD run. TrainCheck: resumed runs; Humbatova: learning
     rate."""
