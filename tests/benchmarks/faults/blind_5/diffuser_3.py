@@ -82,7 +82,7 @@ def bound_without_its_minus(t: Training) -> None:
     t.forward = lambda model, batch: result(outputs := model(batch[0], batch[1]), batch, -F.mse_loss(outputs, batch[2]))
 
 
-@fault(diffuser, "gradient-clipping", "update-ratio-low", "stalled-optimisation", "loss-plateau", "stalled-from-start", then=(*STUCK, "parameter-unchanged", "gradient-exploding"))  # fmt: skip
+@fault(diffuser, "gradient-clipping", "update-ratio-low", "stalled-optimisation", "loss-plateau", "stalled-from-start", "parameter-unchanged", then=(*STUCK, "gradient-exploding"))  # fmt: skip
 def bound_of_a_millionth(t: Training) -> None:
     """SGD, and gradients clipped to 1e-6, which was meant as the epsilon of the clipping. TrainCheck: clipping; AutoTrainer: slow
     convergence."""

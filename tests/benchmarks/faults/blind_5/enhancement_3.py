@@ -169,7 +169,7 @@ def clips_behind_the_end(t: Training) -> None:
     t.sample = sample
 
 
-@fault(enhancement, "weight-norm-drift", step=10, then=(*STUCK, *FLAT, "update-ratio-high", "output-constant", "dead-units", "gradient-zero", "weight-decay-on-norms"))  # fmt: skip
+@fault(enhancement, "weight-norm-drift", "feature-constant", step=10, then=(*STUCK, *FLAT, "update-ratio-high", "output-constant", "dead-units", "gradient-zero", "weight-decay-on-norms"))  # fmt: skip
 def decoupled_decay_of_fifty(t: Training) -> None:
     """A decay of 50 for AdamW, from a configuration in which it was multiplied by the square of the rate: 5 % in each step. Humbatova:
     regularisation; TheDeepChecker: underfitting."""

@@ -237,7 +237,7 @@ def average_replaces_the_model(t: Training) -> None:
     t.after_step.append(back)
 
 
-@fault(separation, "update-ratio-low", "stalled-optimisation", "loss-plateau", "stalled-from-start", then=(*STUCK, *COLLAPSED, "parameter-unchanged"))  # fmt: skip
+@fault(separation, "update-ratio-low", "stalled-optimisation", "loss-plateau", "stalled-from-start", "parameter-unchanged", then=(*STUCK, *COLLAPSED))  # fmt: skip
 def epsilon_of_ten_thousand(t: Training) -> None:
     """Adam's epsilon is 1e4, with its sign lost: gradients are divided by it. Humbatova: optimiser's parameters; AutoTrainer: slow
     convergence."""

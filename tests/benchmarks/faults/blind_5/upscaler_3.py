@@ -209,7 +209,7 @@ def decay_of_fifteen(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 3e-3, weight_decay=15.0)
 
 
-@fault(upscaler, "loss-sign", "activation-exploding", "gradient-exploding", "weight-norm-drift", then=(*DIVERGES, *STUCK, "metric-range", "overfit", "overtraining", "dead-units"))  # fmt: skip
+@fault(upscaler, "loss-sign", "activation-exploding", "weight-norm-drift", then=(*DIVERGES, *STUCK, "metric-range", "overfit", "overtraining", "dead-units", "parameter-unchanged"))  # fmt: skip
 def psnr_is_minimised(t: Training) -> None:
     """The loss is the PSNR itself: the worse the pictures, the lower it is. Humbatova: wrong loss; TheDeepChecker: loss
     increases."""

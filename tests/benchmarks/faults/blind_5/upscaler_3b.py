@@ -199,7 +199,7 @@ def epsilon_of_ten(t: Training) -> None:
     t.optimize = lambda p: torch.optim.Adam(p, 1e-4, eps=10.0)
 
 
-@fault(upscaler, "loss-sign", "loss-diverged", "activation-exploding", "weight-norm-drift", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "metric-range", "overfit", "overtraining", "dead-units", "gradient-zero"))  # fmt: skip
+@fault(upscaler, "loss-sign", "loss-diverged", "activation-exploding", "weight-norm-drift", "gradient-exploding", then=(*DIVERGES, *NONFINITE, *STUCK, *FLAT, "metric-range", "overfit", "overtraining", "dead-units", "gradient-zero"))  # fmt: skip
 def maximised_like_psnr(t: Training) -> None:
     """`maximize=True` stays in the optimizer when the loss becomes an error again. Humbatova: optimiser's parameters;
     TheDeepChecker: loss increases."""
