@@ -138,7 +138,7 @@ def rate_of_one_half(t: Training) -> None:
     t.optimize = lambda p: torch.optim.AdamW(p, 0.5)
 
 
-@fault(diffuser, "weight-norm-drift", step=10, then=(*STUCK, *FLAT, "output-silent", "update-ratio-high", "loss-diverged", "poor-initialisation", "weight-decay-on-norms", "overfit", "attention-head-dead"))  # fmt: skip
+@fault(diffuser, "weight-norm-drift", "activation-vanishing", step=10, then=(*STUCK, *FLAT, "output-silent", "update-ratio-high", "loss-diverged", "poor-initialisation", "weight-decay-on-norms", "overfit", "attention-head-dead"))  # fmt: skip
 def decay_of_twenty(t: Training) -> None:
     """A weight decay of 20: with a rate of 2e-3 each step takes 4 % from all weights, gains of the norms too. Humbatova: regularisation;
     TheDeepChecker: underfitting."""

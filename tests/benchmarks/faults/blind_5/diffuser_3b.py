@@ -260,7 +260,7 @@ def pictures_in_float64(t: Training) -> None:
     t.forward = lambda model, batch: diffuser.forward(model, tuple(part.float() for part in batch))
 
 
-@fault(diffuser, "module-unused", "gradient-zero", "parameter-unchanged", modules=("embed", *(f"{block}.time" for block in BLOCKS)), then=("feature-constant", "dead-units", "activation-vanishing", "units-symmetric", "gradient-vanishing"))  # fmt: skip
+@fault(diffuser, "module-unused", "gradient-zero", "parameter-unchanged", "feature-constant", modules=("embed", *(f"{block}.time" for block in BLOCKS)), then=("dead-units", "activation-vanishing", "units-symmetric", "gradient-vanishing"))  # fmt: skip
 def time_never_added(t: Training) -> None:
     """Times are embedded and brought to the channels of each block, and the sum of both was lost in a merge. TrainCheck; Humbatova:
     missing connection."""
