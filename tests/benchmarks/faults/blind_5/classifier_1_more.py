@@ -62,7 +62,7 @@ def weight_of_an_absent_class(t: Training) -> None:
 
 
 @fault(classifier, "validation-in-train-mode", step=49)
-def validated_with_dropout(t: Training) -> None:
+def images_validated_with_dropout(t: Training) -> None:
     """The function that validates lost its `model.eval()` in a merge: dropout and batch statistics stay on. TrainCheck: wrong mode."""
     t.model = classifier.Classifier(dropout=0.4)
 

@@ -143,7 +143,7 @@ def one_shard_in_bytes(t: Training) -> None:
 
 
 @fault(diffuser, "input-nonfinite", "nonfinite-input", "nonfinite-activation", modules=("", "stem"), step=90, then=NONFINITE)  # fmt: skip
-def contrast_of_an_empty_picture(t: Training) -> None:
+def contrast_of_an_empty_sample(t: Training) -> None:
     """Pictures are brought to the same contrast by a division by their deviation; from step 90 on one is empty: 0 / 0. GRIST: division by
     zero."""
     plain = t.sample
@@ -212,7 +212,7 @@ def error_of_levels_that_are_not_there(t: Training) -> None:
 
 
 @fault(diffuser, "metric-range", step=44)
-def accuracy_in_percent(t: Training) -> None:
+def denoising_accuracy_in_percent(t: Training) -> None:
     """The share of pixels whose noise has the right sign is shown as a percentage, under the name of a share. Humbatova: wrong
     metric."""
 

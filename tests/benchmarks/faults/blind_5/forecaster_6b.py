@@ -114,7 +114,7 @@ def temperature_of_ten_thousand(t: Training) -> None:
 
 
 @fault(classifier, "poor-initialisation", "activation-vanishing", "gradient-vanishing", modules=("block1", "block2", "block3", "head", ""), then=(*STUCK, *FLAT, "update-ratio-low", "dead-units", "gradient-zero", "update-ratio-high", "gradient-imbalance", "weight-norm-drift"))  # fmt: skip
-def filters_of_a_thousandth(t: Training) -> None:
+def layers_of_a_thousandth(t: Training) -> None:
     """`normal_(weight, std=1e-3)` in all layers of a network without normalisation: pictures hardly come to the head. SageMaker
     PoorWeightInitialization; TheDeepChecker."""
     t.model = classifier.Classifier(norm=lambda channels: nn.Identity())

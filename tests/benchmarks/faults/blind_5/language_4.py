@@ -186,7 +186,7 @@ def validated_on_rare_words(t: Training) -> None:
 
 
 @fault(language, "update-ratio-high", "loss-diverged", "loss-spike", "schedule-restarted", step=150, then=(*DIVERGES, *STUCK, *FLAT, "prediction-collapse", "activation-saturated", "overfit", "overtraining", "gradient-clipping"))  # fmt: skip
-def resumed_with_another_rate(t: Training) -> None:
+def corpus_resumed_with_another_rate(t: Training) -> None:
     """The run is resumed at step 150 with a new optimizer, at the rate of the command line, 0.3, and no warm-up. TrainCheck: checkpoint and
     optimizer; Humbatova: learning rate."""
 

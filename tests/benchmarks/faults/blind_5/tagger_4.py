@@ -204,7 +204,7 @@ def train_called_once(t: Training) -> None:
 
 
 @fault(tagger, "validation-in-train-mode", step=49, then=("overtraining",))
-def validated_with_dropout(t: Training) -> None:
+def tags_validated_with_dropout(t: Training) -> None:
     """Validation has its `no_grad()`, but no `eval()`: 40 % of the words are dropped there, too. TrainCheck: wrong mode."""
     t.model = tagger.Tagger(dropout=0.4)
     t.model.eval = lambda: t.model

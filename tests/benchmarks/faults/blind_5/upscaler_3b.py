@@ -207,7 +207,7 @@ def maximised_like_psnr(t: Training) -> None:
 
 
 @fault(upscaler, "nonfinite-buffer", "nonfinite-input", "input-nonfinite", "nonfinite-activation", modules=("", "centre", "head", *BODY, *(f"body.{i}.activation.0" for i in range(4))), step=90, then=(*NONFINITE, "step-skipped", "gradient-zero", "overfit"))  # fmt: skip
-def broken_file_in_the_statistics(t: Training) -> None:
+def broken_picture_in_the_statistics(t: Training) -> None:
     """A broken file gives Inf at step 90; the loop takes out its gradients, but BatchNorm has seen it, and validation is NaN. TrainCheck:
     buffers."""
     plain = t.sample
