@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stethoscope._record import Finding
@@ -53,8 +53,6 @@ class ResultHealth:
 
     References: Guo et al. 2017 (calibration: how far confidence and accuracy differ).
     """
-
-    _: KW_ONLY
 
     @property
     def needs(self) -> tuple[Probe, ...]:
