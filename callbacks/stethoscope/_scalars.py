@@ -84,7 +84,8 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
 
 def plan(steps: int | None, optimizers: Sequence[Optimizer], stamp: Record) -> list[Record]:
     """Return what is known of a run before its first step: its length, that several optimizers share it, the rate that a scheduler scales."""
-    rates = [group.get("initial_lr") for each in optimizers for group in each.param_groups]
+    # a one-cycle schedule calls its first rate the initial one, and climbs to this
+    rates = [group.get("max_lr", group.get("initial_lr")) for each in optimizers for group in each.param_groups]
     known = {
         "plan/steps": steps,
         "plan/optimizers": len(optimizers) if len(optimizers) > 1 else None,

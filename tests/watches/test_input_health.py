@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -425,6 +426,67 @@ def test_one_batch_for_ever_is_told_where_validation_shows_more():
                     model.eval()(seeded(1000 + step, 64, 16))
                 model.train()
     assert [f.code for f in monitor.findings] == ["input-duplicate"]
+
+
+@pytest.mark.parametrize(("items", "told"), [(8, ["input-duplicate"]), (64, [])])
+def test_a_batch_that_is_kept_may_be_all_there_is_unless_it_is_a_handful(items, told):
+    torch.manual_seed(0)
+    model, kept = mlp(), seeded(0, items, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Monitor(model, optimizer, watches=[InputHealth()], every=1, strict=True) as monitor:
+        for step in range(30):
+            model(kept).square().mean().backward()
+            optimizer.step()
+            monitor.step()
+            if step % 4 == 3:
+                with monitor.phase("val"), torch.no_grad():
+                    model.eval()(seeded(1000 + step, 32, 16))
+                model.train()
+    assert [f.code for f in monitor.findings] == told
+
+
+def test_data_that_are_not_finite_have_no_range():
+    records = [Record("input/column_rms", math.inf, step, "stem") for step in range(5)]
+    assert replay(InputHealth(), records) == []
+
+
+class Converts(nn.Module):
+    """The first line turns what NumPy has made back into float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        return self.body(x.to(self.body[0].weight.dtype))
+
+
+@pytest.mark.parametrize(
+    ("weights", "data", "told"),
+    [
+        pytest.param(torch.float32, torch.float64, [("input-dtype", "warning", "")], id="made by NumPy"),
+        pytest.param(torch.float64, torch.float64, [], id="double precision is meant"),
+        pytest.param(torch.bfloat16, torch.float32, [], id="low precision is meant"),
+        pytest.param(torch.float32, torch.uint8, [], id="pictures"),
+    ],
+)
+def test_data_in_double_precision_for_a_model_that_is_not_are_told(weights, data, told):
+    def batch(step):
+        return (50 * torch.rand(8, 16)).to(data)
+
+    assert train(Converts().to(weights), batch) == told
+
+
+def test_a_batch_that_the_loop_converts_is_looked_at_as_it_was_given():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Monitor(model, optimizer, watches=[InputHealth()], every=1, strict=True) as monitor:
+        for _ in range(5):
+            batch = torch.randn(8, 16, dtype=torch.float64)
+            model(batch.float()).square().mean().backward()
+            optimizer.step()
+            monitor.step(batch=batch)
+    assert [f.code for f in monitor.findings] == ["input-dtype"]
 
 
 def test_noise_that_the_loop_adds_does_not_hide_what_the_loader_gives():

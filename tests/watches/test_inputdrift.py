@@ -183,7 +183,7 @@ def validated(model, before, phase="val"):
     [
         ([nn.BatchNorm1d(8)], lambda m: None, "val", [("warning", "val")]),
         ([nn.BatchNorm1d(8), nn.Dropout(0.1)], lambda m: None, "valid", [("warning", "valid")]),
-        ([nn.Dropout(0.1)], lambda m: None, "test", [("info", "test")]),
+        ([nn.Dropout(0.1)], lambda m: None, "test", [("warning", "test")]),
         ([nn.BatchNorm1d(8)], lambda m: m.eval(), "val", []),
         ([nn.BatchNorm1d(8)], lambda m: None, "recalibration", []),
         ([nn.BatchNorm1d(8, track_running_stats=False)], lambda m: None, "val", []),

@@ -133,6 +133,18 @@ def test_a_warm_up_that_is_longer_than_the_run_is_told(steps):
     assert found.evidence["reached_at"] == pytest.approx(steps, rel=0.02)
 
 
+def test_a_rate_below_zero_is_no_end_of_a_schedule():
+    assert "scheduler-ends-early" not in [
+        f.code for f in run(lambda o: schedules.LambdaLR(o, lambda i: 1.0 if i < 50 else -0.05))
+    ]
+
+
+def test_a_one_cycle_schedule_that_is_stepped_once_per_epoch_is_told():
+    (found,) = run(lambda o: schedules.OneCycleLR(o, 0.1, 20 * STEPS))
+    assert found.code == "schedule-unfinished"
+    assert found.evidence["meant"] == 0.1
+
+
 @pytest.mark.parametrize(
     "schedule",
     [

@@ -348,6 +348,14 @@ def test_a_module_that_never_runs_and_one_whose_output_is_not_used():
     ]
 
 
+@pytest.mark.parametrize(("name", "told"), [("correction", ["info", "warning"]), ("pooler", ["info"])])
+def test_a_branch_that_is_not_added_is_a_warning_once_nothing_more_is_to_be_thawed(name, told):
+    model = mlp()
+    model.add_module(name, nn.Linear(4, 4))
+    found = train(model, forward=lambda x: (model[-1](model[:-1](x)), model[:-1](x))[1], planned=100)
+    assert found == [("module-unused", severity, name) for severity in told]
+
+
 def test_state_that_became_infinite():
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -71,6 +71,7 @@ class Inputs:
     `input/row`; rows that half of the training sequences begin or end with (padding, marks) are left out. And, per layer that is given data, against the training observations so far (10 at least), per column, beyond 8 of their standard deviations:
     `input/columns_changed`, share of columns whose spread is off by more than 6 dB, and `input/column_change_db`, the largest change;
     `input/columns_shifted`, share whose mean is off by more than one spread, and `input/column_shift`, the largest shift, in spreads.
+    `input/double`, in training: 1 where the data, as the model or `step(batch=...)` is given it, is float64 and no parameter is; nothing otherwise.
     `input/norms_in_training`, `input/dropouts_in_training`: BatchNorm and dropout modules that act as in training there, where the model is in train mode.
     **Cost:** hooks on observed steps only; about six passes over at most 2^20 values of each tensor, device, no wait. What
     torch.compile has compiled runs eagerly on observed training steps.
@@ -144,6 +145,7 @@ class InputsAttachment:
         self._handles: list[RemovableHandle] = []
         self._repeats, self._layers = Repeats(model), DataLayers(model, self.wanted)
         self._called_with, self._batches = Variety(), Variety()
+        self._double = False
         self._eagerly = Eagerly("Inputs")
 
     def arm(self, on: bool, phase: str) -> None:
@@ -177,6 +179,8 @@ class InputsAttachment:
 
     def _vary(self, variety: Variety, given: Iterable[Tensor]) -> None:
         main = next((x for x in given if _readable(x) and not x.is_complex() and x[0].numel() >= FEWEST_VALUES), None)
+        if main is not None and main.dtype == torch.float64:
+            self._double = all(p.dtype != torch.float64 for p in self._model.parameters())
         if main is not None and not (variety is self._batches and self._called_with.holds(main)):
             variety.take(main, self._phase)
 
@@ -252,6 +256,9 @@ class InputsAttachment:
 
     def _of_training(self) -> list[Columns]:
         columns = []
+        if self._double:
+            self._double = False
+            columns.append(Columns([Key("input/double")], torch.ones(1), [0]))
         copies = self._repeats.read()
         if copies is not None:
             keys = [Key("input/repeated"), Key("input/returned"), Key("input/blank")]

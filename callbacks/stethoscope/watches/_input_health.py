@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,7 +51,7 @@ class InputHealth:
     and again); or all items that were observed lately are at most 32 different ones, each four times and more, or one batch of any size that is made anew each time,
     smaller than what other phases show; or when an embedding is given one and the same sequence for all items, step after step. `input-constant` when at least half of the items are one and the same number all over. `input-range` when the levels of the items of a
     batch have a standard deviation above 30 dB, or when a column (feature, channel) of the data that a trained layer is given has an rms above 1000, see
-    `Inputs`. Above 50 it is named only as the cause of other findings: that is no fault by itself.
+    `Inputs`. `input-dtype` when the data are float64 and no parameter is. Above 50 a range is named only as the cause of other findings: that is no fault by itself.
     **Cost:** host, O(layers that are given data).   **Needs:** `Inputs`.
 
     Examples:
@@ -80,6 +81,7 @@ class InputHealth:
             "input/alike",
             "input/blank",
             "input/one_row",
+            "input/double",
         )
         if not any(record.name.startswith("input/") for record in records):
             return state, ()
@@ -95,6 +97,7 @@ class InputHealth:
         _levels(judging, items_db)
         _alike(judging, values["input/alike"])
         _one_row(judging, values["input/one_row"])
+        _double(judging, told=bool(values["input/double"]))
         layers = values["input/column_rms"]
         _scale(judging, layers if len(layers) == 1 else {name: value for name, value in layers.items() if name})
         return {"held": judging.held, "seen": True, "items_db": items_db}, judging.findings
@@ -158,7 +161,8 @@ class _Variety(NamedTuple):
 
     @property
     def few(self) -> bool:
-        return not self.kept and 0 < self.different <= FEW and self.items >= ROUNDS * self.different
+        whole = self.kept and self.elsewhere <= self.different  # what there is, as one batch
+        return not whole and 0 < self.different <= FEW and self.items >= ROUNDS * self.different
 
     @property
     def one_batch(self) -> bool:
@@ -228,8 +232,20 @@ def _one_row(judging: Judging, layers: dict[str, float]) -> None:
         )
 
 
+def _double(judging: Judging, *, told: bool) -> None:
+    if judging.model("input-dtype", told):
+        judging.tell(
+            Finding(
+                "input-dtype",
+                "warning",
+                "The data arrive in float64, and no parameter of the model is: twice the memory and transfer until something converts them.",
+                "Convert in the data set: torch.from_numpy(x).float(). NumPy and pandas make float64 unless told otherwise.",
+            )
+        )
+
+
 def _scale(judging: Judging, layers: dict[str, float]) -> None:
-    news = judging.hold("input-range", [name for name, value in layers.items() if value > FAR], layers)
+    news = judging.hold("input-range", [name for name, value in layers.items() if FAR < value < math.inf], layers)
     if not news:
         return
     worst = max(news, key=lambda name: layers[name])

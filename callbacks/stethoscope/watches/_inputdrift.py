@@ -63,7 +63,7 @@ class InputDrift:
     spread), beyond 8 standard deviations each (of at least 10 observations), or a single one by 20 dB or ten spreads. `input-constant` when at
     least half of the items of a training step's first tensor are constant.
     `validation-in-train-mode` when the model is in train mode in a phase of validation or test and BatchNorm modules take its batches into their running
-    statistics (an info where there is only dropout, which some leave on by purpose).
+    statistics, or dropout drops. Dropout that is left on by purpose is in train mode by itself, in a model that is not.
     The first tensor of 8 and more values per item is judged: masks, timesteps, what a decoder is given and targets differ on purpose.
     Raised again only after the phase was back within its bounds. Drift within training (a curriculum) is no finding.
     **Cost:** host, O(tensors).   **Needs:** `Inputs`; other phases run inside of `monitor.phase(name)`.
@@ -240,7 +240,7 @@ def _modes(records: Sequence[Record], raised: list[str], found: list[Finding]) -
         found.append(
             Finding(
                 "validation-in-train-mode",
-                "warning" if norms.value else "info",
+                "warning",
                 f"The model is in train mode in phase {norms.phase}: {batches if norms.value else f'{drops.value:.0f} dropout modules drop'}.",
                 "Call model.eval() before it, and model.train() after it: torch.no_grad() does neither.",
                 step=norms.step,

@@ -106,7 +106,7 @@ class LearningRate:
         state, found = _turn(state, rate, step)
         if found:
             return {**state, "peak": peak}, found
-        if not plan or rate > self.nothing * peak or peak == 0:
+        if not plan or not 0 <= rate <= self.nothing * peak or peak == 0:
             return {**state, "peak": peak, "since": None, "told": False}, ()
         since = step if state["since"] is None else state["since"]
         state = {**state, "peak": peak, "since": since}

@@ -61,8 +61,8 @@ class ParameterHealth:
       weights themselves (cosine above 0.4, mean over parameters) in five observed steps, while it grows as fast as it did so far: something
       rewards size.
     - `module-unused`: the optimizer steps, but no gradient ever comes and nothing changes; info where the module looks like an expert
-      that is not chosen, or runs, unless others of its stack are trained and something of another kind after it is, too. A part that
-      several layers have and none of them calls is a warning.
+      that is not chosen, or runs, unless others of its stack are trained and something of another kind after it is, too, or 30 % of the plan is
+      over. A part that several layers have and none of them calls is a warning.
     - `model-in-eval`: the optimizer steps while the model, with all of its BatchNorm and dropout, is in eval mode.
     - `nonfinite-optimizer`: what the optimizer keeps for a parameter holds NaN or Inf.
 

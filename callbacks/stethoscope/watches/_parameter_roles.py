@@ -168,7 +168,13 @@ def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[
     absent = [name for name in idle if owner(name) not in ran]
     # a model that grows begins with its first block
     missing = {*_missing(absent, roles), *(_behind_the_first(absent, trained, ran) if late else ())}
-    quiet = {name for name in idle if (owner(name) in ran or _kind(name) in alive) and name not in dropped | missing}
+    # of heads beside each other, some may wait for their task; encoders come with a pooler, whatever their task
+    waiting = {
+        name
+        for name in idle
+        if _kind(name) in alive or (owner(name) in ran and (not late or "pooler" in name.split(".")))
+    }
+    quiet = waiting - dropped - missing
     for code, hits in (("module-unused", [n for n in idle if n not in quiet]), ("module-unused-quiet", quiet)):
         news = judging.hold(code, [name for name in idle if name in hits], roles)
         if not news:
