@@ -28,7 +28,7 @@ STUCK = (
 )  # fmt: skip
 
 
-HELD_OUT = "blind_5"
+HELD_OUT = "blind_6"
 """Folder of the cases that are run only once."""
 
 
