@@ -1,1 +1,1 @@
-"""Cases by authors who had not seen a watch; held out: run once, when the watches are finished."""
+"""Cases by authors who had not seen a watch; run blind on 2026-11-22, looked at since."""

@@ -1,1 +1,1 @@
-"""Cases by authors who had not seen a watch; run once, then looked at."""
+"""Cases by authors who had not seen a watch; run blind on 2026-11-22, looked at since."""
