@@ -320,12 +320,13 @@ def made_up(at: At, name: str, train: str, zeros: int) -> Finding:
     )
 
 
-def graph(at: At, name: str, *, usual: bool) -> Finding:
-    """Say that a logged tensor still has its graph."""
+def graph(at: At, name: str, *, usual: bool, several: bool = False) -> Finding:
+    """Say that a logged tensor still has its graph; `several` if that is made of graphs of several steps."""
+    which = "the graphs of several steps" if several else "its graph (requires_grad)"
     return Finding(
         "metric-grad",
         "info" if usual else "warning",
-        f"{name!r} in the {at.phase} metrics still has its graph (requires_grad). Only a detached copy was taken here.",
+        f"{name!r} in the {at.phase} metrics still has {which}. Only a detached copy was taken here.",
         "Keep name.detach() in lists and running sums: each entry that has its graph keeps a whole step's activations in memory."
         + ("" if at.phase == "train" else " Run validation under torch.no_grad()."),
         at.step,

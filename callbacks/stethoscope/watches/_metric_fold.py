@@ -44,7 +44,7 @@ SHAPES = 32
 """Most shapes kept per phase; a stream with more is not judged by shape any further."""
 
 _NUMBERS = frozenset({"float", "int", "bool"})
-_TENSORS = frozenset({"tensor", "tensor-grad"})
+_TENSORS = frozenset({"tensor", "tensor-grad", "tensor-graphs"})
 _STICKY = ("metric-unexpected", "metric-always-none", "metric-grad")
 
 
@@ -111,8 +111,8 @@ class _Dictionary:
         self.contract, self.state, self.plan, self.records = contract, state, plan, records
         self.old = state["phases"].get(plan.phase) or {"n": 0, "keys": {}, "shapes": [], "active": []}
         self.keys: dict[str, dict[str, Any]] = dict(self.old["keys"])
-        self.after = {**self.old, "n": self.old["n"] + 1, "keys": self.keys, "step": records[0].step}
-        self.after["first"] = self.old.get("first", records[0].step)
+        step = records[0].step
+        self.after = {"first": step, **self.old, "n": self.old["n"] + 1, "keys": self.keys, "step": step}
         # steps at which the phase was logged: as many as dictionaries where each says all of one evaluation
         self.after["rounds"] = self.old.get("rounds", 0) + (records[0].step != self.old.get("step"))
         self.fresh = False
@@ -146,9 +146,11 @@ class _Dictionary:
                 entry = self.keys[slot.bare]
             if kind in _TENSORS:
                 stayed = True
-                if kind == "tensor-grad":
-                    usual = names.loss(slot.bare) and not names.running(slot.bare) and self.plan.phase == "train"
-                    self._say("metric-grad", "" if usual else slot.bare, findings.graph, slot.raw, usual=usual)
+                if kind != "tensor":
+                    several = kind == "tensor-graphs"
+                    usual = names.own_loss(slot.bare) and self.plan.phase == "train" and not several
+                    make = partial(findings.graph, usual=usual, several=several)
+                    self._say("metric-grad", "" if usual else slot.bare, make, slot.raw)
             if of == "number" and entry["tensor"] is None and kind in _NUMBERS and self._tensor_in_training(slot.bare):
                 flipped.append(slot)
             if of == "number" and entry["tensor"] is not (kind in _TENSORS):
@@ -277,9 +279,8 @@ class _Dictionary:
             self._say("metric-vanished", slot.bare, findings.vanished, slot.raw, count, entry["nones"], none=True)
         # a metric of validation alone is None in training until the first validation
         validated, planned = self.plan.phase != "train", self.state.get("planned", 0)
-        often = entry["nones"] >= STREAK or (
-            validated and rare.lasts(entry["rounds"], entry["blind"], self.at.step, planned)
-        )
+        often = validated and rare.lasts(entry["rounds"], entry.get("blind"), self.at.step, planned)
+        often = often or entry["nones"] >= STREAK
         if often and not any(numbers(phase["keys"].get(slot.bare), phase) for phase in self.state["phases"].values()):
             wanted = validated and rare.wanted(slot.bare, self.state["phases"].get("train"), rate=slot.rate)
             self._say("metric-always-none", slot.bare, findings.always_none, slot.raw, entry["nones"], wanted=wanted)
@@ -331,9 +332,8 @@ class _Dictionary:
             if self.contract.find(entry["raw"], self.plan.phase) is not None:
                 continue
             if count < LEARN:
-                planned = self.state.get("planned", 0)
-                validated = companion and self.plan.phase != "train"
-                if validated and rare.only_first(bare, entry, self.after, count, self.at.step, planned):
+                planned = self.state.get("planned", 0) if companion and self.plan.phase != "train" else None
+                if planned is not None and rare.only_first(bare, entry, self.after, count, self.at.step, planned):
                     self._say("metric-vanished", bare, findings.vanished, entry["raw"], count, entry["absent"])
                 continue
             if (
