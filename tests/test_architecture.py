@@ -23,7 +23,8 @@ LAYERS = {
     "stats.py": set(),
     "_secrets.py": {"_record"},
     "_parts.py": {"_record"},
-    "_metrics.py": {"_record"},
+    "_graphs.py": set(),
+    "_metrics.py": {"_graphs", "_record"},  # nodes of a graph are gone once a tensor is detached, which happens here
     "_transfer.py": {"_protocols", "_record"},
     "_combine.py": {"_record"},
     "_shards.py": set(),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stethoscope._graphs import of_several_steps
 from stethoscope._record import Finding
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Metric(NamedTuple):
     Args:
         name: its key; the keys of nested dictionaries are joined with `/`.
         value: host float or a detached 0-d tensor on its device; None where there is no scalar.
-        kind: `float int bool none tensor tensor-grad pair list str other`, see `normalise`.
+        kind: `float int bool none tensor tensor-grad tensor-graphs pair list str other`, see `normalise`.
     """
 
     name: str
@@ -38,6 +39,7 @@ def normalise(metrics: object) -> list[Metric]:
     | Python or NumPy number, array of one element                      | float             | `float int bool`   |
     | tensor of one element                                             | detached, 0-d     | `tensor`           |
     | the same with `requires_grad`                                     | detached, 0-d     | `tensor-grad`      |
+    | the same with nodes of several steps in its graph, see `_graphs` | detached, 0-d     | `tensor-graphs`    |
     | `(value, weight)`, a tuple of two scalars; no weight has a gradient | that of the first | `pair`             |
     | list or tuple of scalars, e.g. one per batch                      | None              | `list`             |
     | None; text                                                        | None              | `none`; `str`      |
@@ -131,7 +133,9 @@ def _tensor(given: Any) -> tuple[Tensor | None, str]:
             scalar = given.reshape(())
         else:
             return None, "other"
-        return (scalar.detach(), "tensor-grad") if given.requires_grad else (scalar, "tensor")
+        if not given.requires_grad:
+            return scalar, "tensor"
+        return scalar.detach(), "tensor-graphs" if of_several_steps(given.grad_fn) else "tensor-grad"
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return None, "other"
 
@@ -146,10 +150,10 @@ def _sequence(given: list[object] | tuple[object, ...]) -> tuple[float | Tensor 
     # Lists may be long and are not looked into beyond their first entry: a list of anything else is no metric.
     if isinstance(given, tuple) and len(given) == 2:
         (value, kind), (weight, of_weight) = map(_scalar, given)
-        if value is not None and weight is not None and of_weight not in {"tensor-grad", "pair"}:
+        if value is not None and weight is not None and of_weight not in {"tensor-grad", "tensor-graphs", "pair"}:
             return (value, "pair") if kind != "pair" else (None, "other")
         return None, "other"
-    if given and _scalar(given[0])[1] in {"float", "int", "bool", "tensor", "tensor-grad"}:
+    if given and _scalar(given[0])[1] in {"float", "int", "bool", "tensor", "tensor-grad", "tensor-graphs"}:
         return None, "list"
     return None, "list" if isinstance(given, list) and not given else "other"
 

@@ -8,13 +8,14 @@ from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, autograd, nn
 from torch._compile import _disable_dynamo  # what torch.optim uses, since torch.compiler.disable loads the compiler
 
 from stethoscope._agreement import Agreement
 from stethoscope._delivery import Delivery
 from stethoscope._dropped import left_open, weakly, when_dropped
 from stethoscope._flattened import flattened, is_flattened
+from stethoscope._graphs import mark
 from stethoscope._guard import Guard, check_guard
 from stethoscope._incidents import Incidents
 from stethoscope._metrics import normalise, unreadable
@@ -210,6 +211,7 @@ class Monitor:
         self._given = {}
         self._step += 1
         self._notes.step = step
+        mark(autograd)
         self._arm()
         self._deliver(ready, parts)
         with self._notes.going_on(self, "clock of the"):

@@ -76,7 +76,8 @@ class Record(NamedTuple):
         call: which call of the module within one outermost call of the model, from 0.
         rank: process rank.
         source: `"probe"`, `"step"` (given to `Monitor.step`, learning rates, plan) or `"log"` (given to `Monitor.log`).
-        kind: what was given: `float int bool none tensor tensor-grad pair list str other`; `histogram` from probes.
+        kind: what was given: `float int bool none tensor tensor-grad tensor-graphs pair list str other`; `histogram` from
+            probes.
 
     Examples:
         >>> Record("activation/rms", 1.5, step=40, module="encoder.3").value

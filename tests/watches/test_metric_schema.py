@@ -185,7 +185,7 @@ def test_none_for_ever_is_an_info():
 
 
 def test_five_evaluations_without_a_value_are_an_info_and_five_batches_of_one_are_not():
-    (found,) = replay(MetricSchema(), log("val", loss=[1.0] * 8, wer=[None] * 8))
+    (found,) = replay(MetricSchema(), log("val", loss=[1.0] * 8, loss_rnnt=[None] * 8))
     assert (found.code, found.severity, found.step) == ("metric-always-none", "info", 4)
     batches = [r._replace(step=7) for r in log("val", loss=[1.0] * 50, wer=[None] * 50)]
     assert replay(MetricSchema(), batches) == []

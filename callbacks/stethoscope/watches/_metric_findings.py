@@ -171,13 +171,16 @@ def vanished(at: At, name: str, seen: int, absent: int, *, none: bool = False) -
     )
 
 
-def always_none(at: At, name: str, seen: int) -> Finding:
-    """Say that a key never had a value."""
+def always_none(at: At, name: str, seen: int, *, wanted: bool = False) -> Finding:
+    """Say that a key never had a value; `wanted` if the evaluation itself adds a result under this name."""
     return Finding(
         "metric-always-none",
-        "info",
+        "warning" if wanted else "info",
         f"{name!r} was None in all of the last {seen} {at.phase} dictionaries and has had no value in any phase.",
-        "Nothing is wrong if this model has no such metric. Do not read it as 0.0.",
+        "Find out why it is not computed: a package that is not installed, an exception that is caught, a function without return. Leave the key out if "
+        "this model has no such metric."
+        if wanted
+        else "Nothing is wrong if this model has no such metric. Do not read it as 0.0.",
         at.step,
         "",
         at.phase,
@@ -238,14 +241,16 @@ def echoes(at: At, name: str, value: float, seen: int) -> Finding:
     )
 
 
-def only_in_train(at: At, name: str, given: Iterable[str], nearest: str | None) -> Finding:
+def only_in_train(at: At, name: str, given: Iterable[str], nearest: str | None, *, usual: bool = False) -> Finding:
     """Say that validation does not report what training does."""
     meant = f" Nearest name: {nearest!r}." if nearest else ""
     return Finding(
         "metric-phase-mismatch",
-        "warning",
+        "info" if usual else "warning",
         f"{name!r} is reported in train, but not in val ({_listed(given)}).{meant}",
-        f"Code that reads {name!r} in validation raises KeyError after the first epoch: return it there as well (None if "
+        f"Nothing is wrong if {name!r} is followed in training only. If a checkpoint or scheduler reads it in validation, return it there."
+        if usual
+        else f"Code that reads {name!r} in validation raises KeyError after the first epoch: return it there as well (None if "
         "it has no value), or name it as an alias.",
         at.step,
         "",
@@ -315,12 +320,13 @@ def made_up(at: At, name: str, train: str, zeros: int) -> Finding:
     )
 
 
-def graph(at: At, name: str, *, usual: bool) -> Finding:
-    """Say that a logged tensor still has its graph."""
+def graph(at: At, name: str, *, usual: bool, several: bool = False) -> Finding:
+    """Say that a logged tensor still has its graph; `several` if that is made of graphs of several steps."""
+    which = "the graphs of several steps" if several else "its graph (requires_grad)"
     return Finding(
         "metric-grad",
         "info" if usual else "warning",
-        f"{name!r} in the {at.phase} metrics still has its graph (requires_grad). Only a detached copy was taken here.",
+        f"{name!r} in the {at.phase} metrics still has {which}. Only a detached copy was taken here.",
         "Keep name.detach() in lists and running sums: each entry that has its graph keeps a whole step's activations in memory."
         + ("" if at.phase == "train" else " Run validation under torch.no_grad()."),
         at.step,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.watches import _metric_findings as findings
 from stethoscope.watches import _metric_names as names
+from stethoscope.watches import _metric_rare as rare
 from stethoscope.watches import _metric_stuck as stuck
 from stethoscope.watches._metric_field import Field
 from stethoscope.watches._metric_findings import At
@@ -25,14 +26,9 @@ if TYPE_CHECKING:
 
 LEARN = 2
 """Dictionaries of a phase that a key must have been in, without a gap, before its absence is worth a finding."""
-ONCE = 5
-"""Steps of a phase outside of training without a key that only its first dictionary had, while nothing else differs: a
-metric of every fifth evaluation is absent from four in a row."""
 STREAK = 100
 """Values in a row that must be None, or exactly 0.0 for an accuracy. A batch of 8 items of 1000 classes has none
 right 99 % of the time by chance, but hardly a hundred in a row once anything is learned."""
-ROUNDS = 5
-"""Steps outside of training at which a value must have been None: an evaluation a round, and few runs have a hundred."""
 STRANGE = 10
 """Dictionaries in a row that a key may be absent from, beyond twice its longest gap, while no key is in all of them:
 then metrics are logged piece by piece, and nothing tells which piece is late."""
@@ -48,7 +44,7 @@ SHAPES = 32
 """Most shapes kept per phase; a stream with more is not judged by shape any further."""
 
 _NUMBERS = frozenset({"float", "int", "bool"})
-_TENSORS = frozenset({"tensor", "tensor-grad"})
+_TENSORS = frozenset({"tensor", "tensor-grad", "tensor-graphs"})
 _STICKY = ("metric-unexpected", "metric-always-none", "metric-grad")
 
 
@@ -100,6 +96,7 @@ def _fresh(raw: str, since: int) -> dict[str, Any]:
         "nones": 0,  # of these in a row, to the last
         "rounds": 0,  # steps at which they came
         "round": None,  # the last of them
+        "blind": None,  # the first of them
         "streak": None,  # equal values in a row outside of training, see `_metric_stuck`
         "zeros": 0,  # exactly 0.0 in a row, to the last value
         "absent": 0,  # dictionaries in a row without it, to the last
@@ -114,7 +111,8 @@ class _Dictionary:
         self.contract, self.state, self.plan, self.records = contract, state, plan, records
         self.old = state["phases"].get(plan.phase) or {"n": 0, "keys": {}, "shapes": [], "active": []}
         self.keys: dict[str, dict[str, Any]] = dict(self.old["keys"])
-        self.after = {**self.old, "n": self.old["n"] + 1, "keys": self.keys, "step": records[0].step}
+        step = records[0].step
+        self.after = {"first": step, **self.old, "n": self.old["n"] + 1, "keys": self.keys, "step": step}
         # steps at which the phase was logged: as many as dictionaries where each says all of one evaluation
         self.after["rounds"] = self.old.get("rounds", 0) + (records[0].step != self.old.get("step"))
         self.fresh = False
@@ -148,9 +146,11 @@ class _Dictionary:
                 entry = self.keys[slot.bare]
             if kind in _TENSORS:
                 stayed = True
-                if kind == "tensor-grad":
-                    usual = names.loss(slot.bare) and not names.running(slot.bare) and self.plan.phase == "train"
-                    self._say("metric-grad", "" if usual else slot.bare, findings.graph, slot.raw, usual=usual)
+                if kind != "tensor":
+                    several = kind == "tensor-graphs"
+                    usual = names.own_loss(slot.bare) and self.plan.phase == "train" and not several
+                    make = partial(findings.graph, usual=usual, several=several)
+                    self._say("metric-grad", "" if usual else slot.bare, make, slot.raw)
             if of == "number" and entry["tensor"] is None and kind in _NUMBERS and self._tensor_in_training(slot.bare):
                 flipped.append(slot)
             if of == "number" and entry["tensor"] is not (kind in _TENSORS):
@@ -252,6 +252,7 @@ class _Dictionary:
                 blank=entry["blank"] + 1,
                 rounds=rounds,
                 round=self.at.step,
+                blind=entry.get("blind") if entry["nones"] else self.at.step,
                 zeros=0,
             )
             self._none(slot, entry)
@@ -259,7 +260,9 @@ class _Dictionary:
         if entry["nones"]:
             entry = self._change(slot.bare, nones=0, longest=max(entry["longest"], entry["nones"]))
             self.fresh = True
-        if of not in {"number", "pair", "list"}:
+        if of == "list" and self.plan.phase != "train" and names.share(slot.bare):
+            self._type(slot, of, "a share is one number; give each class a name of its own")  # no logger draws a list
+        elif of not in {"number", "pair", "list"}:
             self._type(slot, kind, "a metric is one number")
         elif not entry["class"]:
             self._change(slot.bare, **{"class": of})
@@ -275,9 +278,12 @@ class _Dictionary:
         elif count >= LEARN and entry["nones"] > 2 * entry["longest"] + 1:
             self._say("metric-vanished", slot.bare, findings.vanished, slot.raw, count, entry["nones"], none=True)
         # a metric of validation alone is None in training until the first validation
-        often = entry["nones"] >= STREAK or (self.plan.phase != "train" and entry["rounds"] >= ROUNDS)
+        validated, planned = self.plan.phase != "train", self.state.get("planned", 0)
+        often = validated and rare.lasts(entry["rounds"], entry.get("blind"), self.at.step, planned)
+        often = often or entry["nones"] >= STREAK
         if often and not any(numbers(phase["keys"].get(slot.bare), phase) for phase in self.state["phases"].values()):
-            self._say("metric-always-none", slot.bare, findings.always_none, slot.raw, entry["nones"])
+            wanted = validated and rare.wanted(slot.bare, self.state["phases"].get("train"), rate=slot.rate)
+            self._say("metric-always-none", slot.bare, findings.always_none, slot.raw, entry["nones"], wanted=wanted)
 
     def _names(self) -> None:
         """Judge which names are there and which are not."""
@@ -326,7 +332,8 @@ class _Dictionary:
             if self.contract.find(entry["raw"], self.plan.phase) is not None:
                 continue
             if count < LEARN:
-                if companion and self._only_first(bare, entry, count):
+                planned = self.state.get("planned", 0) if companion and self.plan.phase != "train" else None
+                if planned is not None and rare.only_first(bare, entry, self.after, count, self.at.step, planned):
                     self._say("metric-vanished", bare, findings.vanished, entry["raw"], count, entry["absent"])
                 continue
             if (
@@ -353,12 +360,6 @@ class _Dictionary:
                 self._say("metric-unexpected", renamed, again, renamed, entry["raw"], ())
         if gaps != self.old.get("gaps", False):
             self.after["gaps"] = gaps
-
-    def _only_first(self, bare: str, entry: dict[str, Any], count: int) -> bool:
-        """Whether the first dictionary of a phase had a key, all later ones are alike, and none of them has it."""
-        whole = self.after["rounds"] == self.after["n"] and len(self.after["shapes"]) == 2
-        alone = count == 1 and not entry["since"] and entry["absent"] >= ONCE
-        return whole and alone and self.plan.phase != "train" and not names.bookkeeping(bare)
 
     def _close(self) -> tuple[State, list[Finding]]:
         phase, active, said = self.plan.phase, self.old["active"], self.state["said"]

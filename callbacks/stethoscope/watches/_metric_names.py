@@ -132,6 +132,11 @@ def loss(name: str) -> bool:
     return any(map(_LOSS.fullmatch, tokens(name)))
 
 
+def own_loss(name: str) -> bool:
+    """Whether a name stands for a loss of one step, which has a graph by design."""
+    return loss(name) and not running(name)
+
+
 def synonyms(bare: str) -> tuple[str, ...]:
     """Return all bare names under which toolkits give the same metric; `()` if there is only this one."""
     return next((group for group in SYNONYMS if bare.lower() in group), ())

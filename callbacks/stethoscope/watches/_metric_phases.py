@@ -72,11 +72,19 @@ def _only_in_train(
             )
         # A numerator and a denominator, wer_num and wer_denom, are the metric too: it is their quotient.
         if _in(contract, bare, val["keys"]) is None and not any(part.startswith(f"{bare}_") for part in parts):
-            yield f"metric-phase-mismatch|train|{bare}", partial(_named, name=entry["raw"], given=given)
+            yield (
+                f"metric-phase-mismatch|train|{bare}",
+                partial(_named, name=entry["raw"], given=given, known=frozenset(train["keys"])),
+            )
 
 
-def _named(at: At, *, name: str, given: list[str]) -> Finding:
-    return findings.only_in_train(at, name, given, names.nearest(name, given))
+def _named(at: At, *, name: str, given: list[str], known: frozenset[str]) -> Finding:
+    # Terms of a loss are often followed in training only. One that validation spells otherwise was meant to be there; a
+    # name that training has as well is another term, however alike.
+    nearest = names.nearest(name, given)
+    renamed = nearest is not None and names.split(nearest).bare not in known
+    usual = names.loss(names.split(name).bare) and not renamed
+    return findings.only_in_train(at, name, given, nearest, usual=usual)
 
 
 def _only_in_val(
