@@ -83,13 +83,14 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 def plan(steps: int | None, optimizers: Sequence[Optimizer], stamp: Record) -> list[Record]:
-    """Return what is known of a run before its first step: its length, that several optimizers share it, the rate that a scheduler scales."""
+    """Return what is known of a run before its first step: its length, that several optimizers share it, the rate that a scheduler scales, that a step has steps inside."""
     # a one-cycle schedule calls its first rate the initial one, and climbs to this
     rates = [group.get("max_lr", group.get("initial_lr")) for each in optimizers for group in each.param_groups]
     known = {
         "plan/steps": steps,
         "plan/optimizers": len(optimizers) if len(optimizers) > 1 else None,
         "plan/lr": max((rate for rate in rates if isinstance(rate, float)), default=None),
+        "plan/inner_steps": 1 if any(isinstance(each, torch.optim.LBFGS) for each in optimizers) else None,
     }
     return [stamp._replace(name=name, value=float(value)) for name, value in known.items() if value is not None]
 

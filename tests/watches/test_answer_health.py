@@ -56,6 +56,13 @@ def test_a_similarity_that_is_minimised_is_told():
     assert train("values", sign=-1.0) == [("loss-sign", "warning")]
 
 
+@pytest.mark.parametrize(("width", "told"), [(4.0, ["loss-sign"]), (1.0, [])])
+def test_a_single_number_may_run_against_its_target_by_right(width, told):
+    """The risk of a Cox model against the time that is left; the distance of a pair against whether it is one."""
+    values = {"answer/concordance": [0.1] * 40, "answer/pairs": [496.0] * 40, "answer/values": [width] * 40}
+    assert [f.code for f in replay(AnswerHealth(), series(range(0, 400, 10), **values))] == told
+
+
 def test_the_first_half_of_a_run_is_patience():
     plan = Record("plan/steps", 1000.0, 0, source="step")
     values = {"answer/concordance": [0.5] * 29 + [0.9] * 71, "answer/pairs": [496.0] * 100}

@@ -50,7 +50,7 @@ def test_a_share_as_a_list_warns():
     assert evaluations([[0.5, 0.6]] * 4, name="per_batch") == []
 
 
-@pytest.mark.parametrize("name", ["objectness_loss", "mean_loss", "loss_ctc", "kl"])
+@pytest.mark.parametrize("name", ["objectness_loss", "mean_loss", "loss_ctc", "kl", "ce", "l2_reg"])
 def test_a_term_of_the_loss_in_training_alone_is_an_info(name):
     stream = logged("train", 0, loss=1.0, **{name: 0.5}) + logged("train", 1, loss=1.0, **{name: 0.5})
     (found,) = replay(MetricSchema(), stream + logged("val", 1, loss=1.0))

@@ -53,6 +53,15 @@ def test_a_backbone_that_was_trained_is_well_though_the_optimizer_holds_it():
     assert train(net, net.parameters()) == []
 
 
+def test_one_layer_of_a_trained_backbone_may_look_as_drawn():
+    net = model()
+    with torch.no_grad():
+        net[0].weight.copy_(net[0].weight * torch.randn(32, 8).exp())
+    net[0].requires_grad_(False)
+    net[2].requires_grad_(False)
+    assert train(net, net.parameters()) == []
+
+
 def test_layers_that_are_thawed_within_the_first_third_of_the_plan_are_well():
     net = model()
     net[2].requires_grad_(False)

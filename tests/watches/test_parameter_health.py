@@ -586,6 +586,27 @@ def test_a_minimum_that_is_reached_is_no_fault():
     assert "parameter-unchanged" not in [f.code for f in monitor.findings]
 
 
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_steps_of_lbfgs_may_be_wide_and_end(line_search):
+    """One is up to twenty, and where it has converged, it changes nothing any more."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 8)
+    y = x @ torch.randn(8, 1) + 1
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn=line_search)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=1, strict=True) as monitor:
+        for _ in range(40):
+            monitor.step(loss=optimizer.step(closure))
+    assert monitor.findings == []
+
+
 def test_a_penalty_that_is_subtracted_makes_the_weights_longer():
     def steps(weight, make):
         model = mlp()

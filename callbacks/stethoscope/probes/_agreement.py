@@ -34,7 +34,7 @@ class Agreement:
     difference of the two answers points the way of the difference of the two targets: `<a - b, s - t> > 0` (a tie counts half). That is 0.5 where
     answers have nothing to do with their own targets, 1 where they follow them, below 0.5 where they do the opposite; for single numbers it is
     Kendall's tau as a share, for two classes the area under the ROC curve. Adding the same to all answers or scaling them changes nothing, and no loss needs to be known.
-    `answer/pairs`, how many they are. Outputs and targets are floating point and of one shape, or scores of classes and whole numbers, whose targets stand for one-hot vectors
+    `answer/pairs`, how many they are, and `answer/values`, how many numbers an answer of an item is (1 for scores of classes, which are one answer). Outputs and targets are floating point and of one shape, or scores of classes and whole numbers, whose targets stand for one-hot vectors
     (targets outside of the classes are left out, for both items of a pair).
 
     **Cost:** on observed steps, products of 32 items by 32 at 256 places at most. Never waits for the device.
@@ -47,7 +47,7 @@ class Agreement:
         >>> attached.arm(True, "train")
         >>> read = attached.read({"outputs": torch.tensor([0.1, 0.2, 0.3, 0.4]), "targets": torch.tensor([1.0, 3.0, 2.0, 4.0])})
         >>> {key.name: round(float(value), 3) for key, value in read.items()}
-        {'answer/concordance': 0.833, 'answer/pairs': 6.0}
+        {'answer/concordance': 0.833, 'answer/pairs': 6.0, 'answer/values': 1.0}
 
     References: Kendall 1938, Biometrika 30(1/2).
     """
@@ -102,7 +102,7 @@ def _of_values(answers: Tensor, targets: Tensor) -> Readings:
     a, t = a - a.mean(0), t - t.mean(0)  # a common part cancels in differences, and would only round them off
     products = a @ t.T
     differ = (t[:, None] != t).any(-1)
-    return _shares(products, differ)
+    return _shares(products, differ, a.shape[1])
 
 
 def _of_classes(scores: Tensor, targets: Tensor) -> Readings:
@@ -122,10 +122,10 @@ def _of_classes(scores: Tensor, targets: Tensor) -> Readings:
     own = likely.diagonal().T  # (items, places)
     products = torch.where(both, likely - own[:, None], 0.0).sum(-1)  # minus what the item's own target gets there
     differ = (both & (targets[:, None] != targets)).any(-1)
-    return _shares(products, differ)
+    return _shares(products, differ, 1)
 
 
-def _shares(products: Tensor, differ: Tensor) -> Readings:
+def _shares(products: Tensor, differ: Tensor, width: int) -> Readings:
     """Of products of each answer with each target, up to a constant per answer."""
     own = products.diagonal()
     agree = (own[:, None] + own) - (products + products.T)
@@ -133,8 +133,9 @@ def _shares(products: Tensor, differ: Tensor) -> Readings:
     pairs = (differ & agree.isfinite()).triu(1)
     count = pairs.sum()
     share = (follows * pairs).sum() / count.clamp(min=1)
-    names = ("answer/concordance", "answer/pairs")
-    return Readings([Columns([Key(name) for name in names], torch.stack([share, count.float()]), range(len(names)))])
+    values = torch.stack([share, count.float(), torch.full_like(share, width)])
+    keys = [Key(f"answer/{name}") for name in ("concordance", "pairs", "values")]
+    return Readings([Columns(keys, values, range(len(keys)))])
 
 
 def _thinned(x: Tensor, most: int, axis: int = 0) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from stethoscope import stats
 from stethoscope._protocols import Columns, Key, Readings
-from stethoscope.probes._drawn import drawn
+from stethoscope.probes._drawn import FEWEST, drawn
 from stethoscope.probes._select import named_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from stethoscope._protocols import Attachment, Probe
 
@@ -97,12 +97,12 @@ class _Weights:
     def _look(self) -> list[Columns]:
         self._looks += 1
         places: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
-        fresh: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+        fresh: dict[tuple[torch.device, torch.dtype], list[tuple[str, nn.Parameter, Tensor]]] = {}
         with torch.no_grad():
             for name, owner, parameter in self._weights:
                 weight = _by_output(parameter, transposed=isinstance(owner, _TRANSPOSED))
                 if weight is not None and self._looks == 1 and isinstance(owner, _LAYERS):
-                    fresh.setdefault((weight.device, weight.dtype), []).append((name, drawn(weight)))
+                    fresh.setdefault((weight.device, weight.dtype), []).append((name, parameter, drawn(weight)))
                 if weight is not None and parameter.requires_grad:
                     rows = weight.flatten(1)
                     # kernels that see one channel each may be equal and still compute different things
@@ -121,14 +121,23 @@ class _Weights:
                 for i, kind in enumerate(("gain", "copies", "constant")):
                     keys = [Key(f"parameter/{kind}", name) for name in names]
                     columns.append(Columns(keys, numbers[:, i], range(len(names)), sparse=kind == "constant"))
-            for flags in fresh.values():
-                keys = [Key("parameter/drawn", name) for name, _ in flags]
-                columns.append(Columns(keys, torch.stack([flag for _, flag in flags]), range(len(keys)), sparse=True))
+            for weights in fresh.values():
+                keys = [Key("parameter/drawn", name) for name, *_ in weights]
+                columns.append(Columns(keys, _flags(weights), range(len(keys)), sparse=True))
             return columns
 
     def detach(self) -> None:
         """See `Attachment`."""
         self._columns, self._weights, self._tables = [], [], []
+
+
+def _flags(weights: Sequence[tuple[str, nn.Parameter, Tensor]]) -> Tensor:
+    """Of each, 1 where it is as drawn. Of frozen ones, only where most of those that can be told are: a layer of a backbone may look so by chance."""
+    frozen = {name for name, each, _ in weights if not each.requires_grad and each.numel() >= FEWEST}
+    if not frozen:
+        return torch.stack([flag for *_, flag in weights])
+    most = torch.stack([flag for name, _, flag in weights if name in frozen]).mean() > 0.5
+    return torch.stack([flag * most if name in frozen else flag for name, _, flag in weights])
 
 
 def _plain(parameter: nn.Parameter) -> bool:

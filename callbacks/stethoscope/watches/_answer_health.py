@@ -31,7 +31,8 @@ class AnswerHealth:
     - `stalled-optimisation`: below `related`, from the half of a planned run on (5000 steps without a plan), over a fifth of the run: what makes
       one item differ from another has not been learnt at all. Where targets belong to other items, or the input does not reach the output, this is all that can be learnt,
       however far the loss has fallen. An info where several optimizers step (a game).
-    - `loss-sign`: below `opposite`, over 50 steps: answers move away from their targets.
+    - `loss-sign`: below `opposite`, over 50 steps, of answers of several numbers (signals, pictures, vectors): they move away from their targets. A single number may
+      run against what it is held against by right: a distance, a risk.
 
     **Cost:** host only, O(1) per observed step. **Needs:** `probes.Agreement`: `step(loss=loss, outputs=..., targets=...)` or `logits=`.
 
@@ -68,8 +69,8 @@ class AnswerHealth:
                 state = {**state, "plan": float(record.value)}
             elif record.name == "plan/optimizers":
                 state = {**state, "optimizers": record.value}
-        found = train_values(records, "answer/concordance", "answer/pairs")
-        share, pairs = (values.get("") for values in found.values())
+        found = train_values(records, "answer/concordance", "answer/pairs", "answer/values")
+        share, pairs, width = (values.get("") for values in found.values())
         if share is None or pairs is None:
             return state, ()
         step, plan = records[0].step, state["plan"]
@@ -80,12 +81,12 @@ class AnswerHealth:
         if held is not None:
             mean, span = held
             late = step + 1 >= (HALF * plan if plan else ENDLESS) and span >= SHARE * (plan or 0)
-            opposite = mean < self.opposite
+            opposite = mean < self.opposite and (width or 1.0) > 1
             if judging.model("opposite", opposite):
                 judging.tell(_opposite(mean), values={"concordance": mean})
             told = bool(judging.held.get("unrelated", {}).get("told"))
             bar = (1 + self.related) / 2 if told else self.related  # noise around the bar is no news
-            if judging.model("unrelated", late and not opposite and mean < bar):
+            if judging.model("unrelated", late and self.opposite <= mean < bar):
                 judging.tell(_unrelated(mean, span, state["optimizers"]), values={"concordance": mean})
         return {**state, "held": judging.held}, judging.findings
 

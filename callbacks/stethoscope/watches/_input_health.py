@@ -137,7 +137,7 @@ def _variety(judging: Judging, values: dict[str, dict[str, float]]) -> None:
         f"The last {of.items:,.0f} items of observed batches are {of.different:,.0f} different ones, again and again."
     )
     if of.elsewhere > of.different:
-        said += f" Other phases have shown {of.elsewhere:,.0f}."
+        said += f" Other phases have shown {of.elsewhere:,.0f} at least."
     judging.tell(
         Finding(
             "input-duplicate",

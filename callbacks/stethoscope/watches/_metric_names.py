@@ -44,6 +44,9 @@ _RATE = re.compile(r"acc|accuracy|accuracies|f1|auc|auroc|iou|dice|bleu|recall|t
 _SHARE = re.compile(r"precision|sensitivity|specificity|jaccard|auprc|mrr|ndcg|eer")
 _RUNNING = re.compile(r"running|moving|ema|cumulative|cum|accumulated")
 _LOSS = re.compile(r"loss|losses|nll|kl|elbo|objective|cost|penalty")
+_TERM = re.compile(
+    r"ce|bce|l1|l2|reg|regulari[sz](?:er|ation)|aux|ctc|kd|distill(?:ation)?|adv|gp|vq|commit(?:ment)?|smooth(?:ness)?|tv"
+)
 
 
 class Name(NamedTuple):
@@ -130,6 +133,17 @@ def running(name: str) -> bool:
 def loss(name: str) -> bool:
     """Whether a name stands for a loss or a term of it, which has a gradient by design."""
     return any(map(_LOSS.fullmatch, tokens(name)))
+
+
+@lru_cache(maxsize=4096)
+def term(name: str) -> bool:
+    """Whether a name stands for a loss or for what is usually a term of one, followed in training.
+
+    Examples:
+        >>> [name for name in ("ce", "l2_reg", "aux_loss", "wer", "ce_accuracy") if term(name)]
+        ['ce', 'l2_reg', 'aux_loss']
+    """
+    return loss(name) or (any(map(_TERM.fullmatch, tokens(name))) and not rate(name))
 
 
 def own_loss(name: str) -> bool:

@@ -83,7 +83,7 @@ def _named(at: At, *, name: str, given: list[str], known: frozenset[str]) -> Fin
     # name that training has as well is another term, however alike.
     nearest = names.nearest(name, given)
     renamed = nearest is not None and names.split(nearest).bare not in known
-    usual = names.loss(names.split(name).bare) and not renamed
+    usual = names.term(names.split(name).bare) and not renamed
     return findings.only_in_train(at, name, given, nearest, usual=usual)
 
 

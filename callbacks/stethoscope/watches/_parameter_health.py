@@ -170,13 +170,14 @@ class ParameterHealth:
         )
         planned = max([state.get("planned", 0.0), *map(_planned, records)])
         length = planned_steps(records, state.get("length", 0.0))
+        inner = state.get("inner", False) or any(record.name == "plan/inner_steps" for record in records)
+        known = {"planned": planned, "length": length, "inner": inner}
         if not any(found[name] for name in found if name.startswith("parameter/")):
-            known = state.get("planned", 0.0), state.get("length", 0.0)
-            return ({**state, "planned": planned, "length": length} if (planned, length) != known else state), ()
+            return (state if known.items() <= state.items() else {**state, **known}), ()
         ran = [*state["ran"], *(name for name in found["activation/rms"] if name not in set(state["ran"]))]
         judging = Judging(state["held"], records[0].step, self.observations, self.steps)
         worn = any(record.name == "plan/pretrained" and record.value == 1.0 for record in records)
-        look = _Look(self, {**state, "ran": ran, "planned": planned, "length": length}, judging, found, worn=worn)
+        look = _Look(self, {**state, **known, "ran": ran}, judging, found, worn=worn)
         if found["parameter/gain"]:
             look.state["matrices"] = list(found["parameter/gain"])
             if not state["gains"]:
@@ -195,7 +196,9 @@ class ParameterHealth:
             rising = bool(rates) and not max(rates.values()) <= (state["rates"].get("last") or math.inf)
             waiting = found["optimizer/known"].get("", math.inf) < planned and judging.step < RESTS
             late = is_late(judging.step, length)
-            share = look.ratios(rates)
+            # one step of LBFGS is up to twenty, and none where it has converged
+            moving &= not inner
+            share = 0.0 if inner else look.ratios(rates)
             # single weights that rest where all hardly move are the same thing, told by its cause
             moving &= share == 0 or share >= self.lowest
             roles.unchanged(

@@ -294,11 +294,15 @@ class Plateau:
         def show(value: float) -> str:
             return f"{value:.3g} {self.unit}".rstrip()
 
-        sign = "<" if numbers["upper_bound"] < numbers["min_improvement"] else ">="
+        # a run that has not left its start is judged by its level, not by what it may gain
+        proof = (
+            f" ({self.confidence:.0%} upper bound {show(numbers['upper_bound'] + 0.0)} < {show(numbers['min_improvement'])})"
+            if numbers["upper_bound"] < numbers["min_improvement"]
+            else ""
+        ).replace("%", " %")
         message = (
-            f"{self.name} gains {show(numbers['gain'] + 0.0)} per {numbers['patience']:,} steps "
-            f"({self.confidence:.0%} upper bound {show(numbers['upper_bound'] + 0.0)} {sign} "
-            f"{show(numbers['min_improvement'])}), level {show(numbers['level'])}.".replace("% upper", " % upper")
+            f"{self.name} gains {show(numbers['gain'] + 0.0)} per {numbers['patience']:,} steps{proof}, "
+            f"level {show(numbers['level'])}."
         )
         left = None if state["plan"] is None else max(0.0, 1 - (step + 1) / state["plan"])
         ahead = next((at for at in self.schedule if at > step), None)
