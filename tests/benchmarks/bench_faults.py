@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--markdown", type=Path, help="write the page to this file")
     parser.add_argument("--resume", type=Path, help="keep results in this file, and take those that it has")
+    parser.add_argument("--commit", default="", help="where kept results are from, if not from here")
     parser.add_argument("--only", default="", help="cases whose name contains this, told at length")
     arguments = parser.parse_args()
     names = [n for n, case in CASES.items() if arguments.only in n and (arguments.held_out or not case.held_out)]
@@ -81,7 +82,8 @@ def main() -> None:
             print(*(_page.at_length(name, result) for result in found), sep="\n")
         return
     costs = {name: done[name, "cost"] for name in present}
-    page = _page.page(results, costs, [name for name in observers if name not in present], command(arguments))
+    missing = [name for name in observers if name not in present]
+    page = _page.page(results, costs, missing, command(arguments), arguments.commit)
     print(page)
     if arguments.markdown:
         arguments.markdown.write_text(page)

@@ -82,13 +82,21 @@ of the target into the input ([causality](causality.md) has an audit for that).
 
 
 def page(
-    results: Mapping[str, Sequence[Result]], costs: Mapping[str, float], missing: Sequence[str], command: str
+    results: Mapping[str, Sequence[Result]],
+    costs: Mapping[str, float],
+    missing: Sequence[str],
+    command: str,
+    commit: str = "",
 ) -> str:
-    """The whole page."""
+    """The whole page; `commit` is where the results are from, if not from here."""
     ours = results["stethoscope"]
     halves = [("seen", lambda r: not r.held_out), ("held out", lambda r: r.held_out)]
     halves = [(name, keep) for name, keep in halves if any(keep(r) for r in ours)]
-    parts = [RULES.replace("{command}", command), f"## Figures\n\n{stamp()}\n", table(results, costs, halves, missing)]
+    parts = [
+        RULES.replace("{command}", command),
+        f"## Figures\n\n{stamp(commit)}\n",
+        table(results, costs, halves, missing),
+    ]
     parts.append("## Per program\n\n" + per_program(ours))
     parts.append(
         "## Per code\n\nOf `presets.full()`. *Faults* and *found*: those that the code names best.\n\n" + per_code(ours)
@@ -99,11 +107,11 @@ def page(
     return "\n".join(parts)
 
 
-def stamp() -> str:
+def stamp(commit: str) -> str:
     peers = ", ".join(f"{package} {version(package)}" for name, (_, package) in PACKAGES.items() if _there(package))
     versions = f"torch {version('torch')}, Python {platform.python_version()}; stethoscope {version('stethoscope')}"
     head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True, check=False, cwd=DOCS).stdout.strip()
+    commit = commit or subprocess.run(head, capture_output=True, text=True, check=False, cwd=DOCS).stdout.strip()
     versions += f" at commit {commit}" if commit else ""
     return f"Of {dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}; {versions}{'; ' + peers if peers else ''}; one CPU thread a run."
 
