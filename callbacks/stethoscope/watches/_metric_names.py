@@ -45,7 +45,7 @@ _SHARE = re.compile(r"precision|sensitivity|specificity|jaccard|auprc|mrr|ndcg|e
 _RUNNING = re.compile(r"running|moving|ema|cumulative|cum|accumulated")
 _LOSS = re.compile(r"loss|losses|nll|kl|elbo|objective|cost|penalty")
 _TERM = re.compile(
-    r"ce|bce|l1|l2|reg|regulari[sz](?:er|ation)|aux|ctc|kd|distill(?:ation)?|adv|gp|vq|commit(?:ment)?|smooth(?:ness)?|tv"
+    r"ce|bce|l1|l2|reg|regulari[sz](?:er|ation)|aux|kd|distill(?:ation)?|adv|gp|vq|commit(?:ment)?|smooth(?:ness)?|tv"
 )
 
 
