@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizers
 
 from stethoscope import Monitor, presets
+from stethoscope._dropped import under_way
 from stethoscope.probes import Activations
 
 
@@ -153,3 +154,24 @@ def test_a_monitor_that_could_not_be_made_leaves_nothing():
         Monitor(model, optimizer, probes=[Activations(), Broken()], guard="skip", strict=True)
     gc.collect()
     assert not left(model, optimizer)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_nothing_is_collected_while_frames_are_listed(monkeypatch, collects):
+    """What the collector calls would list them again, behind a lock of Python's that is held already: a training that hangs."""
+    seen = []
+    listed = sys._current_frames
+
+    def listing():
+        seen.append(gc.isenabled())
+        return listed()
+
+    monkeypatch.setattr(sys, "_current_frames", listing)
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        assert not under_way((), here=True)
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False]

@@ -6,6 +6,7 @@ Where the process ends first, it hands over what it still holds.
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import sys
@@ -123,8 +124,18 @@ def _leave(leave: Sequence[Callable[[], None]]) -> None:
 
 def under_way(modules: Container[str], *, here: bool) -> bool:
     """Whether another thread, or `here` this one too, is in code of one of these modules or in what it has called."""
+    # Python holds a lock while it lists the frames: a collection that begins there and asks again, as `_leave` does, would wait for
+    # itself for ever (python/cpython#106883)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        everyone = sys._current_frames()  # noqa: SLF001
+    finally:
+        if collects:
+            gc.enable()
     # this function's own frame is left out: in a variable of its own it would live on, and with it all that has called it
-    frames = [frame for thread, frame in sys._current_frames().items() if thread != get_ident()]  # noqa: SLF001
+    frames = [everyone[thread] for thread in everyone if thread != get_ident()]
+    del everyone
     if here:
         frames.append(sys._getframe(1))  # noqa: SLF001
     while frames:
