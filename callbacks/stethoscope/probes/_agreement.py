@@ -11,6 +11,7 @@ from torch import Tensor
 from stethoscope._protocols import Columns, Key, Readings
 from stethoscope.probes._classes import Classes, class_axis
 from stethoscope.probes._targets import OUTPUTS, TARGETS
+from stethoscope.probes._thinned import thinned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,7 +99,7 @@ class _Comparing:
 def _of_values(answers: Tensor, targets: Tensor) -> Readings:
     if len(answers) < FEWEST:
         return Readings(())
-    a, t = (_thinned(_thinned(x, MOST_ITEMS).flatten(1) if x.dim() > 1 else _thinned(x, MOST_ITEMS)[:, None], MOST_VALUES, 1).float() for x in (answers, targets))  # fmt: skip
+    a, t = (thinned(thinned(x, MOST_ITEMS).flatten(1) if x.dim() > 1 else thinned(x, MOST_ITEMS)[:, None], MOST_VALUES, 1).float() for x in (answers, targets))  # fmt: skip
     a, t = a - a.mean(0), t - t.mean(0)  # a common part cancels in differences, and would only round them off
     products = a @ t.T
     differ = (t[:, None] != t).any(-1)
@@ -109,10 +110,10 @@ def _of_classes(scores: Tensor, targets: Tensor) -> Readings:
     if len(scores) < FEWEST:
         return Readings(())
     classes = scores.shape[-1]
-    scores = _thinned(scores, MOST_ITEMS)
-    targets = _thinned(targets, MOST_ITEMS).reshape(len(scores), -1)
-    scores = _thinned(scores.reshape(len(scores), -1, classes), MOST_VALUES, 1).float().log_softmax(-1)
-    targets = _thinned(targets, MOST_VALUES, 1)
+    scores = thinned(scores, MOST_ITEMS)
+    targets = thinned(targets, MOST_ITEMS).reshape(len(scores), -1)
+    scores = thinned(scores.reshape(len(scores), -1, classes), MOST_VALUES, 1).float().log_softmax(-1)
+    targets = thinned(targets, MOST_VALUES, 1)
     counted = (targets >= 0) & (targets < classes)
     targets = targets.clamp(0, classes - 1).long()
     items = len(scores)
@@ -136,9 +137,3 @@ def _shares(products: Tensor, differ: Tensor, width: int) -> Readings:
     values = torch.stack([share, count.float(), torch.full_like(share, width)])
     keys = [Key(f"answer/{name}") for name in ("concordance", "pairs", "values")]
     return Readings([Columns(keys, values, range(len(keys)))])
-
-
-def _thinned(x: Tensor, most: int, axis: int = 0) -> Tensor:
-    """At most so many along an axis, evenly spread."""
-    step = -(-x.shape[axis] // most) or 1
-    return x[::step] if axis == 0 else x[:, ::step]

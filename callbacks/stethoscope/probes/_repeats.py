@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from stethoscope.probes._thinned import thinned
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -77,7 +79,7 @@ class Repeats:
 def fingerprints(x: Tensor, salt: int) -> tuple[Tensor, Tensor]:
     """Return (items,) int64, equal where items are; (items,) whether all values of an item are the same."""
     items = x[:MOST_ITEMS].detach().reshape(min(len(x), MOST_ITEMS), -1)
-    items = items[:, :: -(-items.shape[1] // MOST_VALUES) or 1]
+    items = thinned(items, MOST_VALUES, 1)
     # -0.0 + 0.0 is 0.0: a product with a mask of zeros has both
     bits = (items.float() + 0.0).contiguous().view(torch.int32) if items.is_floating_point() else items
     bits = bits.to(torch.int64)

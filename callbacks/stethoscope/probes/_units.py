@@ -257,19 +257,16 @@ class UnitHooks:
         """See `Attachment`."""
         if self.failure is not None:
             raise self.failure
-        found: dict[tuple[torch.device, torch.dtype], tuple[list[Key], list[Tensor]]] = {}
-        rare: dict[tuple[torch.device, torch.dtype], tuple[list[Key], list[Tensor]]] = {}
+        found: dict[tuple[torch.device, torch.dtype, bool], tuple[list[Key], list[Tensor]]] = {}
         with torch.no_grad():
             for site in self._order:
                 for name, value in self._finish(site):
-                    keys, values = (rare if name == "levelled" else found).setdefault(
-                        (value.device, value.dtype), ([], [])
-                    )
+                    keys, values = found.setdefault((value.device, value.dtype, name == "levelled"), ([], []))
                     keys.append(Key(f"unit/{name}", site.name))
                     values.append(value)
-            columns = [Columns(keys, torch.stack(values), range(len(keys))) for keys, values in found.values()]
-            columns += [
-                Columns(keys, torch.stack(values), range(len(keys)), sparse=True) for keys, values in rare.values()
+            columns = [
+                Columns(keys, torch.stack(values), range(len(keys)), sparse=sparse)
+                for (_, _, sparse), (keys, values) in found.items()
             ]
         self._forget()
         return Readings(columns)

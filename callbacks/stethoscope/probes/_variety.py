@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stethoscope import stats
 from stethoscope.probes._repeats import FEWEST_ITEMS, FEWEST_VALUES, fingerprints
+from stethoscope.probes._thinned import thinned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +83,6 @@ def _different(batches: Sequence[Tensor]) -> Tensor:
 def _is_rich(x: Tensor) -> Tensor:
     """Whether most items hold eight different values or more."""
     items = x[: LOOKED[0]].reshape(min(len(x), LOOKED[0]), -1)
-    items = items[:, :: -(-items.shape[1] // LOOKED[1]) or 1]
-    ordered = items.sort(1).values
+    ordered = thinned(items, LOOKED[1], 1).sort(1).values
     different = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
     return (different >= FEWEST_VALUES).float().mean() >= 0.5

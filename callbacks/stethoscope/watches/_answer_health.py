@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stethoscope._record import Finding
 from stethoscope.probes import Agreement
-from stethoscope.watches._streaks import Judging, train_values
+from stethoscope.watches._streaks import Judging, told, train_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,13 +62,9 @@ class AnswerHealth:
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """See `Watch`."""
-        for record in records:
-            if not isinstance(record.value, (int, float)):
-                continue
-            if record.name == "plan/steps":
-                state = {**state, "plan": float(record.value)}
-            elif record.name == "plan/optimizers":
-                state = {**state, "optimizers": record.value}
+        known = told(records, "plan/steps", state["plan"]), told(records, "plan/optimizers", state["optimizers"])
+        if known != (state["plan"], state["optimizers"]):
+            state = {**state, "plan": known[0], "optimizers": known[1]}
         found = train_values(records, "answer/concordance", "answer/pairs", "answer/values")
         share, pairs, width = (values.get("") for values in found.values())
         if share is None or pairs is None:
@@ -84,8 +80,8 @@ class AnswerHealth:
             opposite = mean < self.opposite and (width or 1.0) > 1
             if judging.model("opposite", opposite):
                 judging.tell(_opposite(mean), values={"concordance": mean})
-            told = bool(judging.held.get("unrelated", {}).get("told"))
-            bar = (1 + self.related) / 2 if told else self.related  # noise around the bar is no news
+            again = bool(judging.held.get("unrelated", {}).get("told"))
+            bar = (1 + self.related) / 2 if again else self.related  # noise around the bar is no news
             if judging.model("unrelated", late and self.opposite <= mean < bar):
                 judging.tell(_unrelated(mean, span, state["optimizers"]), values={"concordance": mean})
         return {**state, "held": judging.held}, judging.findings

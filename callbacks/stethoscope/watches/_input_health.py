@@ -82,13 +82,15 @@ class InputHealth:
             "input/blank",
             "input/one_row",
             "input/double",
+            "input/constant",
+            *VARIETY,
         )
         if not any(record.name.startswith("input/") for record in records):
             return state, ()
         judging = Judging(state["held"], max(record.step for record in records), times=3, steps=0)
         _copies(judging, values["input/repeated"].get(""), values["input/returned"].get("", 0.0))
-        _variety(judging, train_values(records, *VARIETY))
-        constant = train_values(records, "input/constant")["input/constant"].get("", 0.0)  # that is InputDrift's
+        _variety(judging, values)
+        constant = values["input/constant"].get("", 0.0)  # that is InputDrift's
         _blank(judging, values["input/blank"].get("", 0.0) if constant < BLANK else 0.0)
         now = values["input/items_db"].get("", 0.0)
         items_db = (

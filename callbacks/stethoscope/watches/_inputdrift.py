@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite, log10, sqrt
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from stethoscope._record import Finding
 from stethoscope.probes import Inputs
@@ -29,6 +29,10 @@ _FAR = 10.0
 _MANY, _ONE_DB, _ONE = 0.25, 20.0, 10.0
 """Share of the columns that are off together, or how far a single one must be: a factor of ten in spread, ten spreads in mean. One column of
 many, such as the year, may go its own way."""
+
+
+Layers: TypeAlias = "dict[tuple[str, str], dict[str, float]]"
+"""Of a phase and layer, record name to number."""
 
 
 class _Quantity(NamedTuple):
@@ -105,8 +109,9 @@ class InputDrift:
                 train[record.name] = _welford(train.get(record.name, [0, 0.0, 0.0]), value)
             elif record.name in train and train[record.name][0] >= _ENOUGH:
                 self._compare(quantity, record, value, train[record.name], raised, found)
-        _columns(records, raised, found)
-        _rows(records, raised, found)
+        layers = _by_layer(records)
+        _columns(layers, records, raised, found)
+        _rows(layers, records, raised, found)
         _modes(records, raised, found)
         return {"train": train, "raised": raised}, found
 
@@ -161,12 +166,8 @@ class InputDrift:
             )
 
 
-def _rows(records: Sequence[Record], raised: list[str], found: list[Finding]) -> None:
+def _rows(layers: Layers, records: Sequence[Record], raised: list[str], found: list[Finding]) -> None:
     """Judge which rows embeddings are asked for."""
-    layers: dict[tuple[str, str], dict[str, float]] = {}
-    for record in records:
-        if record.phase != "train" and record.name.startswith("input/row") and isinstance(record.value, (int, float)):
-            layers.setdefault((record.phase, record.module), {})[record.name] = float(record.value)
     for (phase, layer), now in layers.items():
         if "input/row_share_in_training" not in now:
             continue
@@ -192,12 +193,17 @@ def _rows(records: Sequence[Record], raised: list[str], found: list[Finding]) ->
             )
 
 
-def _columns(records: Sequence[Record], raised: list[str], found: list[Finding]) -> None:
-    """Judge the columns of what layers are given."""
-    layers: dict[tuple[str, str], dict[str, float]] = {}
+def _by_layer(records: Sequence[Record]) -> Layers:
+    """What probes have read of each layer outside of training."""
+    layers: Layers = {}
     for record in records:
         if record.source == "probe" and record.phase != "train" and isinstance(record.value, (int, float)):
             layers.setdefault((record.phase, record.module), {})[record.name] = float(record.value)
+    return layers
+
+
+def _columns(layers: Layers, records: Sequence[Record], raised: list[str], found: list[Finding]) -> None:
+    """Judge the columns of what layers are given."""
     for (phase, layer), now in layers.items():
         if "input/columns_changed" not in now:
             continue

@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stethoscope._record import Finding, Severity
+from stethoscope.watches._streaks import told
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,9 +119,8 @@ step 60, lower the learning rate, and let audits.nonfinite name the origin.
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
         """Take in the records of one step."""
-        for record in records:
-            if record.name == "plan/optimizers" and isinstance(record.value, (int, float)):
-                state = {**state, "optimizers": record.value}
+        if (optimizers := told(records, "plan/optimizers", None)) is not None:
+            state = {**state, "optimizers": optimizers}
         for record in records:
             if record.name == self.name and record.phase == self.phase and isinstance(record.value, (int, float)):
                 if state["last"] is not None and record.step <= state["last"]:

@@ -9,9 +9,8 @@ from stethoscope.watches._parameter_roles import FROZEN
 from stethoscope.watches._streaks import listing, owner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from stethoscope._record import Record
     from stethoscope.watches._parameter_roles import Values
     from stethoscope.watches._streaks import Judging
 
@@ -58,9 +57,3 @@ def never_trained(judging: Judging, found: Mapping[str, Values], fresh: list[str
 def is_late(step: int, planned: float) -> bool:
     """Whether parts that are to be thawed or grown would be so by now, in a run of `planned` steps (0: not known)."""
     return step >= (PATIENCE * planned or UNPLANNED)
-
-
-def planned_steps(records: Sequence[Record], before: float) -> float:
-    """Steps of the run that were told, 0 where none were."""
-    told = [r.value for r in records if r.name == "plan/steps" and isinstance(r.value, (int, float))]
-    return max([before, *map(float, told)])

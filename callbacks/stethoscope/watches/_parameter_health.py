@@ -11,10 +11,10 @@ from stethoscope.probes import Activations, Gradients, Initialisation, Optimizer
 from stethoscope.watches import _beginning as beginning
 from stethoscope.watches import _parameter_roles as roles
 from stethoscope.watches import _weight_size as weight_size
-from stethoscope.watches._never_trained import is_late, never_trained, planned_steps
+from stethoscope.watches._never_trained import is_late, never_trained
 from stethoscope.watches._parameter_roles import TRAINED, Values
 from stethoscope.watches._rates_apart import rates_apart
-from stethoscope.watches._streaks import Judging, listing, owner, train_values
+from stethoscope.watches._streaks import Judging, listing, owner, told, train_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -168,8 +168,8 @@ class ParameterHealth:
             "tokens/surprise",
             "loss/cross_entropy_input",
         )
-        planned = max([state.get("planned", 0.0), *map(_planned, records)])
-        length = planned_steps(records, state.get("length", 0.0))
+        planned = max(state.get("planned", 0.0), told(records, "plan/optimizers", 0.0))
+        length = max(state.get("length", 0.0), told(records, "plan/steps", 0.0))
         inner = state.get("inner", False) or any(record.name == "plan/inner_steps" for record in records)
         known = {"planned": planned, "length": length, "inner": inner}
         if not any(found[name] for name in found if name.startswith("parameter/")):
@@ -324,11 +324,6 @@ class _Look:
                 values={"ratio": everything, "rate": rate} if rates else {"ratio": everything},
             )
         return everything
-
-
-def _planned(record: Record) -> float:
-    value = record.value if record.name == "plan/optimizers" else None
-    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _ratio(names: Sequence[str], ratios: Values, norms: Values) -> float:

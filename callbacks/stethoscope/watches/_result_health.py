@@ -93,16 +93,12 @@ class ResultHealth:
         echoes = {
             name: _echoes(state["echoes"].get(name, []), value, loss)
             for name, value in logged.items()
-            if _is_quality(name)
+            if is_quality(name, rate=names.rate(name))
         }
         same = [name for name, values in echoes.items() if len(values) >= SAME]
         for name in judging.hold("loss-sign", same, echoes, times=1):
             judging.tell(_minimised(name, loss, phase))
         return {**state, "held": judging.held, "echoes": echoes}, judging.findings
-
-
-def _is_quality(name: str) -> bool:
-    return is_quality(name, rate=names.rate(name))
 
 
 def _echoes(before: list[float], value: float, loss: float) -> list[float]:

@@ -7,12 +7,14 @@ it holds for twice as many.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from stethoscope._record import JSON, Finding, Record
+
+Before = TypeVar("Before")
 
 LISTED = 100
 """Modules that the evidence of a finding lists."""
@@ -106,6 +108,12 @@ def train_values(records: Sequence[Record], *names: str) -> dict[str, dict[str, 
             value = record.value
             found[record.name].setdefault(record.module, float(value) if isinstance(value, (int, float)) else 0.0)
     return found
+
+
+def told(records: Sequence[Record], name: str, before: Before) -> float | Before:
+    """Return what a run says of itself, once, under a name such as `plan/steps`; `before` where these records do not hold it."""
+    values = (record.value for record in records if record.name == name)
+    return next((float(value) for value in values if isinstance(value, (int, float))), before)
 
 
 def owner(parameter: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stethoscope._record import Finding
 from stethoscope.probes import Inputs, LossInputs
-from stethoscope.watches._streaks import Judging, train_values
+from stethoscope.watches._streaks import Judging, told, train_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +81,8 @@ class TargetHealth:
         """See `Watch`."""
         if any(record.name == "loss/terms" for record in records):
             state = {**state, "looked": True}
-        for record in records:
-            if record.name == "plan/optimizers" and isinstance(record.value, (int, float)):
-                state = {**state, "optimizers": record.value}
+        if (optimizers := told(records, "plan/optimizers", None)) is not None:
+            state = {**state, "optimizers": optimizers}
         seen = _seen(records)
         if seen is None:
             return state, ()
