@@ -68,14 +68,12 @@ class Variety:
         here = [names for names in self._names if names.device == self._names[-1].device]
         there = [names for names in self._elsewhere if names.device == here[-1].device]
         known = stats.upload([float(sum(map(len, here))), float(self._kept)], torch.float32, here[-1].device)
-        counted = [_different(here), _different(here[-1:]), _different(there)]
-        return torch.stack([known[0], *counted, known[1]])
+        elsewhere = _different(there) if there else torch.zeros_like(known[0])
+        return torch.stack([known[0], _different(here), _different(here[-1:]), elsewhere, known[1]])
 
 
 def _different(batches: Sequence[Tensor]) -> Tensor:
     """How many different numbers there are; `unique` would ask the device how many it found."""
-    if not batches:
-        return torch.zeros(())
     ordered = torch.cat(list(batches)).sort().values
     return 1.0 + (ordered[1:] != ordered[:-1]).sum()
 
