@@ -158,14 +158,7 @@ RULES: tuple[Rule, ...] = (
     # What the loss is made of: no other number of the run means what it should.
     Rule(
         code="loss-input-mismatch",
-        explains=(
-            "activation-saturated",
-            *NO_SIGNAL,
-            "update-ratio-low",
-            "loss-diverged",
-            *STUCK,
-            "overfit",
-        ),
+        explains=("activation-saturated", *NO_SIGNAL, "update-ratio-low", "loss-diverged", *STUCK, "overfit"),
     ),
     # What a run begins with, then steps that are too large: they spoil what is measured after them.
     Rule(
@@ -188,14 +181,7 @@ RULES: tuple[Rule, ...] = (
     # What is set so that hardly anything comes through.
     Rule(
         code="dropout-high",
-        explains=(
-            "dead-units",
-            "activation-saturated",
-            *NO_SIGNAL,
-            "output-constant",
-            "loss-spike",
-            *STUCK,
-        ),
+        explains=("dead-units", "activation-saturated", *NO_SIGNAL, "output-constant", "loss-spike", *STUCK),
     ),
     # What the data is: layers, gradients and loss follow from it.
     Rule(
@@ -216,25 +202,11 @@ RULES: tuple[Rule, ...] = (
     *(Rule(code="input-range", explains=(), drawn_from=(symptom,), holds=_far, says=_scale) for symptom in SPOILED),
     Rule(
         code="input-constant",
-        explains=(
-            "feature-constant",
-            "dead-units",
-            "norm-input-variance",
-            *NO_SIGNAL,
-            *STUCK,
-            "input-duplicate",
-        ),
+        explains=("feature-constant", "dead-units", "norm-input-variance", *NO_SIGNAL, *STUCK, "input-duplicate"),
     ),
     Rule(
         code="input-duplicate",
-        explains=(
-            "feature-constant",
-            "prediction-collapse",
-            "class-imbalance",
-            "overfit",
-            "overtraining",
-            *STUCK,
-        ),
+        explains=("feature-constant", "prediction-collapse", "class-imbalance", "overfit", "overtraining", *STUCK),
     ),
     Rule(
         code="gradient-accumulation",
@@ -262,13 +234,7 @@ RULES: tuple[Rule, ...] = (
     Rule(code="gradient-exploding", explains=("dead-units", "activation-saturated", *BLOWN_UP)),
     Rule(
         code="weight-norm-drift",
-        explains=(
-            "activation-vanishing",
-            *NO_SIGNAL,
-            *NOT_FINITE,
-            "loss-diverged",
-            *STUCK,
-        ),
+        explains=("activation-vanishing", *NO_SIGNAL, *NOT_FINITE, "loss-diverged", *STUCK),
     ),
     # Where the signal is lost.
     Rule(code="activation-saturated", explains=(*NO_SIGNAL, "update-ratio-low", *STUCK)),
@@ -329,13 +295,7 @@ RULES: tuple[Rule, ...] = (
     # Why a loss does not move, from the most specific reason to the least.
     Rule(
         code="gradient-zero",
-        explains=(
-            "module-unused",
-            "update-ratio-low",
-            "parameter-unchanged",
-            *STUCK,
-            "stalled-from-start",
-        ),
+        explains=("module-unused", "update-ratio-low", "parameter-unchanged", *STUCK, "stalled-from-start"),
     ),
     Rule(
         code="scheduler-ends-early",
@@ -349,21 +309,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         code="gradient-clipping",
-        explains=(
-            "update-ratio-low",
-            "prediction-collapse",
-            *STUCK,
-            "stalled-from-start",
-        ),
+        explains=("update-ratio-low", "prediction-collapse", *STUCK, "stalled-from-start"),
     ),
     Rule(
         code="update-ratio-low",
-        explains=(
-            "parameter-unchanged",
-            "prediction-collapse",
-            *STUCK,
-            "stalled-from-start",
-        ),
+        explains=("parameter-unchanged", "prediction-collapse", *STUCK, "stalled-from-start"),
     ),
     Rule(
         code="optimizer-owns-others",
@@ -402,13 +352,7 @@ RULES: tuple[Rule, ...] = (
     # in a batch of one class, units of the others are zero for every item
     Rule(
         code="class-imbalance",
-        explains=(
-            "dead-units",
-            "prediction-collapse",
-            "overfit",
-            "overtraining",
-            *STUCK,
-        ),
+        explains=("dead-units", "prediction-collapse", "overfit", "overtraining", *STUCK),
     ),
     Rule(code="loss-diverged", explains=(*STUCK, "loss-spike")),
     Rule(
