@@ -301,21 +301,27 @@ def test_lazy_modules_get_their_shape_while_they_are_observed_and_guarded():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("nested", ["by the loader", "by the model"])
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-def test_nested_tensors_are_left_alone_and_it_is_told(layout):
+def test_nested_tensors_are_left_alone_and_it_is_told(layout, nested):
+    def ragged(x):
+        return torch.nested.nested_tensor([x[0, :2], x[1]], layout=layout)
+
     class Ragged(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
 
         def forward(self, x):
+            x = x if nested == "by the loader" else ragged(x)
             return self.out(torch.cat(self.inner(x).unbind()))
 
     model, memory = Ragged(), sinks.Memory()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Monitor(model, optimizer, **presets.full(), every=1, guard="skip", sinks=[memory], strict=True) as monitor:
         for _ in range(3):
-            x = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(4, 6)], layout=layout)
+            x = torch.randn(2, 4, 6)
+            x = ragged(x) if nested == "by the loader" else x
             loss = model(x).square().mean()
             optimizer.zero_grad()
             loss.backward()

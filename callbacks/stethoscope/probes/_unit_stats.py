@@ -64,13 +64,13 @@ def channel_axis(module: nn.Module, x: Tensor) -> int | None:
 
 def items_of(args: tuple[object, ...]) -> int:
     """The size of the batch that a model is given, 0 where none can be told."""
-    first = next((each for each in args if isinstance(each, Tensor) and each.dim() > 1), None)
+    first = next((each for each in args if isinstance(each, Tensor) and not each.is_nested and each.dim() > 1), None)
     return 0 if first is None else len(first)
 
 
 def is_single(x: Tensor, items: int) -> bool:
     """Whether a batch of `items` has become one item: a vector, or a first axis of one, and no axis that could be theirs."""
-    return items > 1 and x.dim() > 0 and (x.dim() == 1 or len(x) == 1) and items not in x.shape
+    return items > 1 and not x.is_nested and x.dim() > 0 and (x.dim() == 1 or len(x) == 1) and items not in x.shape
 
 
 def differs(low: Tensor, high: Tensor, spread: Tensor) -> Tensor:

@@ -131,6 +131,7 @@ class ParameterHealth:
             "length": 0.0,
             "fresh": None,
             "new": False,
+            "inner": False,
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -168,9 +169,9 @@ class ParameterHealth:
             "tokens/surprise",
             "loss/cross_entropy_input",
         )
-        planned = max(state.get("planned", 0.0), told(records, "plan/optimizers", 0.0))
-        length = max(state.get("length", 0.0), told(records, "plan/steps", 0.0))
-        inner = state.get("inner", False) or any(record.name == "plan/inner_steps" for record in records)
+        planned = max(state["planned"], told(records, "plan/optimizers", 0.0))
+        length = max(state["length"], told(records, "plan/steps", 0.0))
+        inner = state["inner"] or any(record.name == "plan/inner_steps" for record in records)
         known = {"planned": planned, "length": length, "inner": inner}
         if not any(found[name] for name in found if name.startswith("parameter/")):
             return (state if known.items() <= state.items() else {**state, **known}), ()
