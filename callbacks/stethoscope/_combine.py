@@ -53,6 +53,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "input/repeated": "mean",
     "input/returned": "mean",
     "input/column_rms": "max",
+    "input/level": "rms",
     "input/items_db": "mean",
     "separation": "mean",
 }

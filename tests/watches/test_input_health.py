@@ -155,6 +155,30 @@ def test_int16_samples_into_a_convolution_are_named():
     assert ("input-range", "warning", "0") in found
 
 
+def in_bytes(step):
+    return torch.randint(256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(step)).float()
+
+
+def framed(step):
+    x = in_bytes(step)
+    x[..., :2], x[..., :2, :] = 0, 0  # like the digits of MNIST
+    return x.flatten(1)
+
+
+PLAIN = {
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3)), in_bytes),
+    "linear layer, frames of zeros": (lambda: mlp(192), framed),
+    "normalised too late": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), in_bytes),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_pictures_in_bytes_are_named_once_where_nothing_normalises_them(name):
+    model, batch = PLAIN[name]
+    found = train(model(), batch)
+    assert [(code, severity) for code, severity, *_ in found] == [("input-range", "warning")]
+
+
 class Spectrogram(nn.Module):
     """STFT magnitudes of full-scale noise."""
 
@@ -171,7 +195,10 @@ class Spectrogram(nn.Module):
 HEALTHY_SCALES = {
     "BatchNorm first": (lambda: nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 4)), timestamps),
     "pictures of 0 to 255": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3)),
-                             lambda step: torch.randint(256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(step)).float()),
+                             in_bytes),
+    "pictures, normalised behind a ReLU": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3)), in_bytes),
+    "decibels": (mlp, lambda step: 18 * seeded(step, 8, 50, 16) - 45),
+    "two large columns of sixteen": (mlp, lambda step: seeded(step, 32, 16) * torch.tensor([600.0, 900.0] + 14 * [1.0])),
     "int16 before a normalisation": (lambda: conv(nn.GroupNorm(1, 8)), lambda step: 3000 * seeded(step, 4, 1, 200)),
     "fbank": (mlp, lambda step: 12 + 3 * seeded(step, 8, 50, 16)),
     "STFT magnitudes": (Spectrogram, lambda step: seeded(step, 4, 4000)),

@@ -32,20 +32,23 @@ class DataLayers:
     Data is what carries no history of the graph: it came from outside, through no trained weight; or what such data was put beside (`torch.cat`
     of numbers and embeddings). Each column (feature, channel) has
     an rms; the largest counts. What a normalisation follows at once may have any scale in common, so there the largest column is
-    set against the median one, of at least 1.
+    set against the median one, of at least 1. Their level is the rms of all of them, or three times the median column's where that is less:
+    few large columns among others are no level. What is normalised before the next weights has none.
     """
 
     def __init__(self, model: nn.Module, wanted: Callable[[], bool]) -> None:
         self._model, self._wanted = model, wanted
         self._handles: list[RemovableHandle] = []
-        self._found: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self._found: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {}
         self._normalised: set[str] = set()
+        self._normalised_later: set[str] = set()
         self._columns: dict[str, Column] = {}
         self._phase = "train"
         self._rows: dict[str, Tensor] = {}  # of embeddings, what the first item held
         self._alike: dict[str, Tensor] = {}
         self._asked: dict[str, LookedUp] = {}
         self._out: tuple[int, str] | None = None
+        self._last: str | None = None  # the latest of them, as long as no other weights have run
         self.failure: Exception | None = None
 
     def arm(self, on: bool, phase: str = "train") -> None:
@@ -77,17 +80,21 @@ class DataLayers:
                 with torch.no_grad():
                     self._columns[name].take(_rows(module, local(x)), self._phase)
             return
+        self._last = None
         if not torch.is_grad_enabled() or not _is_data(x):
             return
         with torch.no_grad():
             rows = _rows(module, local(x))  # of a DTensor, this rank's part
             rms = rows.square().mean(0).sqrt()
             self._columns.setdefault(name, Column()).take(rows, "train")
-            largest, usual = rms.amax(), rms.median().clamp(min=1)
+            largest, median = rms.amax(), rms.median()
+            usual, level = median.clamp(min=1), torch.minimum(rms.square().mean().sqrt(), 3 * median)
             before = self._found.get(name)
             if before is not None and before[0].device == rms.device:  # a model may be moved while it is observed
                 largest, usual = torch.maximum(largest, before[0]), torch.minimum(usual, before[1])
-            self._found[name] = largest, usual, len(rms)
+                level = torch.minimum(level, before[2])
+            self._found[name] = largest, usual, level, len(rms)
+        self._last = name
         if isinstance(out, Tensor):
             self._out = id(out), name
 
@@ -131,6 +138,8 @@ class DataLayers:
         """A normalisation is about to run."""
         if self._out is not None and id(x) == self._out[0]:
             self._normalised.add(self._out[1])
+        if self._last is not None:
+            self._normalised_later.add(self._last)
         self._out = None
 
     def drift(self, phase: str) -> dict[str, Tensor]:
@@ -138,15 +147,20 @@ class DataLayers:
         found = {name: column.read(phase) for name, column in self._columns.items()}
         return {name: numbers for name, numbers in found.items() if numbers is not None}
 
+    def levels(self) -> dict[str, Tensor]:
+        """Layer to its level, since the last `read`."""
+        return {name: level for name, (_, _, level, _) in self._found.items() if name not in self._normalised_later}
+
     def read(self) -> dict[str, Tensor]:
         """Layer to its number, since the last call."""
         found = {
             name: largest / usual if name in self._normalised else largest
-            for name, (largest, usual, columns) in self._found.items()
+            for name, (largest, usual, _, columns) in self._found.items()
             if columns > 1 or name not in self._normalised
         }
-        self._found, self._out = {}, None
+        self._found, self._out, self._last = {}, None, None
         self._normalised.clear()
+        self._normalised_later.clear()
         return found
 
 

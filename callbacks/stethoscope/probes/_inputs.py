@@ -63,7 +63,8 @@ class Inputs:
     batches on, over the last 32, of data of eight different values per item and more: `input/items`, how many there were, `input/different` and
     `input/different_in_batch`, different ones among them and in the last batch, `input/different_elsewhere`, in other phases, `input/kept`, 1 where the last batch was
     the same tensor object as the one before (the same of the `batch` given to `step`, under the module name `batch`); `input/column_rms`, per trained linear, convolutional or recurrent layer that is given data, the largest rms of a column (feature
-    or channel), over the median one (at least 1) where a normalisation follows at once; without a module: the largest of all.
+    or channel), over the median one (at least 1) where a normalisation follows at once; without a module: the largest of all; `input/level`, per such layer whose results are not normalised before the next
+    weights, the rms of all columns, or three times that of the median one where that is less.
     `input/alike`, per embedding of more than two rows that is given sequences (of three and more): 1 where all items held one and the same, also at the
     observation before, 0 otherwise and for what counts up or is one number (positions, types of tokens).
     `input/one_row`, per such embedding that is given one number per item: 1 where all items (8 at least) ask for the same row, also at the observation before.
@@ -271,6 +272,8 @@ class InputsAttachment:
         columns += [Columns([Key("input/alike", name)], flag.reshape(1), [0]) for name, flag in alike.items()]
         one = self._layers.one_row()
         columns += [Columns([Key("input/one_row", name)], flag.reshape(1), [0]) for name, flag in one.items()]
+        levels = self._layers.levels()
+        columns += [Columns([Key("input/level", name)], level.reshape(1), [0]) for name, level in levels.items()]
         layers = self._layers.read()
         if layers:
             values = torch.stack([value.to(next(iter(layers.values())).device) for value in layers.values()])

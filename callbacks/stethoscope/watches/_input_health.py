@@ -31,6 +31,8 @@ BLANK = 0.5
 FAR = 1e3
 """rms of a column that is far beyond what features have: bytes end at 255, a 1024-point STFT of a full-scale tone at 256."""
 
+WIDE = 75.0
+"""rms of the data as a whole: bytes of MNIST have 85, of photographs 130; a spectrogram from -80 to 0 dB has some 50."""
 
 VARIETY = (
     "input/items",
@@ -50,8 +52,8 @@ class InputHealth:
     of these copies were not in the batch before (data with few distinct rows, such as discrete states, has the same ones again
     and again); or all items that were observed lately are at most 32 different ones, each four times and more, or one batch of any size that is made anew each time,
     smaller than what other phases show; or when an embedding is given one and the same sequence for all items, step after step. `input-constant` when at least half of the items are one and the same number all over. `input-range` when the levels of the items of a
-    batch have a standard deviation above 30 dB, or when a column (feature, channel) of the data that a trained layer is given has an rms above 1000, see
-    `Inputs`. `input-dtype` when the data are float64 and no parameter is. Above 50 a range is named only as the cause of other findings: that is no fault by itself.
+    batch have a standard deviation above 30 dB, or when a column (feature, channel) of the data that a trained layer is given has an rms above 1000, or all
+    of it one above 75 that no normalisation takes away, see `Inputs`. `input-dtype` when the data are float64 and no parameter is. Single columns above 50 are named only as the cause of other findings: that is no fault by itself.
     **Cost:** host, O(layers that are given data).   **Needs:** `Inputs`.
 
     Examples:
@@ -77,6 +79,7 @@ class InputHealth:
             "input/repeated",
             "input/returned",
             "input/column_rms",
+            "input/level",
             "input/items_db",
             "input/alike",
             "input/blank",
@@ -102,6 +105,7 @@ class InputHealth:
         _double(judging, told=bool(values["input/double"]))
         layers = values["input/column_rms"]
         _scale(judging, layers if len(layers) == 1 else {name: value for name, value in layers.items() if name})
+        _whole(judging, {name: value for name, value in values["input/level"].items() if layers.get(name, 0.0) <= FAR})
         return {"held": judging.held, "seen": True, "items_db": items_db}, judging.findings
 
 
@@ -262,4 +266,22 @@ def _scale(judging: Judging, layers: dict[str, float]) -> None:
         ),
         news,
         layers,
+    )
+
+
+def _whole(judging: Judging, levels: dict[str, float]) -> None:
+    news = judging.hold("input-range/level", [name for name, value in levels.items() if value > WIDE], levels)
+    if not news:
+        return
+    judging.tell(
+        Finding(
+            "input-range",
+            "warning",
+            f"What {listing(news)} is given has an rms of {levels[news[0]]:.3g} all over, and no normalisation follows; weights begin as if it were about 1.",
+            "Divide pictures in bytes by 255 and 16-bit samples by 32768, or standardise with the mean and spread of the training data. If the weights were trained "
+            "on such data, it is right as it is.",
+            module=news[0],
+        ),
+        news,
+        levels,
     )
