@@ -285,6 +285,24 @@ def test_a_watch_whose_records_never_come_is_starved_and_one_of_a_preset_is_only
     assert not monitor.findings
 
 
+def test_idle_parts_of_a_preset_are_told_together_and_do_not_warn():
+    model = nn.Linear(2, 2)
+    with Monitor(model, **presets.full(), every=1) as monitor:
+        model(torch.ones(2, 2))
+        monitor.step()
+    told = {f.code: f for f in monitor.findings}
+    assert len(told) == len(monitor.findings)
+    assert {"Separation", "Classes"} < set(told["probe-read-nothing"].evidence["probes"])
+    assert {"Plateau", "LossInput"} < set(told["watch-starved"].evidence["watches"])
+
+
+def test_what_nobody_asked_for_and_what_somebody_did_are_told_apart():
+    with Monitor(nn.Linear(2, 2), probes=[*presets.full()["probes"], probes.Classes(every=1)], every=1) as monitor:
+        monitor.step()
+    told = [f for f in monitor.findings if f.code == "probe-read-nothing"]
+    assert {f.severity: f.evidence["probes"] == ["Classes"] for f in told} == {"info": False, "warning": True}
+
+
 def test_idle_parts_of_a_preset_do_not_warn():
     with Monitor(nn.Linear(2, 2), **presets.first_aid()) as monitor:
         monitor.step()

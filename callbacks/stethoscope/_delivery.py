@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._diagnosis import Relate
-from stethoscope._parts import Notes, asked, check_finding, severity_for
+from stethoscope._parts import Notes, asked, check_finding, severity_for, together
 from stethoscope._record import JSON, Finding, Record
 from stethoscope._secrets import redacted
 from stethoscope._writer import Writer
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from stethoscope._protocols import Run, Sink, State, Watch
+    from stethoscope._record import Severity
 
 log = logging.getLogger("stethoscope")
 
@@ -134,24 +135,26 @@ class Delivery:
 
     def judge_watches(self, steps: int) -> None:
         """Say which watches have never seen a record of theirs: their state is what it was at the start."""
+        starved: dict[Severity, list[Watch]] = {}
         for watch, state in ((each.watch, each.state) for each in self._watching):
             try:
-                starved = bool(steps and state is not None and state == watch.init())
+                if steps and state is not None and state == watch.init():
+                    starved.setdefault(severity_for(watch), []).append(watch)
             except Exception as error:
                 self._notes.disabled(watch, "watch", error)
-                continue
-            if starved:
-                name = type(watch).__name__
-                self._notes.pending.append(
-                    Finding(
-                        "watch-starved",
-                        severity_for(watch),
-                        f"{name} has seen none of the records that it needs in {steps} steps.",
-                        f"It is set up as {watch!r}: give step() or log() what it names, e.g. step(loss=loss).",
-                        self._notes.step,
-                        evidence={"watch": name},
-                    )
+        for severity, those in starved.items():
+            names = [type(watch).__name__ for watch in those]
+            self._notes.pending.append(
+                Finding(
+                    "watch-starved",
+                    severity,
+                    f"{steps} steps have shown none of the records that {together(names)} need{'s' if len(names) == 1 else ''}.",
+                    "Give step() or log() what they name, e.g. step(loss=loss, outputs=..., targets=...), where this training has it."
+                    + (f" Set up: {', '.join(map(repr, those))}." if severity == "warning" else ""),
+                    self._notes.step,
+                    evidence={"watches": list(names)},
                 )
+            )
 
     def close(self) -> None:
         """Close the sinks, and say what was lost."""

@@ -143,6 +143,11 @@ def severity_for(part: object) -> Severity:
     return "info" if from_preset(part) else "warning"
 
 
+def together(names: Sequence[str]) -> str:
+    """Several names as in a sentence."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 def check_parts(given: Sequence[Any], method: str, argument: str, example: str) -> list[Any]:
     """Return the parts as a list.
 

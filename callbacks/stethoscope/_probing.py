@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stethoscope._inventory import Inventory
 from stethoscope._overhead import Pace
-from stethoscope._parts import Notes, check_finding, describe, from_preset, mark_preset, severity_for
+from stethoscope._parts import Notes, check_finding, describe, from_preset, mark_preset, severity_for, together
 from stethoscope._protocols import Key, Readings
 from stethoscope._record import Finding, Record
 from stethoscope._secrets import trace_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stethoscope._protocols import Attachment, Probe, Watch
+    from stethoscope._record import Severity
 
 log = logging.getLogger("stethoscope")
 
@@ -103,15 +104,17 @@ class Probing:
     def read(self, given: Mapping[str, Tensor], stamp: Record) -> list[Part]:
         """Read everything that is armed."""
         parts: list[Part] = []
+        idle: list[Probe] = []
         for attached in [each for each in self._attached if each.armed]:
             readings = self._guarded(attached, _reading(attached.attachment, given))
             if attached not in self._attached:
                 continue  # it has failed
             if readings:
                 parts.append(Part(readings, stamp))
-            if stamp.phase == "train":
-                self._judge(attached, stamp.step, read=bool(readings))
+            if stamp.phase == "train" and self._is_idle(attached, read=bool(readings)):
+                idle.append(attached.probe)
             self._take_notes(attached)
+        self._tell(idle, stamp.step)
         return parts
 
     def lap(self, step: int) -> None:
@@ -163,25 +166,35 @@ class Probing:
             taken = [note if note.evidence.get("certain") else replace(note, severity="info") for note in taken]
         self._notes.pending += taken
 
-    def _judge(self, attached: _Attached, step: int, *, read: bool) -> None:
+    @staticmethod
+    def _is_idle(attached: _Attached, *, read: bool) -> bool:
+        """Whether it is now clear that a probe reads nothing; said once."""
         attached.ever_read |= read
         if attached.judged or attached.ever_read:
-            return
+            return False
         if anything_compiled() and not attached.waited:
             attached.waited = True  # the step in which something is compiled first is not the rule
-            return
+            return False
         attached.judged = True
-        name = type(attached.probe).__name__
-        self._notes.pending.append(
-            Finding(
-                "probe-read-nothing",
-                severity_for(attached.probe) if get_ident() == self._thread else "warning",
-                f"{name} has read nothing in step {step}.",
-                self._advice(),
-                step,
-                evidence={"probe": name},
+        return True
+
+    def _tell(self, idle: Sequence[Probe], step: int) -> None:
+        elsewhere = get_ident() != self._thread
+        by_severity: dict[Severity, list[str]] = {}
+        for probe in idle:
+            severity = "warning" if elsewhere else severity_for(probe)
+            by_severity.setdefault(severity, []).append(type(probe).__name__)
+        for severity, names in by_severity.items():
+            self._notes.pending.append(
+                Finding(
+                    "probe-read-nothing",
+                    severity,
+                    f"Step {step} has shown nothing to {together(names)}.",
+                    self._advice(),
+                    step,
+                    evidence={"probes": list(names)},
+                )
             )
-        )
 
     def _advice(self) -> str:
         """What may be done about a probe that has read nothing."""
@@ -202,8 +215,8 @@ class Probing:
                 "own is in force."
             )
         return (
-            "Check its include and exclude patterns and the tensors it asks for. Modules must run on the thread that "
-            "created the monitor."
+            "Give step() the tensors that they ask for, such as step(loss=loss, outputs=..., targets=...), where this training has them; check include "
+            "and exclude patterns. Modules must run on the thread that created the monitor."
         )
 
 

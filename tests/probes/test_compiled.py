@@ -226,7 +226,7 @@ def test_what_is_not_compiled_is_read_at_every_step_and_a_compiled_part_from_out
 def test_flags_alone_do_not_make_the_training_eager_and_it_is_said():
     _, _, _, monitor = train("wrapper", "aot_eager", watches=[watches.NonFinite()])
     (finding,) = monitor.findings
-    assert (finding.code, finding.evidence["probe"]) == ("probe-read-nothing", "Activations")
+    assert (finding.code, finding.evidence["probes"]) == ("probe-read-nothing", ["Activations"])
     assert "torch.compile" in finding.advice
     _, _, _, monitor = train("wrapper", "aot_eager", probes=[Activations()])
     assert [(each.code, each.severity) for each in monitor.findings] == [("observed-eagerly", "info")]
@@ -405,7 +405,7 @@ def test_a_monitor_on_another_thread_than_the_training_is_told():
     thread.start()
     thread.join()
     monitor.close()
-    told = [each for each in monitor.findings if each.evidence.get("probe") == "Activations"]
+    told = [each for each in monitor.findings if "Activations" in each.evidence.get("probes", ())]
     assert told
     assert {(each.code, each.severity) for each in told} == {("probe-read-nothing", "warning")}
     assert "on the thread that trains" in told[0].advice

@@ -328,4 +328,19 @@ def test_nested_tensors_are_left_alone_and_it_is_told(layout, nested):
             optimizer.step()
             monitor.step(batch=x, loss=loss)
     assert values(memory, "activation/rms", 2)["out"] > 0
-    assert {each.module for each in memory.findings if each.evidence.get("kind") == "nested"} >= {"inner"}
+    (told,) = (each for each in memory.findings if each.evidence.get("kind") == "nested")
+    assert "inner" in told.evidence["modules"]
+
+
+def test_layers_that_handle_nested_tensors_are_one_finding():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, memory = nn.TransformerEncoder(layer, 4), sinks.Memory()
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    with Monitor(model, probes=[Activations(phases=("train", "val"))], every=1, sinks=[memory]) as monitor:
+        model(torch.randn(2, 3, 8), src_key_padding_mask=padding)
+        monitor.step()
+        model.eval()
+        with monitor.phase("val"), torch.no_grad():  # packs what is not padded
+            model(torch.randn(2, 3, 8), src_key_padding_mask=padding)
+    (told,) = (finding for finding in memory.findings if finding.evidence.get("kind") == "nested")
+    assert {f"layers.{i}" for i in range(4)} < set(told.evidence["modules"])

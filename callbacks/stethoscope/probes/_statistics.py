@@ -92,6 +92,7 @@ class ActivationHooks:
         self._called: list[_Site] = []
         self._last: tuple[Tensor, int, _Slot] | None = None
         self._unreadable: set[str] = set()
+        self._refused: dict[str, list[str]] = {}  # kind of tensor to modules, since the last reading
         self._names = [name for name in spec.statistics if name != "histogram"]
         modules, self.notes = named_modules(model, "Activations")
         chosen, unmatched = select(modules, as_patterns(spec.include), as_patterns(spec.exclude), "Activations")
@@ -252,16 +253,22 @@ class ActivationHooks:
         if slot.module not in self._unreadable:
             self._unreadable.add(slot.module)
             kind = "nested" if x.is_nested else "quantised" if x.is_quantized else str(x.layout)
+            self._refused.setdefault(kind, []).append(slot.module)
+
+    def _note_refused(self) -> None:
+        for kind, modules in self._refused.items():
+            named = ", ".join(map(repr, modules[:3])) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
             self.notes.append(
                 Finding(
                     "probe-read-nothing",
                     "info",
-                    f"Activations: {slot.module!r} handles a {kind} tensor, which has no elements to measure.",
-                    "Observe a module before or after it.",
-                    module=slot.module,
-                    evidence={"probe": "Activations", "kind": kind},
+                    f"Activations: a {kind} tensor has no elements to measure; seen in {named}.",
+                    "Observe a module before or after.",
+                    module=modules[0],
+                    evidence={"probe": "Activations", "kind": kind, "modules": list(modules)},
                 )
             )
+        self._refused.clear()
 
     # -- at the end of a step ------------------------------------------------------------------------------------
 
@@ -270,6 +277,7 @@ class ActivationHooks:
         if self.failure is not None:
             raise self.failure
         self.notes += self._eagerly.notes()
+        self._note_refused()
         phase = self._phase
         for bank in phase.banks.values():
             bank.fold()
