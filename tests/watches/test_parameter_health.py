@@ -761,3 +761,23 @@ def test_an_encoder_whose_result_is_detached_is_told_and_an_auxiliary_head_is_an
     found = train(Translator(detached=True))
     assert [each for each in found if each[1] == "warning"] == [("module-unused", "warning", "encoder.0")]
     assert {severity for _, severity, _ in train(Translator(detached=False))} == {"info"}
+
+
+def test_copies_in_float32_that_are_written_back_by_hand_are_no_forgotten_weights():
+    torch.manual_seed(0)
+    model = mlp().bfloat16()
+    copies = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+    optimizer = torch.optim.AdamW(copies, lr=1e-3)
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=5) as monitor:
+        for _ in range(100):
+            loss = model(torch.randn(8, 8).bfloat16()).float().square().mean()
+            model.zero_grad()
+            loss.backward()
+            for copy, parameter in zip(copies, model.parameters(), strict=True):
+                copy.grad = parameter.grad.float()
+            optimizer.step()
+            with torch.no_grad():
+                for copy, parameter in zip(copies, model.parameters(), strict=True):
+                    parameter.copy_(copy)
+            monitor.step(loss=loss.detach())
+    assert [f for f in monitor.findings if f.severity != "info"] == []

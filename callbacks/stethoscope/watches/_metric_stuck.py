@@ -80,13 +80,17 @@ def stepped(state: State, records: Sequence[Record]) -> State:
 
 
 def is_result(bare: str, value: float, *, rate: bool) -> bool:
-    """Whether a name stands for what a model is judged by, and the value is not the best that there is.
+    """Whether a name stands for what a model is judged by now, and the value is not the best that there is.
 
     Examples:
         >>> is_result("exact_match", 0.0, rate=False), is_result("wer", 0.0, rate=False), is_result("margin", 0.5, rate=False)
         (True, False, False)
+        >>> is_result("best_acc", 0.8, rate=True)  # of all validations so far
+        False
     """
     words = names.tokens(bare)
+    if "best" in words:
+        return False
     if rate or any(map(_HIGHER.fullmatch, words)):
         return value not in {1.0, 100.0}
     return value != 0.0 and any(map(_LOWER.fullmatch, words))

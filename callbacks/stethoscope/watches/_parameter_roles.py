@@ -68,6 +68,8 @@ def unchanged(
         and (owner(name) not in alive or name in matrices)
     ]
     unheld = [name for name in same if roles[name] == UNHELD]
+    # copies in float32 that are stepped and written back by hand: what rests has been rounded away
+    by_hand = bool(found["parameter/resting"]) and sum(role == UNHELD for role in roles.values()) > 2 * len(unheld)
     # what is left out at random, or is an expert, has had a gradient before and will have one again
     never = set(untrained)
     idle = [name for name in same if roles[name] == IDLE and name in never]
@@ -85,7 +87,7 @@ def unchanged(
             ),
             news,
         )
-    _unheld(judging, unheld, gradients, roles, waiting=waiting)
+    _unheld(judging, unheld, gradients, roles, waiting=waiting or by_hand)
     _unused(judging, idle, roles, ran, late=late)
 
 
