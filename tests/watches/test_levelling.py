@@ -79,12 +79,15 @@ def test_a_last_sigmoid_that_is_open_everywhere_is_told_and_one_that_is_shut_is_
     assert [(f.code, f.module) for f in monitor.findings] == found
 
 
-@pytest.mark.parametrize(("width", "found"), [(8, []), (32, ["dead-units"])])
-def test_half_of_eight_units_may_be_dead_by_chance(width, found):
+@pytest.mark.parametrize(
+    ("width", "dead", "found"),
+    [(8, 0.5, []), (8, 0.75, ["info"]), (32, 0.5, ["info"]), (32, 0.85, ["info"]), (32, 1.0, ["warning"])],
+)
+def test_half_of_eight_units_may_be_dead_by_chance_and_what_is_left_of_many_is_enough(width, dead, found):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))
     with torch.no_grad():
-        net[0].bias[: width // 2] -= 100
+        net[0].bias[: int(dead * width)] -= 100
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
     with Monitor(net, optimizer, watches=[ActivationHealth()], every=5, strict=True) as monitor:
         for _ in range(30):
@@ -93,7 +96,7 @@ def test_half_of_eight_units_may_be_dead_by_chance(width, found):
             loss.backward()
             optimizer.step()
             monitor.step(loss=loss)
-    assert [f.code for f in monitor.findings] == found
+    assert [f.severity for f in monitor.findings if f.code == "dead-units"] == found
 
 
 def test_keys_that_a_mask_hides_from_a_softmax_are_no_dead_units():

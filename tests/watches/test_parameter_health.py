@@ -781,3 +781,22 @@ def test_copies_in_float32_that_are_written_back_by_hand_are_no_forgotten_weight
                     parameter.copy_(copy)
             monitor.step(loss=loss.detach())
     assert [f for f in monitor.findings if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize(("rate", "found"), [(0.01, []), (1.0, ["update-ratio-high"])])
+def test_tables_that_begin_near_zero_are_meant_to_grow(rate, found):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"user": nn.Embedding(50, 8), "item": nn.Embedding(60, 8)})
+    for table in model.values():
+        nn.init.normal_(table.weight, std=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=5) as monitor:
+        for _ in range(40):
+            users, items = torch.randint(50, (64,)), torch.randint(60, (64,))
+            scores = (model["user"](users) * model["item"](items)).sum(-1)
+            loss = nn.functional.binary_cross_entropy_with_logits(scores, ((users + items) % 2).float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+    assert [f.code for f in monitor.findings if f.severity != "info"][:1] == found

@@ -41,7 +41,7 @@ class Initialisation:
     convolutions and their like; no embeddings but those that are tied to one):
     `parameter/gain` = ||W|| / sqrt(outputs), the factor by which white inputs grow in rms (1 for Xavier, 1.41 for Kaiming, 0.58
     for PyTorch's default); `parameter/copies`, the share of outputs in [0, 1] whose weights, not all zero, are those of
-    another output; `parameter/table_rms`, the root mean square of an embedding that is tied to nothing (1 for PyTorch's default); `parameter/constant`, 1 where all values of a layer's weight are one number other than zero (left out elsewhere). Weights that
+    another output; `parameter/table_rms`, the root mean square of an embedding that is tied to nothing (1 for PyTorch's default), and `parameter/table_size`, its number of values; `parameter/constant`, 1 where all values of a layer's weight are one number other than zero (left out elsewhere). Weights that
     are frozen are left out. Of frozen ones too, at the first look: `parameter/drawn`, 1 where a layer's weight is as an initialisation has
     drawn it, see `_drawn.py` (left out elsewhere).
 
@@ -150,7 +150,8 @@ def _plain(parameter: nn.Parameter) -> bool:
 
 def _rms(name: str, table: Tensor) -> Columns:
     rms = torch.linalg.vector_norm(table, dtype=stats.precision(table.dtype, table.device)) / table.numel() ** 0.5
-    return Columns([Key("parameter/table_rms", name)], rms.view(1), [0])
+    keys = [Key("parameter/table_rms", name), Key("parameter/table_size", name)]
+    return Columns(keys, torch.stack([rms, torch.full_like(rms, table.numel())]), [0, 1])
 
 
 def _by_output(parameter: nn.Parameter, *, transposed: bool) -> Tensor | None:

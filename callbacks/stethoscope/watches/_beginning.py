@@ -22,7 +22,14 @@ DEEP = 2.0  # gain that compounds: ten ReLU layers of it multiply by 30, of Kaim
 FEWEST = 2  # weights that a verdict on an initialisation needs
 FAINT = 1e-4  # rms, of the model's input: what is left of a signal is below the biases of the layers behind it
 SURPRISE = 5.0  # nats above ln(classes): right answers have e^-5, or 0.7 %, of the probability that guessing gives them
+GROWN = 0.1  # rms that an embedding has at least when it has learnt something; recommenders begin theirs at 0.01
 LAYER = 1.0  # as probes.LossInputs says that a loss is given a layer's own output
+
+
+def small_tables(found: Mapping[str, Values]) -> Values:
+    """Return the norm that each embedding would have whose values are below `GROWN`, if they were as large."""
+    sizes = found["parameter/table_size"]
+    return {name: GROWN * sizes[name] ** 0.5 for name, rms in found["parameter/table_rms"].items() if rms < GROWN}
 
 
 def gains(judging: Judging, found: Mapping[str, Values], *, high: float, low: float, compound: float) -> None:

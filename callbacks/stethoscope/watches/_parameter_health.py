@@ -66,6 +66,7 @@ class ParameterHealth:
     - `model-in-eval`: the optimizer steps while the model, with all of its BatchNorm and dropout, is in eval mode.
     - `nonfinite-optimizer`: what the optimizer keeps for a parameter holds NaN or Inf.
 
+    The norm of an embedding that begins near zero counts as if its values were 0.1: they are meant to grow to that.
     States must hold for `observations` observed steps that span `steps` steps. Many modules make one finding.
     **Cost:** host only, one pass over the records of observed steps. **Needs:** norms, changes and roles of parameters,
     gradients, and which modules run.
@@ -132,6 +133,7 @@ class ParameterHealth:
             "fresh": None,
             "new": False,
             "inner": False,
+            "small": {},
         }
 
     def update(self, state: State, records: Sequence[Record]) -> tuple[State, Sequence[Finding]]:
@@ -154,6 +156,7 @@ class ParameterHealth:
             "parameter/outward",
             "parameter/gain",
             "parameter/table_rms",
+            "parameter/table_size",
             "parameter/copies",
             "parameter/constant",
             "parameter/optimizers",
@@ -186,6 +189,8 @@ class ParameterHealth:
                 beginning.sure_of_nothing(judging, found)
                 look.state["new"] = 2 * len(found["parameter/drawn"]) >= len(found["parameter/gain"])
             look.state["gains"] = True
+        if found["parameter/table_rms"]:
+            look.state["small"] = beginning.small_tables(found)
         if found["parameter/copies"]:
             beginning.copies(judging, found["parameter/copies"])
         if found["optimizer/steps"].get("", 1.0) > 0:
@@ -269,7 +274,10 @@ class _Look:
     def ratios(self, rates: Mapping[str, float]) -> float:
         """Judge how far this step has gone; return it for the model as a whole, 0 where nothing can be told."""
         role = self.found["parameter/role"]
-        ratios, norms = self.found["parameter/update_ratio"], self.found["parameter/norm"]
+        ratios, norms = dict(self.found["parameter/update_ratio"]), dict(self.found["parameter/norm"])
+        for name, size in self.state["small"].items():
+            if name in ratios and 0 < norms.get(name, 0.0) < size:
+                ratios[name], norms[name] = ratios[name] * norms[name] / size, size
         # the ratio of a weight that was zero is 1 and says nothing
         trained = [
             name
