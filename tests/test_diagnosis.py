@@ -214,3 +214,13 @@ def test_a_dropout_of_nearly_all_and_batches_of_one_class_are_causes():
         "dead-units",
         "class-imbalance",
     )
+
+
+def test_an_info_explains_nothing():
+    history = told(([], [finding("dead-units", 20, "info")]), ([], [finding("loss-plateau", 100)]))
+    assert history[-1] == ("loss-plateau", "")
+
+
+def test_an_optimizer_that_is_never_stepped_owns_no_others():
+    never = [*numbers(norm=300.0, lr=1e-3), Record("optimizer/steps", 0.0, 0)]
+    assert told((never, [finding("loss-plateau")])) == [("loss-plateau", "")]

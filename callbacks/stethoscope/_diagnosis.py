@@ -89,8 +89,8 @@ class Relate:
         row = {rule.code: i for i, rule in reversed(list(enumerate(self.rules))) if not rule.by_guard}
         now = finding.step
         for i, rule in enumerate(self.rules):
-            if finding.code not in rule.explains or rule.code not in known:
-                continue
+            if finding.code not in rule.explains or known.get(rule.code, [0, "info"])[1] == "info":
+                continue  # an info has done no harm
             at: int | None = now if rule.code in drawn else known[rule.code][0]
             later = now is not None and at is not None and at > now
             # of two that explain each other, in one step the upper row is the cause
@@ -128,7 +128,7 @@ def _of(numbers: Mapping[str, float], phase: str) -> Numbers:
     """The numbers of a phase; the learning rate and gradients are known from training."""
     train = {
         name: numbers[f"train:{name}"]
-        for name in ("lr", "gradient/norm", "optimizer/held_fraction")
+        for name in ("lr", "gradient/norm", "optimizer/held_fraction", "optimizer/steps")
         if f"train:{name}" in numbers
     }
     prefix = f"{phase}:"

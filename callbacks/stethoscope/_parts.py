@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _ASKED = "_stethoscope_asked"
 
 E = TypeVar("E", bound=BaseException)
+MAX_SHOWN = 300  # characters of an error
 _Method = TypeVar("_Method", bound=Callable[..., None])
 
 
@@ -63,7 +64,7 @@ class Notes:
             Finding(
                 "part-disabled",
                 severity_for(part),
-                f"The {role} {type(part).__name__} failed with {type(error).__name__}: {error}{where}. "
+                f"The {role} {type(part).__name__} failed with {type(error).__name__}: {_short(error)}{where}. "
                 f"{loss or 'It is switched off;'} the training and all other parts go on.",
                 f"{first}Read the traceback in this finding's evidence; Monitor(strict=True) raises it where it happens.",
                 self.step,
@@ -141,6 +142,12 @@ def from_preset(part: object) -> bool:
 def severity_for(part: object) -> Severity:
     """How much it matters that a part is idle or off: less when nobody asked for it by name."""
     return "info" if from_preset(part) else "warning"
+
+
+def _short(error: BaseException) -> str:
+    """The first line of what an error says; torch adds its whole dispatch table, which the traceback in the evidence keeps."""
+    first = (str(error).splitlines() or [""])[0]
+    return first if len(first) <= MAX_SHOWN else f"{first[:MAX_SHOWN]} ..."
 
 
 def together(names: Sequence[str]) -> str:

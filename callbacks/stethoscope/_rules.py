@@ -24,6 +24,7 @@ NUMBERS = (
     "separation/ref_cos",
     "gradient/norm",
     "optimizer/held_fraction",
+    "optimizer/steps",
     "lr",
     "input/column_rms",
 )
@@ -67,7 +68,8 @@ def _ambiguous(now: Numbers) -> bool:
 
 def _gradients_flow(now: Numbers) -> bool:
     held = now.get("optimizer/held_fraction", 0.0) > HELD
-    return now.get("gradient/norm", 0.0) > 0 and now.get("lr", 1.0) > 0 and not held
+    steps = now.get("optimizer/steps", 1.0) > 0 and now.get("lr", 1.0) > 0
+    return now.get("gradient/norm", 0.0) > 0 and steps and not held
 
 
 def _cosines(now: Numbers) -> str:

@@ -42,6 +42,11 @@ def precision(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float64 if dtype in _WIDE and device.type != "mps" else torch.float32
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor has values that can be indexed: not sparse, nested or quantised."""
+    return x.layout is torch.strided and not (x.is_nested or x.is_quantized)
+
+
 def measurable(x: Tensor) -> Tensor | None:
     """Return `x` as a real, strided float32 or float64 tensor, or None where that is not possible.
 

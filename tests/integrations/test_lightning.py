@@ -805,3 +805,27 @@ def test_audits_at_the_start_of_a_fit_reach_the_run(tmp_path, order):
             "checkpoint-prefix",
         ]
     assert callback.monitor.findings[0].evidence["planned_steps"] == 4
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_answers_that_training_step_returns_reach_the_probes(automatic):
+    class Answers(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = automatic
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            answers = self.layers(x)
+            loss = (answers - y).square().mean()
+            if not automatic:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return {"loss": loss, "outputs": answers, "targets": y, "epoch": 3, "scale": torch.ones(())}
+
+    memory = sinks.Memory()
+    callback = MonitorCallback(None, probes=[probes.Agreement(every=1)], sinks=[memory])
+    fit(Answers(), callback)
+    assert len([r for r in memory.records if r.name == "answer/concordance"]) == 8
+    assert {r.name for r in memory.records if r.source == "step"} == {"plan/steps", "loss", "lr"}

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from stethoscope.probes import Agreement
+from stethoscope import Monitor
+from stethoscope.probes import Agreement, Classes
 
 
 def read(**given):
@@ -80,3 +81,20 @@ def test_only_training_is_read():
     attached = Agreement().attach(nn.Identity())
     attached.arm(True, "val")
     assert not attached.read({"outputs": torch.randn(8), "targets": torch.randn(8)})
+
+
+def in_rows(x):
+    return torch.nested.nested_tensor(list(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("made", [torch.Tensor.to_sparse, in_rows], ids=["sparse", "nested"])
+@pytest.mark.parametrize("which", ["logits", "targets"])
+def test_answers_that_cannot_be_indexed_are_passed_over(made, which):
+    given = {"logits": torch.randn(16, 4), "targets": torch.randint(4, (16,))}
+    if which == "targets":
+        given = {"logits": torch.randn(16, 4), "targets": torch.randn(16, 4)}
+    given[which] = made(given[which])
+    with Monitor(nn.Linear(2, 2), probes=[Agreement(), Classes()], every=1, strict=True) as monitor:
+        monitor.step(**given)
+    assert {f.code for f in monitor.findings} == {"probe-read-nothing"}

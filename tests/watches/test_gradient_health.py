@@ -400,3 +400,10 @@ def test_branches_behind_a_scale_that_begins_at_a_millionth_are_fine():
     torch.manual_seed(0)
     model = Scaled()
     assert train(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3)) == []
+
+
+@pytest.mark.parametrize(("make", "severity"), [(torch.optim.Adam, "info"), (torch.optim.SGD, "warning")])
+def test_steps_of_adam_are_as_long_however_hard_all_gradients_are_clipped(make, severity):
+    model = mlp()
+    found = train(model, optimizer=make(model.parameters(), lr=1e-3), clip=1e-3)
+    assert ("gradient-clipping", severity, "") in found

@@ -800,3 +800,19 @@ def test_tables_that_begin_near_zero_are_meant_to_grow(rate, found):
             optimizer.step()
             monitor.step(loss=loss)
     assert [f.code for f in monitor.findings if f.severity != "info"][:1] == found
+
+
+def test_a_loss_that_is_cut_off_from_the_whole_model_is_told_once_and_as_that():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with Monitor(model, optimizer, watches=[ParameterHealth()], every=5, strict=True) as monitor:
+        for _ in range(60):
+            loss = torch.tensor(model(torch.randn(8, 8)).square().mean().item(), requires_grad=True)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss=loss)
+    found = monitor.findings[-1]
+    assert [f.code for f in monitor.findings] == ["probe-read-nothing", "gradient-zero"]
+    assert found.severity == "error"
+    assert "8 parameters" in found.message

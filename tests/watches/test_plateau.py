@@ -341,3 +341,10 @@ def test_a_fall_within_the_first_three_steps_counts_as_learnt(seed):
     ]
     found = replay(Plateau(patience=60), [Record("plan/steps", 1300, 0, source="step"), *series(loss=values)])
     assert {f.severity for f in found} == {"info"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_noisy_loss_below_zero_that_has_surely_fallen_has_left_its_start(seed):
+    losses = [1.05 * 0.93**step - 0.2 + each for step, each in enumerate(noise(300, 0.4, seed))]
+    found = replay(Plateau(), [Record("plan/steps", 300.0, 0), *series(loss=losses)])
+    assert [f.message for f in found if f.severity != "info" and "hardly left" in f.message] == []

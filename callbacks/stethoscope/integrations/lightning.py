@@ -45,7 +45,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
 
     A step is an optimizer step, whatever `accumulate_grad_batches` says; a batch of a manual optimisation in which
     several optimizers step is one step. Recorded at every step: `loss`, as `training_step` returned it (mean over the
-    accumulated batches; several `manual_backward` calls in a batch are `loss`, `loss/1` ...), and learning rates.
+    accumulated batches; several `manual_backward` calls in a batch are `loss`, `loss/1` ...), and learning rates. Tensors that
+    `training_step` returns beside it (`{"loss": ..., "logits": ..., "targets": ...}`) are given to `Monitor.step`.
     Validation and test loops are recorded under the phases `val` and `test`, with the metrics that they logged; what
     training logged follows at the end of the epoch. The sanity check is not recorded. See docs/lightning.md.
 
@@ -231,7 +232,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not there
         self._counted = trainer.global_step
         losses = {name: torch.stack(each).mean() if len(each) > 1 else each[0] for name, each in self._losses.items()}
         rates, self._losses, self._rates = self._rates, {}, {}
-        self._at_work().step(**losses, **rates)
+        self._at_work().step(**{**_answers(outputs), **losses, **rates})
 
     @keeps_out
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -390,3 +391,9 @@ def _without_forks(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole = {name: _FORK.sub("", name) for name in metrics}
     forked = {whole[name] for name in metrics if name != whole[name] and metrics[name] is metrics.get(whole[name])}
     return {name: value for name, value in metrics.items() if name == whole[name] or whole[name] not in forked}
+
+
+def _answers(outputs: object) -> dict[str, Tensor]:
+    """What `training_step` has returned beside the loss, of the last of accumulated batches."""
+    named = outputs if isinstance(outputs, Mapping) else {}
+    return {name: each for name, each in named.items() if isinstance(each, Tensor) and each.numel() > 1}

@@ -12,6 +12,7 @@ from stethoscope._protocols import Columns, Key, Readings
 from stethoscope.probes._classes import Classes, class_axis
 from stethoscope.probes._targets import OUTPUTS, TARGETS
 from stethoscope.probes._thinned import thinned
+from stethoscope.stats import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,7 +81,7 @@ class _Comparing:
         targets = next((given[name] for name in TARGETS if name in given), None)
         if not self._armed or answers is None or targets is None or answers.device != targets.device:
             return Readings(())
-        if not answers.is_floating_point() or answers.is_nested or targets.is_nested or targets.dim() == 0:
+        if not (is_dense(answers) and is_dense(targets) and answers.is_floating_point()) or targets.dim() == 0:
             return Readings(())
         with torch.no_grad():
             axis = class_axis(answers, targets)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stethoscope._protocols import Key, Readings
+from stethoscope.stats import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +88,7 @@ class _Counting:
             return Readings(())
         name = next((name for name in self.spec.outputs if name in given), None)
         labels = next((given[name] for name in self.spec.targets if name in given), None)
-        if name is None:
+        if name is None or not is_dense(given[name]) or not (labels is None or is_dense(labels)):
             return Readings(())
         with torch.no_grad():
             scores = given[name].detach()

@@ -154,7 +154,7 @@ class ClassHealth:
             if group == "tokens":
                 _padding(judging, latest, targets, right)
             judging.steps = int(YOUNG * plan if plan and late else plan or ENDLESS)
-            self._majority(judging, answers, targets, right, total)
+            self._majority(judging, answers, targets, right, total, latest)
         return {**state, "held": judging.held, "counts": counts}, judging.findings
 
     @staticmethod
@@ -235,14 +235,23 @@ class ClassHealth:
         return [str(i) for i in rare if since[i] >= enough]
 
     def _majority(
-        self, judging: Judging, answers: list[float], targets: list[float], right: list[float], total: float
+        self,
+        judging: Judging,
+        answers: list[float],
+        targets: list[float],
+        right: list[float],
+        total: float,
+        latest: list[list[float]],
     ) -> None:
         """Judge a model that says what most targets are, and nothing else."""
         most = targets.index(max(targets))
         others, hits = total - targets[most], sum(right) - right[most]
         majority = answers[most] >= ALL * total and 2 * targets[most] > total and others >= FEW and hits < REST * others
+        begins = sum(latest[2]) - latest[2][most] >= REST * max(
+            1.0, sum(latest[1]) - latest[1][most]
+        )  # older steps know nothing of it
         told = judging.held.get("class-imbalance", {}).get("told")
-        if judging.model("majority", majority and not told):
+        if judging.model("majority", majority and not begins and not told):
             share = targets[most] / total
             said = (
                 f"{answers[most] / total:.1%} of the answers are class {most}, as {share:.1%} of the targets are; of the {1 - share:.1%} that are "

@@ -29,12 +29,13 @@ from stethoscope.watches._skipped_steps import skipped
 from stethoscope.watches._streaks import Judging, listing, owner, train_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from stethoscope._protocols import Probe, State
     from stethoscope._record import Record, Severity
 
 CLIPPED = 5  # observed steps in a row that are clipped hard: the first steps of a run may be, all of them are not
+USUAL = 1e-4  # of the weights: a tenth of what is usual
 MEMORY = 20  # observed norms whose median is the level
 
 
@@ -57,7 +58,8 @@ class GradientHealth:
       teach has come down to exactly zero.
     - `step-skipped`: gradients hold NaN or Inf and no optimizer has stepped for more than 20 steps in a row, 30 from the start on.
     - `gradient-imbalance`: one module's gradient lies `imbalance` times above the median of all modules, absolutely and relatively.
-    - `gradient-clipping`: the optimizer gets less than `clipped_share` of the norm in all of the last five observed steps.
+    - `gradient-clipping`: the optimizer gets less than `clipped_share` of the norm in all of the last five observed steps; an info where its
+      steps are of usual length all the same, as those of Adam.
     - `gradient-accumulation`: gradients of the step before were not zeroed.
     - `nonfinite-gradient`: the optimizer has used a gradient that holds NaN or Inf.
 
@@ -103,7 +105,7 @@ class GradientHealth:
         """Norms of gradients and weights, what optimizers use, and which modules run."""
         return (
             Gradients(),
-            Parameters(statistics=("norm", "unchanged")),
+            Parameters(statistics=("norm", "unchanged", "update_ratio")),
             Optimizers(),
             Activations(statistics=("rms",)),
         )
@@ -124,6 +126,7 @@ class GradientHealth:
             "parameter/norm",
             "parameter/role",
             "parameter/unchanged",
+            "parameter/update_ratio",
             "optimizer/steps",
             "optimizer/total",
             "activation/rms",
@@ -166,7 +169,7 @@ class GradientHealth:
         applied, scale = found["gradient/applied_norm"], found["gradient/scale"].get("", 1.0)
         lost = look.lost({name: norm for name, norm in gradients.items() if norm > 0}, applied, found)
         pairs = [(scale * applied[name], norm) for name, norm in gradients.items() if name in applied and norm > 0]
-        look.clipping([] if lost else pairs)
+        look.clipping([] if lost else pairs, found["parameter/update_ratio"].values())
         look.carried(found["gradient/carried"].get("", 0.0))
         return {**look.state, "held": judging.held}, judging.findings
 
@@ -340,7 +343,7 @@ class _Look:
         if not high:
             self.state["totals"] = [*totals, total][-MEMORY:]
 
-    def clipping(self, pairs: Sequence[tuple[float, float]]) -> None:
+    def clipping(self, pairs: Sequence[tuple[float, float]], ratios: Collection[float]) -> None:
         if not pairs:
             return
         share = math.hypot(*(used for used, _ in pairs)) / math.hypot(*(norm for _, norm in pairs))
@@ -349,12 +352,18 @@ class _Look:
         hard = len(shares) >= CLIPPED and max(shares) < self.watch.clipped_share
         if self.judging.model("gradient-clipping", hard, times=1):
             middle = median(shares)
+            # the step of Adam is as long whatever a gradient is multiplied by
+            ratio = median(ratios) if ratios else 0.0
+            so = (
+                f"steps are of usual length all the same ({ratio:.2g} of the weights), but each batch counts alike."
+                if ratio >= USUAL
+                else f"the learning rate is in effect {1 / max(middle, 1e-30):.3g} times lower."
+            )
             self.judging.tell(
                 Finding(
                     "gradient-clipping",
-                    "warning",
-                    f"Clipping leaves {middle:.2g} of the gradient's norm in each of the last {len(shares)} observed steps: the "
-                    f"learning rate is in effect {1 / max(middle, 1e-30):.3g} times lower.",
+                    "info" if ratio >= USUAL else "warning",
+                    f"Clipping leaves {middle:.2g} of the gradient's norm in each of the last {len(shares)} observed steps: {so}",
                     "Raise the bound of clip_grad_norm_ to about the usual norm (the record gradient/norm), so that it cuts "
                     "outliers only; under a GradScaler call scaler.unscale_(optimizer) before.",
                 ),

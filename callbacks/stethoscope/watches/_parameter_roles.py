@@ -162,6 +162,18 @@ def duplicates(judging: Judging, twice: Values, roles: Values) -> None:
 
 
 def _unused(judging: Judging, idle: Sequence[str], roles: Values, ran: Sequence[str], *, late: bool) -> None:
+    whole = len(idle) > 1 and len(idle) == sum(role in (IDLE, TRAINED) for role in roles.values())
+    if judging.model("gradient-zero-whole", whole):
+        judging.tell(
+            Finding(
+                "gradient-zero",
+                "error",
+                f"The optimizer steps, but not one of its {len(idle)} parameters gets a gradient: the loss is cut off from the model.",
+                "Look at how the loss is made: torch.tensor(loss), .item(), .detach(), .data, NumPy, argmax or no_grad() between model and loss.",
+            )
+        )
+    if whole:
+        return
     alive = {_kind(name) for name, role in roles.items() if role == TRAINED}
     trained = {owner(name) for name, role in roles.items() if role == TRAINED}
     running = [name for name in idle if owner(name) in ran]

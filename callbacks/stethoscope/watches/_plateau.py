@@ -49,7 +49,7 @@ class Plateau:
     **Finding:** `loss-plateau`; a warning, but info where at most half of the planned run or a step of `schedule` lies
     ahead: a converged run is as flat as a stuck one. Info, too, where several optimizers step (in a game of two the loss of one
     is no measure of progress) or where a loss that was never below zero has fallen to a tenth of its start. A warning at any time where it has hardly
-    fallen at all (less than a tenth; 3 standard deviations of one step if it may be negative; an info if the model was trained before, as the
+    fallen at all (less than a tenth; if it may be negative, 3 standard deviations of one step, and of the means of the first half patience and of the end; an info if the model was trained before, as the
     weights of its normalisations tell, since fine-tuning starts near its end), where it has been flat for more than half of the
     planned run with more than half of its start left, and, at once, where its first 20 values are one number. **Cost:** host only, O(1) time and memory per step.
     **Needs:** no probe.
@@ -216,7 +216,12 @@ class Plateau:
         if flat < CONFIRM and not never:
             return {**state, "flat": flat}, ()
         mean = sum(value for _, value in seen) / len(seen)
-        state = {**state, "flat": 0, "stalled": mean, "never": state["never"] or never or _hardly_left(state, mean)}
+        state = {
+            **state,
+            "flat": 0,
+            "stalled": mean,
+            "never": state["never"] or never or self._hardly_left(state, mean),
+        }
         state["flat_from"] = seen[0][0]
         finding = self._finding(state, step, self._numbers(state, step, seen, gain, high))
         return {**state, "soft": finding.severity == "info"}, (finding,)
@@ -271,6 +276,16 @@ class Plateau:
         promised: float = level + min(0.0, _trend.trend(seen, self.confidence).high) * (state["plan"] - at)
         return promised > least
 
+    def _hardly_left(self, state: State, level: float) -> bool:
+        """Whether a level is that of the start: within a tenth of it, or within the noise where a share means nothing."""
+        first = _first(state)
+        if state["low"] > 0:
+            return bool(abs(first - level) < LEARNT * first)
+        # single steps are noisy; less so are means of the first half patience and of the last blocks, 0.4 patience at least
+        noise, head = NEVER * (state["noise"] or 0.0), state["head"]
+        surely = noise * (4.5 / self._patience(state, state["last"])) ** 0.5
+        return bool(abs(first - level) < noise and head[0] / head[1] - level < surely)
+
     def _warms_up(self, state: State, step: int) -> bool:
         """Whether the learning rate has risen since the window began, not later than in the first half of the run."""
         rate, before, plan = state["lr"], state["lr_began"], state["plan"]
@@ -316,7 +331,7 @@ class Plateau:
         mean = state["stalled"]
         # what is learnt within three steps was learnt as well
         left_over = min(mean, numbers["level"]) / max(state["start"]) if positive else 1.0
-        never = _hardly_left(state, mean)
+        never = self._hardly_left(state, mean)
         soft = True
         if ahead is not None:
             message += f" A planned change lies ahead, at step {ahead}."
@@ -360,13 +375,6 @@ class Plateau:
             phase=self.phase,
             evidence={"level": value, "start": value, "gain": 0.0, "lr": state["lr"]},
         )
-
-
-def _hardly_left(state: State, level: float) -> bool:
-    """Whether a level is that of the start: within a tenth of it, or within the noise where a share means nothing."""
-    first = _first(state)
-    least = LEARNT * first if state["low"] > 0 else NEVER * (state["noise"] or 0.0)
-    return bool(abs(first - level) < least)
 
 
 def _first(state: State) -> float:
