@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_faults.py [--held-out] [--peers written blind_1] [--jobs 2] [--markdown docs/scoreboard.md]
     python tests/benchmarks/bench_faults.py --only dead_relu        # one case, everything that was said
 
-Without `--held-out`, the cases that may be looked at while watches are written. Those held out, in `faults/blind_6`, are run
-once, when the watches are finished. Rules and catalogue: `faults/`, `docs/scoreboard.md`.
+Without `--held-out`, the cases that may be looked at while watches are written. Those held out, in `faults/blind_6` and
+`faults/blind_7`, are run once, when the watches are finished. Rules and catalogue: `faults/`, `docs/scoreboard.md`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Where the classes of faults come from, as the docstrings name them:
 - UMLAUT: Schoop et al., "UMLAUT: Debugging Deep Learning Programs using Program Structure and Model Behavior", CHI 2021.
 - speech: issues of speech toolkits; they and other repositories are named as owner/name#number.
 
-Each folder is a set of cases. `written` was made beside the watches. The authors of `blind_1` to `blind_6` had seen no watch, only
+Each folder is a set of cases. `written` was made beside the watches. The authors of `blind_1` to `blind_7` had seen no watch, only
 programs, symptoms and literature. A blind set is run once; when its misses have been looked at, it is as seen as `written`, and
-a new one is made. The last one is held out: nobody runs or reads it while watches are written.
+a new one is made. The last two are held out: nobody runs or reads them while watches are written.
 """

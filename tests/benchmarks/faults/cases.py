@@ -26,8 +26,8 @@ def files(package: str) -> Iterator[ModuleType]:
 
 
 PROGRAMS = tuple(file for file in files("faults") if hasattr(file, "build"))
-FOLDERS = ("written", "blind_1", "blind_2", "blind_3", "blind_4", "blind_5", "blind_6")
-"""Those written beside the watches, then those written by people who had not seen a watch; the last are held out."""
+FOLDERS = ("written", "blind_1", "blind_2", "blind_3", "blind_4", "blind_5", "blind_6", "blind_7")
+"""Those written beside the watches, then those written by people who had not seen a watch; the last two are held out."""
 
 DEFINED = tuple(value for folder in FOLDERS for file in files(f"faults.{folder}") for value in vars(file).values())
 FAULTS = tuple(value for value in DEFINED if isinstance(value, Fault))
