@@ -357,6 +357,8 @@ def test_a_notebook_that_is_interrupted_again_and_again_goes_on(tmp_path):
     done = script(
         tmp_path,
         """
+        # whoever starts the suite in the background of a shell hands on a SIGINT that is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         monitor = Monitor(model, **presets.full(), sinks=folder, every=1)
         interrupts = 0
         for i in range(20):

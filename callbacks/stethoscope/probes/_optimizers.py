@@ -216,9 +216,8 @@ class OptimizerHooks:
             keys.append(key)
             values.append(torch.view_as_real(value) if value.is_complex() else value)
         for (device, dtype), (keys, values) in places.items():
-            order = (
-                1 if flags else 2
-            )  # squares of a second moment would overflow although it is finite; a largest value takes six times as long
+            # squares of a second moment would overflow although it is finite; the largest value takes six times as long as the sum
+            order = 1 if flags else 2
             norms = torch.stack(torch._foreach_norm(values, order, stats.precision(dtype, device)))  # noqa: SLF001
             numbers = (~norms.isfinite()).float() if flags else norms
             self._columns.append(Columns(keys, numbers, range(len(keys)), sparse=flags))

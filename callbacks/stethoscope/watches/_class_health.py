@@ -247,9 +247,9 @@ class ClassHealth:
         most = targets.index(max(targets))
         others, hits = total - targets[most], sum(right) - right[most]
         majority = answers[most] >= ALL * total and 2 * targets[most] > total and others >= FEW and hits < REST * others
-        begins = sum(latest[2]) - latest[2][most] >= REST * max(
-            1.0, sum(latest[1]) - latest[1][most]
-        )  # older steps know nothing of it
+        # what begins to work now, older steps know nothing of
+        rare, recognised = (sum(row) - row[most] for row in latest[1:])
+        begins = recognised >= REST * max(1.0, rare)
         told = judging.held.get("class-imbalance", {}).get("told")
         if judging.model("majority", majority and not begins and not told):
             share = targets[most] / total
