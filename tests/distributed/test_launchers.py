@@ -136,7 +136,8 @@ def test_torchrun_two_ranks_one_of_which_meets_a_nan(tmp_path):
     assert (7, 1) in [(finding.step, finding.rank) for finding in found]
     merged = [finding for delivery in read(tmp_path / "run", rank=None) for finding in delivery.findings]
     assert [(finding.step, finding.rank) for finding in merged].count((7, 1)) == 1
-    assert (merged[0].step, merged[0].rank) == (7, 1)
+    # on a busy machine what rank 1 has found may be written with a later step
+    assert min((finding.step, finding.rank) for finding in merged) == (7, 1)
     norms = [r for d in read(tmp_path / "run") for r in d.records if r.name == "parameter/norm"]
     assert {r.step for r in norms} == {0, 5, 10}
     assert read_run(tmp_path / "run").id == read_run(tmp_path / "run", rank=1).id
