@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stethoscope._diagnosis import Relate
-from stethoscope._parts import Notes, asked, check_finding, severity_for, together
+from stethoscope._parts import Notes, asked, by_severity, check_finding, together
 from stethoscope._record import JSON, Finding, Record
 from stethoscope._secrets import redacted
 from stethoscope._writer import Writer
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from stethoscope._protocols import Run, Sink, State, Watch
-    from stethoscope._record import Severity
 
 log = logging.getLogger("stethoscope")
 
@@ -135,14 +134,14 @@ class Delivery:
 
     def judge_watches(self, steps: int) -> None:
         """Say which watches have never seen a record of theirs: their state is what it was at the start."""
-        starved: dict[Severity, list[Watch]] = {}
+        starved: list[Watch] = []
         for watch, state in ((each.watch, each.state) for each in self._watching):
             try:
                 if steps and state is not None and state == watch.init():
-                    starved.setdefault(severity_for(watch), []).append(watch)
+                    starved.append(watch)
             except Exception as error:
                 self._notes.disabled(watch, "watch", error)
-        for severity, those in starved.items():
+        for severity, those in by_severity(starved).items():
             names = [type(watch).__name__ for watch in those]
             self._notes.pending.append(
                 Finding(
@@ -152,7 +151,7 @@ class Delivery:
                     "Give step() or log() what they name, e.g. step(loss=loss, outputs=..., targets=...), where this training has it."
                     + (f" Set up: {', '.join(map(repr, those))}." if severity == "warning" else ""),
                     self._notes.step,
-                    evidence={"watches": list(names)},
+                    evidence={"watches": names},
                 )
             )
 

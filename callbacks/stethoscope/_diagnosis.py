@@ -71,7 +71,7 @@ class Relate:
         """Add at most one finding: the first rule all of whose premises were seen, one of them just now."""
         for rule in self.rules:
             told = rule.code in known or any(known.get(code) for code in self._above(rule))
-            serious = all(known.get(code, [0, "info"])[1] != "info" for code in rule.drawn_from)
+            serious = all(_is_serious(known, code) for code in rule.drawn_from)
             if rule.drawn_from and fresh & set(rule.drawn_from) and serious and not told and rule.holds(now):
                 message, advice = rule.says(now)
                 evidence = {"drawn_from": list(rule.drawn_from), **now}
@@ -89,7 +89,7 @@ class Relate:
         row = {rule.code: i for i, rule in reversed(list(enumerate(self.rules))) if not rule.by_guard}
         now = finding.step
         for i, rule in enumerate(self.rules):
-            if finding.code not in rule.explains or known.get(rule.code, [0, "info"])[1] == "info":
+            if finding.code not in rule.explains or not _is_serious(known, rule.code):
                 continue  # an info has done no harm
             at: int | None = now if rule.code in drawn else known[rule.code][0]
             later = now is not None and at is not None and at > now
@@ -107,6 +107,11 @@ def _depth(finding: Finding, told: Sequence[Finding]) -> int:
     while finding.cause in causes and depth < len(causes):
         finding, depth = replace(finding, cause=causes[finding.cause]), depth + 1
     return depth
+
+
+def _is_serious(known: Mapping[str, list[Any]], code: str) -> bool:
+    """Whether a code was found, as more than an info."""
+    return code in known and known[code][1] != "info"
 
 
 def _lasts(at: int, step: int) -> bool:

@@ -21,6 +21,7 @@ _ASKED = "_stethoscope_asked"
 
 E = TypeVar("E", bound=BaseException)
 MAX_SHOWN = 300  # characters of an error
+_Part = TypeVar("_Part")
 _Method = TypeVar("_Method", bound=Callable[..., None])
 
 
@@ -142,6 +143,14 @@ def from_preset(part: object) -> bool:
 def severity_for(part: object) -> Severity:
     """How much it matters that a part is idle or off: less when nobody asked for it by name."""
     return "info" if from_preset(part) else "warning"
+
+
+def by_severity(parts: Iterable[_Part]) -> dict[Severity, list[_Part]]:
+    """Parts that are idle, by how much that matters."""
+    found: dict[Severity, list[_Part]] = {}
+    for part in parts:
+        found.setdefault(severity_for(part), []).append(part)
+    return found
 
 
 def _short(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stethoscope._inventory import Inventory
 from stethoscope._overhead import Pace
-from stethoscope._parts import Notes, check_finding, describe, from_preset, mark_preset, severity_for, together
+from stethoscope._parts import Notes, by_severity, check_finding, describe, from_preset, mark_preset, together
 from stethoscope._protocols import Key, Readings
 from stethoscope._record import Finding, Record
 from stethoscope._secrets import trace_of
@@ -114,7 +114,8 @@ class Probing:
             if stamp.phase == "train" and self._is_idle(attached, read=bool(readings)):
                 idle.append(attached.probe)
             self._take_notes(attached)
-        self._tell(idle, stamp.step)
+        if idle:
+            self._tell(idle, stamp.step)
         return parts
 
     def lap(self, step: int) -> None:
@@ -179,12 +180,10 @@ class Probing:
         return True
 
     def _tell(self, idle: Sequence[Probe], step: int) -> None:
-        elsewhere = get_ident() != self._thread
-        by_severity: dict[Severity, list[str]] = {}
-        for probe in idle:
-            severity = "warning" if elsewhere else severity_for(probe)
-            by_severity.setdefault(severity, []).append(type(probe).__name__)
-        for severity, names in by_severity.items():
+        own = get_ident() == self._thread
+        groups: Mapping[Severity, Sequence[Probe]] = by_severity(idle) if own else {"warning": idle}
+        for severity, those in groups.items():
+            names = [type(probe).__name__ for probe in those]
             self._notes.pending.append(
                 Finding(
                     "probe-read-nothing",
@@ -192,7 +191,7 @@ class Probing:
                     f"Step {step} has shown nothing to {together(names)}.",
                     self._advice(),
                     step,
-                    evidence={"probes": list(names)},
+                    evidence={"probes": names},
                 )
             )
 

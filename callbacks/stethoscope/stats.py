@@ -62,7 +62,7 @@ def measurable(x: Tensor) -> Tensor | None:
     to_local = getattr(x, "to_local", None)
     if to_local is not None:
         x = to_local()
-    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+    if not is_dense(x):
         return None
     if x.is_complex():
         # complex32 has no abs on most devices

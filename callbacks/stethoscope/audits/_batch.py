@@ -9,6 +9,7 @@ import torch
 
 from stethoscope._record import Finding, Report
 from stethoscope._tree import tensors
+from stethoscope.stats import is_dense
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +140,7 @@ def _facts(path: str, x: Tensor) -> TensorFacts:
 
 
 def _readable(x: Tensor) -> bool:
-    return not (x.is_nested or x.is_meta or x.is_quantized) and x.layout == torch.strided and x.numel() > 0
+    return is_dense(x) and not x.is_meta and x.numel() > 0
 
 
 def _codes(items: Tensor) -> bool:

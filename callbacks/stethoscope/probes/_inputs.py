@@ -307,7 +307,7 @@ def _in_train_mode(model: nn.Module) -> list[int]:
 
 def _readable(x: Tensor) -> bool:
     # nested tensors have no common shape to ask for
-    return not (x.is_nested or x.is_quantized) and x.layout == torch.strided and x.dim() > 0 and x.numel() > 0
+    return stats.is_dense(x) and x.dim() > 0 and x.numel() > 0
 
 
 def _real(x: Tensor) -> Tensor:

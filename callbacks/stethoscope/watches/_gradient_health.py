@@ -354,15 +354,16 @@ class _Look:
             middle = median(shares)
             # the step of Adam is as long whatever a gradient is multiplied by
             ratio = median(ratios) if ratios else 0.0
+            severity: Severity = "info" if ratio >= USUAL else "warning"
             so = (
                 f"steps are of usual length all the same ({ratio:.2g} of the weights), but each batch counts alike."
-                if ratio >= USUAL
+                if severity == "info"
                 else f"the learning rate is in effect {1 / max(middle, 1e-30):.3g} times lower."
             )
             self.judging.tell(
                 Finding(
                     "gradient-clipping",
-                    "info" if ratio >= USUAL else "warning",
+                    severity,
                     f"Clipping leaves {middle:.2g} of the gradient's norm in each of the last {len(shares)} observed steps: {so}",
                     "Raise the bound of clip_grad_norm_ to about the usual norm (the record gradient/norm), so that it cuts "
                     "outliers only; under a GradScaler call scaler.unscale_(optimizer) before.",
